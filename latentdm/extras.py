@@ -1,0 +1,23 @@
+"""Packages that a user may not need are imported late; a missing one is answered with the extra that brings it."""
+
+from importlib import import_module
+from typing import Any
+
+
+def require(module: str, extra: str, needed_by: str) -> Any:
+    """Import an optional module.
+
+    Args:
+        module: dotted name, as in ``import module``.
+        extra: the extra of latentdm that installs it.
+        needed_by: what asked for it, as the subject of the error.
+
+    Raises:
+        ImportError: the module is not installed.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{needed_by} needs the package {error.name!r}; install it with: pip install 'latentdm[{extra}]'"
+        ) from error
