@@ -1,0 +1,6 @@
+"""Frozen autoencoders: `FrozenVAE`, and the table of the families it knows."""
+
+from latentdm.autoencoders.families import Family, Normalization, families, register_family
+from latentdm.autoencoders.frozen import FrozenVAE
+
+__all__ = ["Family", "FrozenVAE", "Normalization", "families", "register_family"]

@@ -1,0 +1,261 @@
+"""The keys of a batch, how a user's batch is read and written, and what is wrong with one, said once.
+
+Shapes: ``b`` batch, ``c`` channels, ``H W`` pixels as they come, ``h w`` pixels after the crop to the VAE's multiple.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PIXELS = "pixels"
+MASK = "mask"
+INDEX = "index"
+LATENTS = "latents"
+MASKED_LATENTS = "masked_latents"
+NOISE_MASK = "noise_mask"
+LATENT_MASK = "latent_mask"
+
+INPUTS = (PIXELS, MASK, INDEX)
+OUTPUTS = (LATENTS, MASKED_LATENTS, NOISE_MASK, LATENT_MASK)
+
+Key = str | int
+
+
+class BatchKeys:
+    """Finds our keys in a user's batch and puts the results where the user wants them.
+
+    Args:
+        keys: our name → the user's: a key of a dict batch, or a position in a tuple or list batch, for inputs and
+            outputs alike. Names left out keep ours; in a tuple batch ``pixels`` must be given a position.
+        layout: ``"CHW"``, or ``"HWC"`` for channels-last images.
+
+    Raises:
+        ValueError: an unknown name or layout, or a mix of keys and positions.
+    """
+
+    def __init__(self, keys: Mapping[str, Key] | None = None, layout: str = "CHW") -> None:
+        self.keys: dict[str, Key] = dict(keys or {})
+        unknown = [name for name in self.keys if name not in INPUTS + OUTPUTS]
+        if unknown:
+            raise ValueError(f"LatentDataModule: keys: unknown name {unknown[0]!r}; the names are {', '.join(INPUTS + OUTPUTS)}")
+        if any(isinstance(key, int) and key < 0 for key in self.keys.values()):
+            raise ValueError(f"LatentDataModule: keys: {self.keys} has a negative position; count from the front, from 0")
+        if len({isinstance(key, int) for key in self.keys.values()}) > 1:
+            raise ValueError(f"LatentDataModule: keys: {self.keys} mixes keys and positions; use strings for dict batches, or integers for tuples")
+        if layout not in ("CHW", "HWC"):
+            raise ValueError(f"LatentDataModule: layout must be 'CHW' or 'HWC', got {layout!r}")
+        self.layout = layout
+
+    def find(self, batch: Mapping[Any, Any] | Sequence[Any]) -> dict[str, Any]:
+        """Our inputs under our names, as they lie in the batch; what is not there is left out."""
+        found = {}
+        for name in INPUTS:
+            key = self._key(name)
+            if isinstance(batch, Mapping):
+                if key in batch:
+                    found[name] = batch[key]
+            elif isinstance(key, int) and -len(batch) <= key < len(batch):
+                found[name] = batch[key]
+        return found
+
+    def read(self, batch: Mapping[Any, Any] | Sequence[Any]) -> dict[str, Tensor]:
+        """Our inputs, under our names and channels first.
+
+        Returns:
+            ``pixels`` ``b c H W`` and, where the batch has them, ``mask`` and ``index``.
+
+        Raises:
+            ValueError: the batch has no pixels, or they are no tensor of four dimensions.
+        """
+        found = self.find(batch)
+        if PIXELS not in found:
+            raise ValueError(self._no_pixels(batch))
+        pixels, mask = found[PIXELS], found.get(MASK)
+        if not isinstance(pixels, Tensor) or pixels.ndim != 4:
+            raise ValueError(
+                f"LatentDataModule: batch[{self._key(PIXELS)!r}]: expected a tensor of shape {_LAYOUTS[self.layout]}, got {describe(pixels)}"
+            )
+        if self.layout == "HWC":
+            found[PIXELS] = pixels.movedim(-1, 1)
+            if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-1] == 1:
+                found[MASK] = mask.movedim(-1, 1)
+        return found
+
+    def replace(self, batch: Mapping[Any, Any] | Sequence[Any], values: Mapping[str, Any]) -> Any:
+        """A batch of the same kind with some of our inputs replaced, each in its place."""
+        return self._rebuild(batch, {self._key(name): value for name, value in values.items()}, type(batch))
+
+    def write(self, batch: Mapping[Any, Any] | Sequence[Any], results: Mapping[str, Tensor], drop: Sequence[str]) -> Any:
+        """The user's batch with our results in it; everything else stays untouched, in its order.
+
+        Args:
+            batch: the user's batch.
+            results: our name → tensor.
+            drop: our inputs that do not stay (unless a result takes their place).
+
+        Raises:
+            ValueError: a result would overwrite something of the user's, or a tuple has no place for it.
+        """
+        leaving = {self._key(name) for name in drop}
+        free = leaving | {self._key(name) for name in INPUTS if name in results}
+        placed: dict[Key, Any] = {}
+        for name, value in results.items():
+            self._check_place(name, self._key(name), batch, free, placed)
+            placed[self._key(name)] = value
+        if isinstance(batch, Mapping):
+            kept = {key: value for key, value in batch.items() if key not in leaving}
+            return self._rebuild(kept, placed, type(batch))
+        position = self.keys[PIXELS]
+        if PIXELS in drop and position not in placed:
+            raise ValueError(
+                f"LatentDataModule: keys: the pixels leave position {position} of the tuple and nothing takes their place; "
+                f"send an output there, as in keys={{pixels: {position}, latents: {position}}}, or set keep_pixels"
+            )
+        return self._rebuild(batch, placed, type(batch))
+
+    def _key(self, name: str) -> Key:
+        return self.keys.get(name, name)
+
+    def _check_place(self, name: str, key: Key, batch: Any, free: set[Key], placed: Mapping[Key, Any]) -> None:
+        if key in placed:
+            raise ValueError(f"LatentDataModule: keys: {name!r} and another result both go to {key!r}; give each a place of its own")
+        if isinstance(batch, Mapping):
+            if key in batch and key not in free:
+                raise ValueError(
+                    f"LatentDataModule: the batch already has {key!r} ({describe(batch[key])}), which the encoder's {name!r} would overwrite; "
+                    f"rename one, as in keys={{{name}: my_{name}}}"
+                )
+        elif not isinstance(key, int):
+            raise ValueError(
+                f"LatentDataModule: keys: the encoder's {name!r} has no position in a {type(batch).__name__} batch of {len(batch)}; "
+                f"give it one, as in keys={{…, {name}: {len(batch)}}}"
+            )
+        elif key < len(batch) and key not in free:
+            raise ValueError(
+                f"LatentDataModule: keys: position {key} already holds {describe(batch[key])}, which {name!r} would overwrite; "
+                f"use {len(batch)} or more to append it"
+            )
+
+    @staticmethod
+    def _rebuild(batch: Any, placed: Mapping[Any, Any], kind: Any) -> Any:
+        """The batch with some places filled, as a ``kind`` again (a named tuple becomes a plain one)."""
+        if isinstance(batch, Mapping):
+            return kind({**batch, **placed})
+        items = dict(enumerate(batch)) | placed
+        if max(items) >= len(items):
+            raise ValueError(
+                f"LatentDataModule: keys: position {max(items)} leaves a gap after a batch of {len(batch)}; use {len(batch)}"
+            )
+        row = [items[position] for position in range(len(items))]
+        return row if kind is list else tuple(row)
+
+    def _no_pixels(self, batch: Mapping[Any, Any] | Sequence[Any]) -> str:
+        key = self._key(PIXELS)
+        if isinstance(batch, Mapping):
+            return (
+                f"LatentDataModule: the batch has no {key!r}, only {', '.join(map(repr, batch)) or 'nothing'}; "
+                "name the images with keys, as in keys={pixels: image}"
+            )
+        if isinstance(key, int):
+            return f"LatentDataModule: the batch is a {type(batch).__name__} of {len(batch)} and has no position {key} for the pixels"
+        return (
+            f"LatentDataModule: the batch is a {type(batch).__name__} of {len(batch)}; say where its images lie and the latents go, "
+            "as in keys={pixels: 0, latents: 0}"
+        )
+
+
+def check_pixels(pixels: object, multiple: int, owner: str) -> None:
+    """Check images before they are encoded.
+
+    Args:
+        pixels: ``b c H W``, c ∈ {1, 3, 4}, uint8 0…255 or float 0…1. The range of floats is looked at (on an
+            accelerator that waits for the device: another reason to ship uint8).
+        multiple: the VAE's spatial compression; a side may not be smaller.
+        owner: the class that an error names.
+
+    Raises:
+        ValueError: naming what was found and what is right.
+    """
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4:
+        raise ValueError(f"{owner}: {PIXELS}: expected a tensor of shape {_LAYOUTS['CHW']}, got {describe(pixels)}")
+    if pixels.shape[1] not in (1, 3, 4):
+        hint = "; for channels-last images set layout=HWC" if pixels.shape[-1] in (1, 3, 4) else ""
+        raise ValueError(f"{owner}: {PIXELS}: expected 1, 3 or 4 channels in {_LAYOUTS['CHW']}, got {describe(pixels)}{hint}")
+    if pixels.shape[0] == 0:
+        raise ValueError(f"{owner}: {PIXELS}: the batch is empty, got {describe(pixels)}")
+    if min(pixels.shape[-2:]) < multiple:
+        raise ValueError(
+            f"{owner}: {PIXELS}: {pixels.shape[-2]}×{pixels.shape[-1]} is smaller than the autoencoder's factor {multiple}; "
+            f"use images of at least {multiple}×{multiple}"
+        )
+    if pixels.dtype == torch.uint8:
+        return
+    if not pixels.is_floating_point():
+        raise ValueError(f"{owner}: {PIXELS}: expected uint8 in 0…255 or float in 0…1, got {describe(pixels)}")
+    low, high = (float(bound) for bound in pixels.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"{owner}: {PIXELS}: float images must lie in 0…1, got {low:.4g}…{high:.4g} ({describe(pixels)}); "
+            "undo the normalisation (for −1…1: (x + 1) / 2), or yield uint8"
+        )
+
+
+def unit_rgb(pixels: Tensor) -> Tensor:
+    """``b c h w`` images, uint8 or float → ``b 3 h w`` float32 in 0…1: gray is repeated, alpha dropped."""
+    rgb = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels[:, :3]
+    return rgb.float().div_(255) if rgb.dtype == torch.uint8 else rgb.float()
+
+
+def unit_mask(mask: Tensor, pixels: Tensor, owner: str) -> Tensor:
+    """A batch's mask, resized to the images.
+
+    Args:
+        mask: ``b 1 H' W'`` or ``b H' W'``, b that of the images or 1; bool, float 0…1 or uint8. White = 1 = repaint.
+            A uint8 mask whose largest value is 1 is a 0/1 mask, as segmentation tools write them.
+        pixels: ``b c H W``, the whole images, before any crop.
+        owner: the class that an error names.
+
+    Returns:
+        ``b 1 H W`` or ``1 1 H W`` float32 in 0…1, resized bilinearly without antialias where its size differs.
+
+    Raises:
+        ValueError: naming what was found and what is right.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim not in (3, 4) or (mask.ndim == 4 and mask.shape[1] != 1):
+        raise ValueError(f"{owner}: {MASK}: expected a tensor of shape b 1 H W or b H W, got {describe(mask)}")
+    if mask.shape[0] not in (1, pixels.shape[0]):
+        raise ValueError(
+            f"{owner}: {MASK}: got {mask.shape[0]} masks for {pixels.shape[0]} images ({describe(mask)}); "
+            "give one an image, or one for all"
+        )
+    mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
+    if mask.dtype == torch.uint8:
+        white = torch.where(mask.amax(dim=(1, 2, 3), keepdim=True) > 1, 255.0, 1.0)
+        mask = mask / white
+    elif mask.dtype == torch.bool or mask.is_floating_point():
+        mask = mask.float()
+    else:
+        raise ValueError(f"{owner}: {MASK}: expected bool, uint8 in 0…255 or float in 0…1, got {describe(mask)}")
+    if mask.shape[-2:] != pixels.shape[-2:]:
+        mask = F.interpolate(mask, size=pixels.shape[-2:], mode="bilinear")
+    return mask
+
+
+def crop(image: Tensor, multiple: int) -> Tensor:
+    """The centred crop (a view) to the largest multiple that fits: offset ``(H mod multiple) // 2``."""
+    height, width = (side - side % multiple for side in image.shape[-2:])
+    top, left = (side % multiple // 2 for side in image.shape[-2:])
+    return image[..., top : top + height, left : left + width]
+
+
+def describe(value: object) -> str:
+    """A value as an error names it: shape and dtype of a tensor, the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
+
+
+_LAYOUTS = {"CHW": "b c H W", "HWC": "b H W c"}

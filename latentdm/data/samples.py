@@ -1,0 +1,112 @@
+"""Random crops of the photographs inside scikit-image: training data that needs no download."""
+
+from typing import Literal
+
+import torch
+from PIL import Image
+
+from latentdm.data.base import PixelDataModule, PixelDataset, Sample, check_at_least
+from latentdm.data.images import RESAMPLE, image_to_tensor
+from latentdm.data.photographs import photographs
+from latentdm.randomness import sample_generator
+
+
+class PhotographCrops(PixelDataset):
+    """Crops of the sample photographs, which take turns.
+
+    A crop is a square with a side between ``size`` and ``2·size`` pixels (or less, where the photograph is smaller),
+    resized to ``size`` and mirrored half of the time.
+
+    Args:
+        split: ``"train"`` draws each crop anew every epoch, ``"val"`` draws it once.
+        size: side of the square images in pixels.
+        count: crops an epoch.
+        first_index: the ``index`` of the first crop.
+        seed: the crops follow from it.
+    """
+
+    def __init__(self, split: Literal["train", "val"], size: int, count: int, first_index: int, seed: int) -> None:
+        self.split = split
+        self.size = size
+        self.count = count
+        self.first_index = first_index
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Crops an epoch."""
+        return self.count
+
+    def sample(self, place: int, epoch: int) -> Sample:
+        """Crop number ``place``: ``pixels`` uint8 ``3 size size``, ``index``, ``name``."""
+        names = list(parts := photographs(self.split))
+        name = names[place % len(names)]
+        photograph = parts[name]
+        height, width = photograph.shape[:2]
+        # Not from the index: the validation crops stay when epoch_length, and with it their index, changes.
+        key = f"{self.split}/{place}"
+        generator = sample_generator(self.seed, epoch if self.split == "train" else 0, key, "crop")
+        short = min(height, width)
+        side = _integer(min(self.size, short), min(2 * self.size, short), generator)
+        top, left = (_integer(0, room - side, generator) for room in (height, width))
+        crop = Image.fromarray(photograph[top : top + side, left : left + side])
+        pixels = image_to_tensor(crop.resize((self.size, self.size), RESAMPLE))
+        if _integer(0, 1, generator):
+            pixels = pixels.flip(-1)
+        return {"pixels": pixels, "index": self.first_index + place, "name": name}
+
+
+class SamplesData(PixelDataModule):
+    """Crops of the photographs inside scikit-image.
+
+    Training sees the left two thirds of each photograph, validation the right third. Training crops are drawn anew
+    each epoch and have ``index`` 0…epoch_length − 1; validation crops are fixed and their ``index`` goes on from there.
+    Testing and predicting take the validation crops.
+
+    Args:
+        size: side of the square images in pixels.
+        batch_size: images a batch, on each device.
+        epoch_length: training images an epoch, on all devices together.
+        val_length: validation images; 0: no validation.
+        num_workers: processes that read images.
+        seed: the order and the crops follow from it.
+
+    Raises:
+        ValueError: a setting is out of range.
+        ImportError: in ``setup``: scikit-image is missing; the message names the extra.
+
+    Example:
+        >>> data = SamplesData(size=64, batch_size=4)
+        >>> data.setup()
+        >>> next(iter(data.train_dataloader()))["pixels"].shape
+        torch.Size([4, 3, 64, 64])
+    """
+
+    def __init__(
+        self,
+        size: int = 128,
+        batch_size: int = 16,
+        epoch_length: int = 1024,
+        val_length: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        check_at_least("SamplesData", "size", size, 1)
+        check_at_least("SamplesData", "epoch_length", epoch_length, 1)
+        check_at_least("SamplesData", "val_length", val_length, 0)
+        self.size = size
+        self.epoch_length = epoch_length
+        self.val_length = val_length
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the photographs (once a process; workers inherit them) and set the datasets, whatever the stage."""
+        photographs("train")
+        self.train_set = PhotographCrops("train", self.size, self.epoch_length, 0, self.seed)
+        if self.val_length:
+            self.val_set = PhotographCrops("val", self.size, self.val_length, self.epoch_length, self.seed)
+            self.test_set = self.predict_set = self.val_set
+
+
+def _integer(low: int, high: int, generator: torch.Generator) -> int:
+    """A uniform integer in low…high, both included."""
+    return int(torch.randint(low, high + 1, (), generator=generator))

@@ -1,0 +1,140 @@
+"""What every encoder shares: its autoencoder, its chunks and its random draws."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from latentdm.autoencoders.frozen import FrozenVAE, Rows, check_posterior
+from latentdm.batch import INDEX, PIXELS, check_pixels
+from latentdm.randomness import Draws
+
+
+class Encoder(ABC):
+    """A callable from a batch of pixels to a batch of latents. It knows nothing of Lightning and works in a notebook.
+
+    Args:
+        vae: the frozen autoencoder, or a function that makes it (as Hydra's ``_partial_: true`` gives), which is then
+            called in `setup`: in a trainer, once on every rank.
+        per_batch: images that go through the autoencoder at once; None takes the whole batch. It bounds memory and
+            does not change the result beyond the arithmetic of the batch shape.
+        posterior: ``"sample"``, or ``"mode"`` for its mean.
+        progress: show a progress bar where a single call lasts longer than two seconds.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    consumes: ClassVar[tuple[str, ...]] = (PIXELS,)
+    """The keys that an encoded batch no longer holds."""
+
+    def __init__(
+        self,
+        vae: FrozenVAE | Callable[[], FrozenVAE],
+        per_batch: int | None = None,
+        posterior: str = "sample",
+        progress: bool = False,
+    ) -> None:
+        name = type(self).__name__
+        if per_batch is not None and (isinstance(per_batch, bool) or not isinstance(per_batch, int) or per_batch < 1):
+            raise ValueError(
+                f"{name}: per_batch must be at least 1, got {per_batch!r}; leave it out (null) to encode the whole batch at once"
+            )
+        if not isinstance(vae, FrozenVAE) and not callable(vae):
+            raise ValueError(f"{name}: vae must be a FrozenVAE, got {type(vae).__name__}; wrap it: FrozenVAE(autoencoder)")
+        check_posterior(posterior, name)
+        self._vae = vae
+        self.per_batch = per_batch
+        self.posterior = posterior
+        self.progress = progress
+        self._calls = count()
+
+    @property
+    def vae(self) -> FrozenVAE:
+        """The frozen autoencoder; made now if it was not yet."""
+        if not isinstance(self._vae, FrozenVAE):
+            self._vae = self._vae()
+        return self._vae
+
+    def setup(self, device: torch.device | str) -> None:
+        """Make the autoencoder and move it to ``device``. Outside a trainer this is optional."""
+        self.vae.to(device)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Encode a batch by itself, as in a notebook.
+
+        Args:
+            batch: ``pixels`` ``b c H W`` (c ∈ {1, 3, 4}; uint8 0…255 or float 0…1), an inpainting encoder's ``mask``,
+                optionally ``index``, and anything else.
+
+        Returns:
+            What the batch held besides pixels and mask, untouched, and what `encode` gives.
+
+        Raises:
+            ValueError: pixels or mask of a wrong shape, dtype or range; the message names what would be right.
+        """
+        index = batch.get(INDEX)
+        if isinstance(index, Tensor):
+            ids: list[int | str] = index.tolist()
+        else:  # a count of calls, so that no two batches share their noise
+            ids = [f"call{next(self._calls)}.{place}" for place in range(len(batch.get(PIXELS, ())))]
+        encoded = self.encode(batch, Draws(0, 0, ids))
+        return {key: value for key, value in batch.items() if key not in self.consumes} | encoded
+
+    def encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
+        """The encoder's own keys for a batch, on the autoencoder's device, in float32.
+
+        Args:
+            batch: as for a call.
+            draws: the batch's random numbers.
+        """
+        check_pixels(batch.get(PIXELS), self.vae.spatial_compression, type(self).__name__)
+        return self._encode(batch, draws)
+
+    @abstractmethod
+    def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
+        """As `encode`, for checked pixels."""
+
+    def _latents(self, images: Mapping[str, Rows], size: tuple[int, int], draws: Draws) -> dict[str, Tensor]:
+        """Encode several views of the same ``b`` samples in one chunked pass.
+
+        Args:
+            images: output key → gives the rows of a slice of the batch, ``n 3 h w`` in 0…1. The key is also the
+                purpose of the posterior's noise.
+            size: ``h w``.
+            draws: the batch's random numbers.
+
+        Returns:
+            Output key → ``b z h/r w/r`` float32 latents.
+        """
+        vae, b = self.vae, len(draws.ids)
+        shape = (vae.latent_channels, size[0] // vae.spatial_compression, size[1] // vae.spatial_compression)
+        noise: dict[str, Rows] = {
+            key: lambda rows, key=key: draws[rows].normal(key, shape, vae.device)  # type: ignore[misc]
+            for key in images
+        }
+        latents = vae.encode_rows(
+            _stacked(list(images.values()), b),
+            len(images) * b,
+            noise=_stacked(list(noise.values()), b) if self.posterior == "sample" else None,
+            per_batch=self.per_batch,
+            progress=self.progress,
+        )
+        return dict(zip(images, latents.split(b), strict=True))
+
+
+def _stacked(sources: list[Rows], b: int) -> Rows:
+    """Several sources of ``b`` rows as one of ``len(sources) · b``, of which no more than the asked slice is made."""
+
+    def rows(chunk: slice) -> Tensor:
+        parts = []
+        for turn, source in enumerate(sources):
+            own = slice(max(chunk.start - turn * b, 0), min(chunk.stop - turn * b, b))
+            if own.start < own.stop:
+                parts.append(source(own))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return rows

@@ -1,0 +1,107 @@
+"""Images and masks → what an inpainting model trains on.
+
+Shapes: ``b`` batch, ``H W`` pixels as they come, ``h w`` after the crop, ``z`` latent channels, ``r`` the VAE's factor.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from latentdm.autoencoders.frozen import FrozenVAE
+from latentdm.batch import LATENT_MASK, LATENTS, MASK, MASKED_LATENTS, NOISE_MASK, PIXELS, crop, unit_mask, unit_rgb
+from latentdm.encoders.base import Encoder
+from latentdm.masks.morphology import check_grow_mask_by, check_mask_offset, grow_mask, offset_mask, round_mask
+from latentdm.randomness import Draws
+
+LATENT_MASKS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "nearest": lambda mask, r: mask[..., ::r, ::r].contiguous(),  # the pixel that F.interpolate's nearest takes
+    "area": lambda mask, r: F.avg_pool2d(mask, r),
+    "max": lambda mask, r: F.max_pool2d(mask, r),
+    "unshuffle": lambda mask, r: F.pixel_unshuffle(mask, r),
+}
+"""``b 1 h w`` and ``r`` → the mask at latent resolution: ``b 1 h/r w/r``, or for unshuffle ``b r² h/r w/r``."""
+
+
+class InpaintEncoder(Encoder):
+    """Adds ``latents`` and ``masked_latents`` ``b z h/r w/r``, ``noise_mask`` ``b 1 h w`` and ``latent_mask``.
+
+    The mask is resized to the image, cropped with it and rounded. With ``grow_mask_by`` (``VAEEncodeForInpaint``) the
+    rounded mask sets the image to mid-gray and ``noise_mask`` is that mask grown; with ``mask_offset``
+    (``WAS_VAEEncodeForInpaint``) the moved mask does both. The clean and the masked image share one chunked pass.
+
+    Args:
+        vae: as for `Encoder`.
+        grow_mask_by: window in pixels, 0…64. 6 where neither this nor ``mask_offset`` is given.
+        mask_offset: pixels to grow (positive) or shrink (negative) the mask by, −128…128. Not with ``grow_mask_by``.
+        per_batch: as for `Encoder`; clean and masked images count alike.
+        posterior: as for `Encoder`.
+        latent_mask: how ``noise_mask`` comes to latent resolution: ``"nearest"`` (as Stable Diffusion's inpainting
+            models were trained), ``"area"`` (the share masked), ``"max"``, or ``"unshuffle"`` → ``b r² h/r w/r``
+            (Flux Fill).
+        progress: as for `Encoder`.
+
+    Raises:
+        ValueError: a value out of range, or both ``grow_mask_by`` and ``mask_offset``.
+
+    Example:
+        >>> encoder = InpaintEncoder(vae, grow_mask_by=12)  # doctest: +SKIP
+        >>> encoder({"pixels": images, "mask": masks}).keys()  # doctest: +SKIP
+        dict_keys(['latents', 'masked_latents', 'noise_mask', 'latent_mask'])
+    """
+
+    consumes: ClassVar[tuple[str, ...]] = (PIXELS, MASK)
+
+    def __init__(
+        self,
+        vae: FrozenVAE | Callable[[], FrozenVAE],
+        grow_mask_by: int | None = None,
+        mask_offset: int | None = None,
+        per_batch: int | None = None,
+        posterior: str = "sample",
+        latent_mask: str = "nearest",
+        progress: bool = False,
+    ) -> None:
+        super().__init__(vae, per_batch=per_batch, posterior=posterior, progress=progress)
+        if grow_mask_by is not None and mask_offset is not None:
+            raise ValueError(
+                f"InpaintEncoder: grow_mask_by={grow_mask_by} and mask_offset={mask_offset} exclude each other; "
+                "set one of them to null"
+            )
+        if grow_mask_by is not None:
+            check_grow_mask_by(grow_mask_by, "InpaintEncoder")
+        if mask_offset is not None:
+            check_mask_offset(mask_offset, "InpaintEncoder")
+        if latent_mask not in LATENT_MASKS:
+            raise ValueError(f"InpaintEncoder: latent_mask must be one of {', '.join(LATENT_MASKS)}, got {latent_mask!r}")
+        self.grow_mask_by = 6 if grow_mask_by is None and mask_offset is None else grow_mask_by
+        self.mask_offset = mask_offset
+        self.latent_mask = latent_mask
+
+    def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
+        if MASK not in batch:
+            raise ValueError(
+                f"InpaintEncoder: the batch has no {MASK!r}, only {', '.join(map(repr, batch))}; yield one with the images, "
+                "name it with keys, or choose a mask source (masks=random, masks=alpha)"
+            )
+        r = self.vae.spatial_compression
+        pixels = crop(batch[PIXELS], r)
+        b, (h, w) = len(pixels), pixels.shape[-2:]
+        mask = crop(unit_mask(batch[MASK], batch[PIXELS], "InpaintEncoder"), r).to(pixels.device)
+        if self.mask_offset is not None:
+            filled = noise_mask = offset_mask(mask, self.mask_offset)
+        else:
+            assert self.grow_mask_by is not None
+            filled, noise_mask = round_mask(mask), grow_mask(mask, self.grow_mask_by)
+
+        def clean(rows: slice) -> Tensor:
+            return unit_rgb(pixels[rows])
+
+        def masked(rows: slice) -> Tensor:
+            keep = 1 - (filled if len(filled) == 1 else filled[rows])
+            return (clean(rows) - 0.5) * keep + 0.5
+
+        encoded = self._latents({LATENTS: clean, MASKED_LATENTS: masked}, (h, w), draws)
+        noise_mask = noise_mask.to(self.vae.device).expand(b, -1, -1, -1).contiguous()
+        return encoded | {NOISE_MASK: noise_mask, LATENT_MASK: LATENT_MASKS[self.latent_mask](noise_mask, r)}

@@ -1,0 +1,27 @@
+"""Images → latents, and nothing else: ``VAEEncode`` and, with ``per_batch``, ``VHS_VAEEncodeBatched``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from latentdm.batch import LATENTS, PIXELS, crop, unit_rgb
+from latentdm.encoders.base import Encoder
+from latentdm.randomness import Draws
+
+
+class PlainEncoder(Encoder):
+    """Adds ``latents`` ``b z h/r w/r``: the image's first three channels, cropped to the VAE's multiple and encoded.
+
+    Arguments are those of `Encoder`.
+
+    Example:
+        >>> encoder = PlainEncoder(vae, per_batch=4)  # doctest: +SKIP
+        >>> encoder({"pixels": images, "caption": captions}).keys()  # doctest: +SKIP
+        dict_keys(['caption', 'latents'])
+    """
+
+    def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
+        pixels = crop(batch[PIXELS], self.vae.spatial_compression)
+        h, w = pixels.shape[-2:]
+        return self._latents({LATENTS: lambda rows: unit_rgb(pixels[rows])}, (h, w), draws)

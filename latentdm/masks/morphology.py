@@ -1,0 +1,108 @@
+"""Growing and shrinking binary masks at a cost that does not depend on the radius.
+
+Shapes: ``b 1 h w``. A window sum over a running sum (a summed-area table, Crow 1984, one axis at a time) replaces the
+k×k convolution of the original nodes, whose cost grows with k²; the results are equal bit for bit.
+"""
+
+import torch
+from torch import Tensor
+
+GROW_LIMIT = 64
+OFFSET_LIMIT = 128
+
+
+def check_grow_mask_by(grow_mask_by: int, owner: str = "grow_mask") -> None:
+    """Raise ValueError unless ``grow_mask_by`` is an integer in 0…64."""
+    if not _is_integer(grow_mask_by) or not 0 <= grow_mask_by <= GROW_LIMIT:
+        raise ValueError(
+            f"{owner}: grow_mask_by must be an integer in 0…{GROW_LIMIT}, got {grow_mask_by!r}; "
+            "to shrink a mask, or to grow it further, use mask_offset"
+        )
+
+
+def check_mask_offset(mask_offset: int, owner: str = "offset_mask") -> None:
+    """Raise ValueError unless ``mask_offset`` is an integer in −128…128."""
+    if not _is_integer(mask_offset) or not -OFFSET_LIMIT <= mask_offset <= OFFSET_LIMIT:
+        raise ValueError(
+            f"{owner}: mask_offset must be an integer in −{OFFSET_LIMIT}…{OFFSET_LIMIT}, got {mask_offset!r}; "
+            "positive grows the mask, negative shrinks it"
+        )
+
+
+def grow_mask(mask: Tensor, grow_mask_by: int) -> Tensor:
+    """Round a mask and grow it as ComfyUI's ``VAEEncodeForInpaint`` does.
+
+    A pixel is 1 if any pixel of the rounded mask lies in a k×k window, k = ``grow_mask_by``. An even window reaches
+    k/2 back (up and left) and k/2 − 1 forward.
+
+    Args:
+        mask: ``b 1 h w`` in 0…1, any float dtype or bool; exactly 0.5 rounds to 0.
+        grow_mask_by: k in 0…64; 0 and 1 only round.
+
+    Returns:
+        ``b 1 h w``, 0 or 1, float32 for a bool mask and the mask's dtype otherwise.
+
+    Raises:
+        ValueError: ``grow_mask_by`` is out of range.
+
+    Example:
+        >>> grow_mask(torch.tensor([[[[0.0, 0.0, 1.0, 0.0, 0.0]]]]), 2)
+        tensor([[[[0., 0., 1., 1., 0.]]]])
+    """
+    check_grow_mask_by(grow_mask_by)
+    binary = round_mask(mask)
+    if grow_mask_by <= 1:
+        return binary
+    return _dilate(binary, back=grow_mask_by // 2, forward=(grow_mask_by - 1) // 2)
+
+
+def offset_mask(mask: Tensor, mask_offset: int) -> Tensor:
+    """Round a mask and move its edge by ``mask_offset`` pixels, as the ``WAS_VAEEncodeForInpaint`` node does.
+
+    Args:
+        mask: ``b 1 h w`` in 0…1, any float dtype or bool; exactly 0.5 rounds to 0.
+        mask_offset: d in −128…128. Positive grows by d on every side (window 2d + 1); negative shrinks by |d|, where
+            what lies outside the image counts as masked, so that the image's border does not erode the mask.
+
+    Returns:
+        ``b 1 h w``, 0 or 1, float32 for a bool mask and the mask's dtype otherwise.
+
+    Raises:
+        ValueError: ``mask_offset`` is out of range.
+
+    Example:
+        >>> offset_mask(torch.tensor([[[[0.0, 1.0, 1.0, 1.0, 1.0]]]]), -1)
+        tensor([[[[0., 0., 1., 1., 1.]]]])
+    """
+    check_mask_offset(mask_offset)
+    binary = round_mask(mask)
+    if mask_offset > 0:
+        return _dilate(binary, back=mask_offset, forward=mask_offset)
+    if mask_offset < 0:
+        # A pixel stays if no unmasked pixel is near: grow the complement. Outside the image nothing is unmasked.
+        return 1 - _dilate(1 - binary, back=-mask_offset, forward=-mask_offset)
+    return binary
+
+
+def round_mask(mask: Tensor) -> Tensor:
+    """0 or 1; exactly 0.5 gives 0, as ``torch.round`` does. Bool becomes float32."""
+    return mask.float() if mask.dtype == torch.bool else mask.round()
+
+
+def _dilate(binary: Tensor, back: int, forward: int) -> Tensor:
+    """1 where any 1 lies at most ``back`` pixels up and left, or ``forward`` pixels down and right."""
+    return _any_in_window(_any_in_window(binary, -1, back, forward), -2, back, forward)
+
+
+def _any_in_window(binary: Tensor, dim: int, back: int, forward: int) -> Tensor:
+    size = binary.shape[dim]
+    place = torch.arange(size, device=binary.device)
+    first = (place - back).clamp_min(0)
+    last = (place + forward).clamp_max(size - 1)
+    total = binary.cumsum(dim, dtype=torch.int32)
+    inside = total.index_select(dim, last) - total.index_select(dim, first) + binary.index_select(dim, first)
+    return (inside > 0).to(binary.dtype)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,74 @@
+"""Everything random is drawn per sample, from (seed, epoch, index, purpose), and never from the global generator.
+
+So a sample meets the same noise, mask and crop whatever the batch size, the number of workers or ranks, and whether
+the run was resumed. (With ``seed_everything`` the global generator gives every rank the *same* posterior noise.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+
+def sample_seed(seed: int, epoch: int, index: int | str, purpose: str) -> int:
+    """The 63-bit seed of one sample for one purpose: a hash, so that neighbours share nothing."""
+    key = f"{seed}/{epoch}/{index}/{purpose}".encode()
+    return int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def sample_generator(seed: int, epoch: int, index: int | str, purpose: str) -> torch.Generator:
+    """A generator on the CPU for one sample and one purpose, as a dataset's ``__getitem__`` wants it."""
+    return torch.Generator().manual_seed(sample_seed(seed, epoch, index, purpose))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one batch, one stream a sample and purpose.
+
+    Args:
+        seed: the run's seed.
+        epoch: the training epoch; 0 outside training, so that the figures of two epochs compare.
+        ids: one id a sample: its ``index``, or for data without one any string that names rank, batch and place.
+    """
+
+    seed: int
+    epoch: int
+    ids: Sequence[int | str]
+
+    def uniform(self, purpose: str, count: int) -> Tensor:
+        """``b count`` float32 in 0…1 on the CPU: the few numbers that place a mask or a crop, alike on every device."""
+        numbers = torch.empty(len(self.ids), count)
+        for row, generator in zip(numbers, self._generators(purpose, torch.device("cpu")), strict=True):
+            row.uniform_(generator=generator)
+        return numbers
+
+    def normal(self, purpose: str, shape: Sequence[int], device: torch.device) -> Tensor:
+        """``b *shape`` float32 standard normal, made on ``device`` (whose generator sets the bits)."""
+        noise = torch.empty(len(self.ids), *shape, device=device)
+        for row, generator in zip(noise, self._generators(purpose, device), strict=True):
+            row.normal_(generator=generator)
+        return noise
+
+    def __getitem__(self, rows: slice) -> "Draws":
+        """The draws of some of the samples."""
+        return Draws(self.seed, self.epoch, self.ids[rows])
+
+    def _generators(self, purpose: str, device: torch.device) -> "_Generators":
+        return _Generators([sample_seed(self.seed, self.epoch, i, purpose) for i in self.ids], device)
+
+
+class _Generators:
+    """One generator, seeded anew for each sample: making a generator costs more than seeding one."""
+
+    def __init__(self, seeds: list[int], device: torch.device) -> None:
+        self.seeds = seeds
+        self.generator = torch.Generator(device)
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        for seed in self.seeds:
+            yield self.generator.manual_seed(seed)
