@@ -109,7 +109,8 @@ def _check_pairs(root: Path, images: list[str], mask_of: dict[str, str], owner: 
     for stem, mask in mask_of.items():
         if stem not in stems:
             raise ValueError(
-                f"{owner}: a mask without an image: {root / mask}; name it after its image, remove it, or set masks=ignore"
+                f"{owner}: a mask without an image: {root / mask}; name it after its image, remove it, "
+                "or set masks=ignore"
             )
     without = [name for name in images if _stem(name) not in mask_of]
     if without and (mask_of or required):
@@ -122,9 +123,8 @@ def _check_pairs(root: Path, images: list[str], mask_of: dict[str, str], owner: 
 def _masked_stem(name: str) -> str | None:
     """The stem of the image that a mask is for; None for an image."""
     stem = _stem(name)
-    if stem.startswith(f"{MASK_FOLDER}/"):
-        return stem.removeprefix(f"{MASK_FOLDER}/")
-    return stem.removesuffix(MASK_SUFFIX) if stem.endswith(MASK_SUFFIX) else None
+    image_stem = stem.removeprefix(f"{MASK_FOLDER}/").removesuffix(MASK_SUFFIX)
+    return image_stem if image_stem != stem else None
 
 
 def _stem(name: str) -> str:

@@ -4,6 +4,7 @@ Shapes: ``c h w``; ``H W`` is an image as it lies in its file.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -104,7 +105,7 @@ class ImageFolderData(PixelDataModule):
         batch_size: images a batch, on each device.
         val_share: share of the images that validate, in 0…1; 0: no validation. A hash of its name decides for each
             image, so that it stays on its side when images are added. Without effect where ``val_root`` is given.
-        val_root: a folder of validation images; all of ``root`` then trains (but for ``val_root``, where it lies inside).
+        val_root: a folder of validation images; all of ``root`` then trains, apart from ``val_root`` inside it.
         masks: ``"auto"`` takes the masks where there are some, ``"require"`` insists on them, ``"ignore"`` leaves them.
         alpha: keep transparency as a fourth channel of ``pixels`` (255 = opaque), for a mask source to read. It is
             resized like a mask.
@@ -159,7 +160,7 @@ class ImageFolderData(PixelDataModule):
             train, val = split_files(files, self.val_share)
         else:
             train, val = files, find_images(self.val_root, "ImageFolderData", self.masks)
-            val = [ImageFile(file.path, file.name, len(files) + file.index, file.mask) for file in val]
+            val = [replace(file, index=len(files) + file.index) for file in val]
             files = train + val
         self.train_set = self._dataset(train, training=True)
         self.val_set = self.test_set = self._dataset(val, training=False) if val else None
