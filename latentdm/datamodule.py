@@ -100,6 +100,13 @@ class LatentDataModule(LightningDataModule):
                 f"neither LatentDataModule nor its {type(self.pixels).__name__} has the attribute {name!r}"
             ) from None
 
+    @property
+    def channels(self) -> dict[str, int]:
+        """Output key (our name) → channels, of those at latent resolution. Known from `setup` on, as in
+        ``configure_model``, so that a model can fit itself to the encoder.
+        """
+        return self.encoder.channels
+
     def prepare_data(self) -> None:
         """Delegates."""
         self.pixels.prepare_data()

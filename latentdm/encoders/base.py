@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentdm.autoencoders.frozen import FrozenVAE, Rows, check_posterior
-from latentdm.batch import INDEX, PIXELS, check_pixels
+from latentdm.batch import INDEX, LATENTS, PIXELS, check_pixels
 from latentdm.randomness import Draws
 
 
@@ -58,6 +58,11 @@ class Encoder(ABC):
         if not isinstance(self._vae, FrozenVAE):
             self._vae = self._vae()
         return self._vae
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Output key → channels, of those at latent resolution: what a model may concatenate."""
+        return {LATENTS: self.vae.latent_channels}
 
     def setup(self, device: torch.device | str) -> None:
         """Make the autoencoder and move it to ``device``. Outside a trainer this is optional."""

@@ -79,6 +79,12 @@ class InpaintEncoder(Encoder):
         self.mask_offset = mask_offset
         self.latent_mask = latent_mask
 
+    @property
+    def channels(self) -> dict[str, int]:
+        """As `Encoder.channels`: with ``latent_mask`` and ``masked_latents``."""
+        masks = self.vae.spatial_compression**2 if self.latent_mask == "unshuffle" else 1
+        return {**super().channels, LATENT_MASK: masks, MASKED_LATENTS: self.vae.latent_channels}
+
     def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
         if MASK not in batch:
             raise ValueError(

@@ -1,0 +1,148 @@
+"""Schemas of the config groups: a typo or a wrong type fails when Hydra composes, and names the key.
+
+One dataclass a target, its fields the target's parameters (a test compares them). Registered under ``schema/…``, so
+that the choices of a group, which Hydra lists after a wrong one, are those that a person can choose. Hydra's plugin
+imports this module at every start: it may import nothing heavy.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class LatentDataModule:
+    """``datamodule``."""
+
+    _target_: str = "latentdm.LatentDataModule"
+    pixels: Any = MISSING
+    encoder: Any = MISSING
+    masks: Any = None
+    keys: dict[str, Any] | None = None
+    layout: str = "CHW"
+    keep_pixels: bool = False
+    seed: int = 0
+
+
+@dataclass
+class PlainEncoder:
+    """``encoder=plain`` and ``encoder=batched``."""
+
+    _target_: str = "latentdm.PlainEncoder"
+    vae: Any = MISSING
+    per_batch: int | None = None
+    posterior: str = "sample"
+    progress: bool = False
+
+
+@dataclass
+class _InpaintEncoder(PlainEncoder):
+    _target_: str = "latentdm.InpaintEncoder"
+    latent_mask: str = "nearest"
+
+
+@dataclass
+class GrowInpaintEncoder(_InpaintEncoder):
+    """``encoder=inpaint``."""
+
+    grow_mask_by: int = 6
+
+
+@dataclass
+class OffsetInpaintEncoder(_InpaintEncoder):
+    """``encoder=inpaint_offset``."""
+
+    mask_offset: int = 6
+
+
+@dataclass
+class PretrainedVAE:
+    """``vae=…`` from a hub, a folder or a file. Partial: the encoder loads it in its ``setup``, on every rank."""
+
+    _target_: str = "latentdm.FrozenVAE.from_pretrained"
+    _partial_: bool = True
+    source: str = MISSING
+    subfolder: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+
+
+@dataclass
+class RandomVAE:
+    """``vae=…`` with random weights. Partial, as `PretrainedVAE`."""
+
+    _target_: str = "latentdm.FrozenVAE.from_config"
+    _partial_: bool = True
+    config: Any = MISSING
+    seed: int = 0
+    dtype: str = "auto"
+
+
+@dataclass
+class BatchMask:
+    """``masks=batch``."""
+
+    _target_: str = "latentdm.masks.BatchMask"
+
+
+@dataclass
+class AlphaMask:
+    """``masks=alpha``."""
+
+    _target_: str = "latentdm.masks.AlphaMask"
+    invert: bool = False
+
+
+@dataclass
+class RandomMask:
+    """``masks=random``."""
+
+    _target_: str = "latentdm.masks.RandomMask"
+    kinds: list[str] = field(default_factory=lambda: ["boxes", "strokes"])
+
+
+@dataclass
+class SamplesData:
+    """``pixels=samples``."""
+
+    _target_: str = "latentdm.data.SamplesData"
+    size: int = 128
+    batch_size: int = 16
+    num_workers: int = 0
+    seed: int = 0
+
+
+@dataclass
+class ImageFolderData:
+    """``pixels=folder``."""
+
+    _target_: str = "latentdm.data.ImageFolderData"
+    root: str = MISSING
+    size: int = 512
+    batch_size: int = 16
+    num_workers: int = 0
+    seed: int = 0
+
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "datamodule": {"latent": LatentDataModule},
+    "encoder": {
+        "plain": PlainEncoder,
+        "inpaint": GrowInpaintEncoder,
+        "inpaint_offset": OffsetInpaintEncoder,
+    },
+    "vae": {"pretrained": PretrainedVAE, "random": RandomVAE},
+    "masks": {"batch": BatchMask, "alpha": AlphaMask, "random": RandomMask},
+    "pixels": {"samples": SamplesData, "folder": ImageFolderData},
+}
+"""Group → name → schema."""
+
+
+def register_schemas() -> None:
+    """Put the schemas into Hydra's store under ``schema/<group>/<name>``. Hydra's plugin calls this."""
+    store = ConfigStore.instance()
+    for group, schemas in SCHEMAS.items():
+        for name, schema in schemas.items():
+            store.store(group=f"schema/{group}", name=name, node=schema, provider="latentdm")

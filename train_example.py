@@ -1,0 +1,120 @@
+"""Fine-tune a small inpainting model on photographs, with latents that come ready-made from the data module.
+
+Run ``python train_example.py``, or with any override of the groups under ``conf/``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import hydra
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DModel
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.profilers import SimpleProfiler
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+
+class LatentDiffusion(LightningModule):
+    """Predicts the noise in latents; with an inpainting encoder it also sees the mask and the masked image."""
+
+    def __init__(self, block_out_channels: list[int], layers_per_block: int, learning_rate: float) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+        self.unet: UNet2DModel | None = None
+
+    def configure_model(self) -> None:
+        if self.unet is not None:
+            return
+        channels: Mapping[str, int] = self.trainer.datamodule.channels  # e.g. latents 4, masked_latents 4, latent_mask 1
+        blocks = len(self.hparams.block_out_channels)
+        self.unet = UNet2DModel(
+            in_channels=sum(channels.values()),
+            out_channels=channels["latents"],
+            block_out_channels=tuple(self.hparams.block_out_channels),
+            layers_per_block=self.hparams.layers_per_block,
+            down_block_types=("DownBlock2D",) * blocks,
+            up_block_types=("UpBlock2D",) * blocks,
+            norm_num_groups=16,
+        )
+
+    def on_fit_start(self) -> None:
+        # One stream a rank: after seed_everything the global generators of all ranks would draw the same noise.
+        self.random = torch.Generator(self.device).manual_seed(self.global_rank)
+
+    def loss(self, batch: dict[str, Any], noise: Tensor, timesteps: Tensor) -> Tensor:
+        noisy = self.scheduler.add_noise(batch["latents"], noise, timesteps)
+        conditions = [batch[key] for key in ("latent_mask", "masked_latents") if key in batch]
+        predicted = self.unet(torch.cat([noisy, *conditions], dim=1), timesteps).sample
+        return F.mse_loss(predicted.float(), noise.float())
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        latents = batch["latents"]
+        noise = torch.empty_like(latents).normal_(generator=self.random)
+        steps = self.scheduler.config.num_train_timesteps
+        timesteps = torch.randint(steps, (len(latents),), generator=self.random, device=latents.device)
+        loss = self.loss(batch, noise, timesteps)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(latents))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        # The same noise and timesteps each time, so that two validation losses can be compared.
+        latents = batch["latents"]
+        fixed = torch.Generator(latents.device).manual_seed(batch_idx)
+        noise = torch.empty_like(latents).normal_(generator=fixed)
+        last = self.scheduler.config.num_train_timesteps - 1
+        timesteps = torch.linspace(0, last, len(latents), device=latents.device).long()
+        self.log("val/loss", self.loss(batch, noise, timesteps), batch_size=len(latents), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Validate, train, validate again, and print a table."""
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    output_dir = HydraConfig.get().runtime.output_dir
+    datamodule = instantiate(cfg.datamodule)
+    model = LatentDiffusion(**cfg.model)
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        callbacks=list(instantiate(cfg.callbacks).values()),
+        logger=list(instantiate(cfg.logger).values()),
+        profiler=SimpleProfiler(dirpath=output_dir, filename="profile"),
+    )
+    before = trainer.validate(model, datamodule, verbose=False)[0]["val/loss"]
+    trainer.fit(model, datamodule)
+    after = trainer.validate(model, datamodule, verbose=False)[0]["val/loss"]
+    if trainer.is_global_zero:
+        print_summary(trainer, before, after, images=trainer.global_step * cfg.pixels.batch_size * trainer.world_size)
+
+
+def print_summary(trainer: Trainer, before: float, after: float, images: int) -> None:
+    """The run in eight lines."""
+    [timer] = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
+    durations = trainer.profiler.recorded_durations
+    encoding = sum(durations["[LightningDataModule]LatentDataModule.on_after_batch_transfer"])
+    table = Table(title="latentdm example", show_header=False)
+    for name, value in {
+        "images": f"{images}",
+        "steps": f"{trainer.global_step}",
+        "first validation loss": f"{before:.4f}",
+        "last validation loss": f"{after:.4f} ({after / before:.0%} of the first)",
+        "images/s": f"{images / timer.time_elapsed('train'):.1f}",
+        "share of the step spent encoding": f"{encoding / (encoding + sum(durations['run_training_batch'])):.0%}",
+        "outputs": str(trainer.default_root_dir),
+    }.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
