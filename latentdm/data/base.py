@@ -134,7 +134,7 @@ class PixelDataModule(LightningDataModule):
         return self._loader(self._needed("train_set"), training=True)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
-        """Batches in order, or no loader at all where there is no validation set."""
+        """Batches in order; without a validation set no loader, of which Lightning makes sure with a warning."""
         return [] if self.val_set is None else self._loader(self.val_set, training=False)
 
     def test_dataloader(self) -> DataLoader[Sample]:

@@ -11,7 +11,16 @@ import numpy.typing as npt
 
 from latentdm.extras import require
 
-NAMES = ("astronaut", "chelsea", "coffee", "rocket", "stereo_motorcycle", "hubble_deep_field", "retina", "immunohistochemistry")
+NAMES = (
+    "astronaut",
+    "chelsea",
+    "coffee",
+    "rocket",
+    "stereo_motorcycle",
+    "hubble_deep_field",
+    "retina",
+    "immunohistochemistry",
+)
 """scikit-image's own colour photographs, by the name of the function in ``skimage.data`` that loads each."""
 
 VALIDATION_SHARE = 1 / 3

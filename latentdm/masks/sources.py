@@ -106,7 +106,7 @@ class RandomMask(MaskSource):
         kinds: Sequence[str] = ("boxes", "strokes"),
         share: Sequence[float] = (0.1, 0.5),
         boxes: Sequence[int] = (1, 4),
-        segments: Sequence[int] = (2, 8),
+        segments: Sequence[int] = (3, 8),
     ) -> None:
         shapes: dict[str, _Shapes] = {
             "boxes": _Boxes(*_counts("boxes", boxes)),
@@ -134,7 +134,7 @@ class RandomMask(MaskSource):
         numbers = torch.cat([part.flatten(1) for part in parts], dim=1).to(pixels.device, non_blocking=True)
         (choice, share), *placed = (
             flat.view(len(flat), -1, *part.shape[2:], 1, 1).unbind(1)
-            for part, flat in zip(parts, numbers.split([part[0].numel() for part in parts], dim=1), strict=True)
+            for part, flat in zip(parts, torch.split(numbers, [part[0].numel() for part in parts], dim=1), strict=True)
         )
 
         x = ((torch.arange(width, device=pixels.device) + 0.5) / short).view(1, 1, -1)
@@ -181,7 +181,7 @@ class _Boxes(_Shapes):
 
     def draw(self, draws: Draws, extent: Tensor) -> Tensor:
         numbers = draws.uniform("boxes", 1 + 4 * self.high)
-        centre, half = numbers[:, 1:].view(-1, self.high, 4).split([2, 2], dim=-1)
+        centre, half = numbers[:, 1:].view(-1, self.high, 4).chunk(2, dim=-1)
         return self._keep(torch.cat([centre * extent, 1 / (half * 0.8 + 0.2)], dim=-1), numbers[:, 0])
 
     def distance(self, x: Tensor, y: Tensor, row: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class _Strokes(_Shapes):
         strokes = numbers[:, 3:].view(-1, self.high, 3)
         points = [numbers[:, 1:3] * extent]
         for number in range(self.high):
-            step = (strokes[:, number, :2] - 0.5) * 0.9
+            step = (strokes[:, number, :2] - 0.5) * 1.5
             points.append((points[-1] + step).clamp_min(0).minimum(extent))
         ends = torch.stack(points, dim=1)
         step = ends[:, 1:] - ends[:, :-1]
