@@ -66,12 +66,19 @@ class Recorder(LightningModule):
 
     def of(self, stage, key, epoch=None):
         values = [batch[key] for e, batch in self.seen[stage] if epoch in (None, e)]
-        return torch.cat(values) if isinstance(values[0], torch.Tensor) else sum(values, [])
+        return torch.cat(values)
 
 
 def trainer(**settings):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(**{"accelerator": "cpu", "devices": 1, "max_epochs": 2, "num_sanity_val_steps": 0, **quiet, **settings})
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(
+        **{"accelerator": "cpu", "devices": 1, "max_epochs": 2, "num_sanity_val_steps": 0, **quiet, **settings}
+    )
 
 
 def fit(data, **settings):

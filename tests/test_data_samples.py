@@ -132,7 +132,12 @@ class Recorder(LightningModule):
 
 def test_two_epochs_of_a_trainer():
     recorder = Recorder()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     Trainer(accelerator="cpu", devices=1, max_epochs=2, num_sanity_val_steps=0, **quiet).fit(
         recorder, datamodule=SamplesData(size=16, batch_size=4, epoch_length=12, val_length=5)
     )

@@ -51,7 +51,9 @@ def test_alpha_mask_takes_floats():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_alpha_mask_needs_alpha(channels):
-    with pytest.raises(ValueError, match=rf"^AlphaMask: expected pixels of shape b 4 H W, got \(2, {channels}, 64, 64\) uint8; "):
+    with pytest.raises(
+        ValueError, match=rf"^AlphaMask: expected pixels of shape b 4 H W, got \(2, {channels}, 64, 64\) uint8; "
+    ):
         AlphaMask()(images(2, channels=channels), draws(range(2)))
 
 
