@@ -3,7 +3,8 @@
 Shapes: ``b`` batch, ``c`` channels, ``H W`` pixels as they come, ``h w`` pixels after the crop to the VAE's multiple.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence, Set
+from copy import copy
 from typing import Any
 
 import torch
@@ -40,11 +41,15 @@ class BatchKeys:
         self.keys: dict[str, Key] = dict(keys or {})
         unknown = [name for name in self.keys if name not in INPUTS + OUTPUTS]
         if unknown:
-            raise ValueError(f"LatentDataModule: keys: unknown name {unknown[0]!r}; the names are {', '.join(INPUTS + OUTPUTS)}")
+            names = ", ".join(INPUTS + OUTPUTS)
+            raise ValueError(f"LatentDataModule: keys: unknown name {unknown[0]!r}; the names are {names}")
         if any(isinstance(key, int) and key < 0 for key in self.keys.values()):
-            raise ValueError(f"LatentDataModule: keys: {self.keys} has a negative position; count from the front, from 0")
+            raise ValueError(f"LatentDataModule: keys: {self.keys} has a negative position; count from 0, at the front")
         if len({isinstance(key, int) for key in self.keys.values()}) > 1:
-            raise ValueError(f"LatentDataModule: keys: {self.keys} mixes keys and positions; use strings for dict batches, or integers for tuples")
+            raise ValueError(
+                f"LatentDataModule: keys: {self.keys} mixes keys and positions; "
+                "use strings for dict batches, or integers for tuples"
+            )
         if layout not in ("CHW", "HWC"):
             raise ValueError(f"LatentDataModule: layout must be 'CHW' or 'HWC', got {layout!r}")
         self.layout = layout
@@ -76,7 +81,8 @@ class BatchKeys:
         pixels, mask = found[PIXELS], found.get(MASK)
         if not isinstance(pixels, Tensor) or pixels.ndim != 4:
             raise ValueError(
-                f"LatentDataModule: batch[{self._key(PIXELS)!r}]: expected a tensor of shape {_LAYOUTS[self.layout]}, got {describe(pixels)}"
+                f"LatentDataModule: batch[{self._key(PIXELS)!r}]: expected a tensor of shape {_LAYOUTS[self.layout]}, "
+                f"got {describe(pixels)}"
             )
         if self.layout == "HWC":
             found[PIXELS] = pixels.movedim(-1, 1)
@@ -86,9 +92,11 @@ class BatchKeys:
 
     def replace(self, batch: Mapping[Any, Any] | Sequence[Any], values: Mapping[str, Any]) -> Any:
         """A batch of the same kind with some of our inputs replaced, each in its place."""
-        return self._rebuild(batch, {self._key(name): value for name, value in values.items()}, type(batch))
+        return rebuild(batch, {self._key(name): value for name, value in values.items()})
 
-    def write(self, batch: Mapping[Any, Any] | Sequence[Any], results: Mapping[str, Tensor], drop: Sequence[str]) -> Any:
+    def write(
+        self, batch: Mapping[Any, Any] | Sequence[Any], results: Mapping[str, Tensor], drop: Sequence[str]
+    ) -> Any:
         """The user's batch with our results in it; everything else stays untouched, in its order.
 
         Args:
@@ -106,65 +114,107 @@ class BatchKeys:
             self._check_place(name, self._key(name), batch, free, placed)
             placed[self._key(name)] = value
         if isinstance(batch, Mapping):
-            kept = {key: value for key, value in batch.items() if key not in leaving}
-            return self._rebuild(kept, placed, type(batch))
+            return rebuild(batch, placed, leaving)
         position = self.keys[PIXELS]
         if PIXELS in drop and position not in placed:
             raise ValueError(
-                f"LatentDataModule: keys: the pixels leave position {position} of the tuple and nothing takes their place; "
+                f"LatentDataModule: keys: the pixels leave position {position} of the tuple and nothing fills it; "
                 f"send an output there, as in keys={{pixels: {position}, latents: {position}}}, or set keep_pixels"
             )
-        return self._rebuild(batch, placed, type(batch))
+        return rebuild(batch, placed)
+
+    def missing_mask(self, batch: Mapping[Any, Any] | Sequence[Any]) -> str:
+        """What to tell a user whose encoder needs a mask that the batch does not hold."""
+        if isinstance(batch, Mapping):
+            held, example = f"only {_listed(batch)}", "masks"
+        else:
+            held, example = f"being a {type(batch).__name__} of {len(batch)}", "1"
+        return (
+            f"LatentDataModule: the batch has no {self._key(MASK)!r}, {held}; name the masks with keys, as in "
+            f"keys={{mask: {example}}}, or choose a source (masks=random, masks=alpha)"
+        )
 
     def _key(self, name: str) -> Key:
         return self.keys.get(name, name)
 
     def _check_place(self, name: str, key: Key, batch: Any, free: set[Key], placed: Mapping[Key, Any]) -> None:
         if key in placed:
-            raise ValueError(f"LatentDataModule: keys: {name!r} and another result both go to {key!r}; give each a place of its own")
+            raise ValueError(
+                f"LatentDataModule: keys: {name!r} and another result both go to {key!r}; give each a place of its own"
+            )
         if isinstance(batch, Mapping):
             if key in batch and key not in free:
                 raise ValueError(
-                    f"LatentDataModule: the batch already has {key!r} ({describe(batch[key])}), which the encoder's {name!r} would overwrite; "
-                    f"rename one, as in keys={{{name}: my_{name}}}"
+                    f"LatentDataModule: the batch already has {key!r} ({describe(batch[key])}), which the encoder's "
+                    f"{name!r} would overwrite; rename one, as in keys={{{name}: my_{name}}}"
                 )
         elif not isinstance(key, int):
             raise ValueError(
-                f"LatentDataModule: keys: the encoder's {name!r} has no position in a {type(batch).__name__} batch of {len(batch)}; "
-                f"give it one, as in keys={{…, {name}: {len(batch)}}}"
+                f"LatentDataModule: keys: the encoder's {name!r} has no position in a {type(batch).__name__} batch of "
+                f"{len(batch)}; give it one, as in keys={{…, {name}: {len(batch)}}}"
             )
         elif key < len(batch) and key not in free:
             raise ValueError(
-                f"LatentDataModule: keys: position {key} already holds {describe(batch[key])}, which {name!r} would overwrite; "
-                f"use {len(batch)} or more to append it"
+                f"LatentDataModule: keys: position {key} already holds {describe(batch[key])}, which {name!r} would "
+                f"overwrite; use {len(batch)} or more to append it"
             )
-
-    @staticmethod
-    def _rebuild(batch: Any, placed: Mapping[Any, Any], kind: Any) -> Any:
-        """The batch with some places filled, as a ``kind`` again (a named tuple becomes a plain one)."""
-        if isinstance(batch, Mapping):
-            return kind({**batch, **placed})
-        items = dict(enumerate(batch)) | placed
-        if max(items) >= len(items):
-            raise ValueError(
-                f"LatentDataModule: keys: position {max(items)} leaves a gap after a batch of {len(batch)}; use {len(batch)}"
-            )
-        row = [items[position] for position in range(len(items))]
-        return row if kind is list else tuple(row)
 
     def _no_pixels(self, batch: Mapping[Any, Any] | Sequence[Any]) -> str:
         key = self._key(PIXELS)
         if isinstance(batch, Mapping):
             return (
-                f"LatentDataModule: the batch has no {key!r}, only {', '.join(map(repr, batch)) or 'nothing'}; "
+                f"LatentDataModule: the batch has no {key!r}, only {_listed(batch)}; "
                 "name the images with keys, as in keys={pixels: image}"
             )
+        held = f"LatentDataModule: the batch is a {type(batch).__name__} of {len(batch)}"
         if isinstance(key, int):
-            return f"LatentDataModule: the batch is a {type(batch).__name__} of {len(batch)} and has no position {key} for the pixels"
-        return (
-            f"LatentDataModule: the batch is a {type(batch).__name__} of {len(batch)}; say where its images lie and the latents go, "
-            "as in keys={pixels: 0, latents: 0}"
+            return f"{held} and has no position {key} for the pixels; count from 0 in keys={{pixels: …}}"
+        return f"{held}; say where its images lie and the latents go, as in keys={{pixels: 0, latents: 0}}"
+
+
+def rebuild(batch: Any, placed: Mapping[Any, Any], leaving: Set[Any] = frozenset()) -> Any:
+    """A batch of the same kind with some places filled, and for a dict some keys gone; the batch itself stays as it is.
+
+    A named tuple that grows becomes a plain one.
+    """
+    if isinstance(batch, Mapping):
+        rebuilt = copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
+        for key in leaving & batch.keys():
+            del rebuilt[key]
+        rebuilt.update(placed)
+        return rebuilt
+    items = {**dict(enumerate(batch)), **placed}
+    if max(items) >= len(items):
+        raise ValueError(
+            f"LatentDataModule: keys: position {max(items)} leaves a gap after a batch of {len(batch)}; "
+            f"use {len(batch)}"
         )
+    row = [items[position] for position in range(len(items))]
+    if hasattr(batch, "_make") and len(row) == len(batch):
+        return batch._make(row)
+    return row if isinstance(batch, list) else tuple(row)
+
+
+def sample_ids(index: object, count: int, owner: str) -> list[int | str]:
+    """The ids that a batch's ``index`` gives its samples: what randomness is keyed on.
+
+    Args:
+        index: ``b`` integers, as a tensor or a list; strings serve as well.
+        count: how many images there are.
+        owner: the class that an error names.
+
+    Raises:
+        ValueError: it holds something else, or not one an image.
+    """
+    ids = index.flatten().tolist() if isinstance(index, Tensor) else index
+    if not isinstance(ids, list | tuple) or not all(isinstance(i, int | str) and not isinstance(i, bool) for i in ids):
+        raise ValueError(
+            f"{owner}: {INDEX}: expected one integer an image, got {describe(index)}; "
+            "name another key with keys={index: …}"
+        )
+    if len(ids) != count:
+        raise ValueError(f"{owner}: {INDEX}: got {len(ids)} for {count} images ({describe(index)}); give one an image")
+    return list(ids)
 
 
 def check_pixels(pixels: object, multiple: int, owner: str) -> None:
@@ -183,13 +233,15 @@ def check_pixels(pixels: object, multiple: int, owner: str) -> None:
         raise ValueError(f"{owner}: {PIXELS}: expected a tensor of shape {_LAYOUTS['CHW']}, got {describe(pixels)}")
     if pixels.shape[1] not in (1, 3, 4):
         hint = "; for channels-last images set layout=HWC" if pixels.shape[-1] in (1, 3, 4) else ""
-        raise ValueError(f"{owner}: {PIXELS}: expected 1, 3 or 4 channels in {_LAYOUTS['CHW']}, got {describe(pixels)}{hint}")
+        raise ValueError(
+            f"{owner}: {PIXELS}: expected 1, 3 or 4 channels in {_LAYOUTS['CHW']}, got {describe(pixels)}{hint}"
+        )
     if pixels.shape[0] == 0:
         raise ValueError(f"{owner}: {PIXELS}: the batch is empty, got {describe(pixels)}")
     if min(pixels.shape[-2:]) < multiple:
         raise ValueError(
-            f"{owner}: {PIXELS}: {pixels.shape[-2]}×{pixels.shape[-1]} is smaller than the autoencoder's factor {multiple}; "
-            f"use images of at least {multiple}×{multiple}"
+            f"{owner}: {PIXELS}: {pixels.shape[-2]}×{pixels.shape[-1]} is smaller than the autoencoder's factor "
+            f"{multiple}; use images of at least {multiple}×{multiple}"
         )
     if pixels.dtype == torch.uint8:
         return
@@ -236,12 +288,23 @@ def unit_mask(mask: Tensor, pixels: Tensor, owner: str) -> Tensor:
         white = torch.where(mask.amax(dim=(1, 2, 3), keepdim=True) > 1, 255.0, 1.0)
         mask = mask / white
     elif mask.dtype == torch.bool or mask.is_floating_point():
+        if mask.is_floating_point() and (pixels.is_floating_point() or mask.device.type == "cpu"):
+            _check_mask_range(mask, owner)  # elsewhere a look would make uint8 images wait for the device
         mask = mask.float()
     else:
         raise ValueError(f"{owner}: {MASK}: expected bool, uint8 in 0…255 or float in 0…1, got {describe(mask)}")
     if mask.shape[-2:] != pixels.shape[-2:]:
         mask = F.interpolate(mask, size=pixels.shape[-2:], mode="bilinear")
     return mask
+
+
+def _check_mask_range(mask: Tensor, owner: str) -> None:
+    low, high = (float(bound) for bound in mask.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"{owner}: {MASK}: float masks must lie in 0…1, got {low:.4g}…{high:.4g} ({describe(mask)}); "
+            "divide by 255, or yield uint8"
+        )
 
 
 def crop(image: Tensor, multiple: int) -> Tensor:
@@ -256,6 +319,10 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return type(value).__name__
+
+
+def _listed(batch: Mapping[Any, Any]) -> str:
+    return ", ".join(map(repr, batch)) or "nothing"
 
 
 _LAYOUTS = {"CHW": "b c H W", "HWC": "b H W c"}

@@ -1,16 +1,19 @@
 """`LatentDataModule`: any data module of pixel batches, turned into one of latents inside the batch-transfer hooks."""
 
 from collections.abc import Mapping
+from copy import copy
+from itertools import count
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from latentdm.batch import INDEX, MASK, PIXELS, BatchKeys, Key, crop
+from latentdm.batch import INDEX, MASK, PIXELS, BatchKeys, Key, crop, describe, rebuild, sample_ids
 from latentdm.encoders.base import Encoder
 from latentdm.masks.sources import MaskSource
 from latentdm.randomness import Draws
@@ -70,10 +73,12 @@ class LatentDataModule(LightningDataModule):
             pixels.allow_zero_length_dataloader_with_multiple_devices
         )
         self.prepare_data_per_node = pixels.prepare_data_per_node
-        self._pending: list[int | str] | None = None  # ids of the batch between its first and its last hook
+        self._noted: list[int | str] | None = None  # ids of the batch between its first and its last hook
         self._passes = False
-        self._counted: tuple[Any, ...] = ()
-        self._batches = 0
+        self._warned = False
+        self._calls = count()
+        if pixels.hparams:
+            self.save_hyperparameters(dict(pixels.hparams))
         for name in LOADERS:  # Lightning takes a stage as defined where the method is overridden
             if not is_overridden(name, pixels, LightningDataModule):
                 setattr(self, name, getattr(super(), name))
@@ -102,8 +107,9 @@ class LatentDataModule(LightningDataModule):
 
     @property
     def channels(self) -> dict[str, int]:
-        """Output key (our name) → channels, of those at latent resolution. Known from `setup` on, as in
-        ``configure_model``, so that a model can fit itself to the encoder.
+        """Output key (our name) → channels, of those at latent resolution, for a model that fits itself to the encoder.
+
+        Known from `setup` on, as in ``configure_model``.
         """
         return self.encoder.channels
 
@@ -149,27 +155,31 @@ class LatentDataModule(LightningDataModule):
         self.pixels.on_exception(exception)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped data module's state, and the count that keys batches without ``index``. No weights."""
-        return {"pixels": self.pixels.state_dict(), "batches": self._batches}
+        """Delegates. Nothing here has a state of its own: every draw follows from the trainer's progress."""
+        return self.pixels.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores `state_dict`."""
-        self.pixels.load_state_dict(state_dict["pixels"])
-        self._batches = state_dict["batches"]
+        """Delegates."""
+        self.pixels.load_state_dict(state_dict)
 
     # ---------------------------------------------------------------- the way of a batch
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """On the host: notes the samples' ids, so that no draw waits for the device. The batch stays as it is."""
-        batch = _open(batch)
-        batch = self.pixels.on_before_batch_transfer(batch, dataloader_idx)
-        self._passes = self._is_no_batch(batch)
-        if not self._passes:
-            self._pending = self._ids(self.keys.read(batch), dataloader_idx)
+        self._passes, self._noted = self._is_example(batch), None
+        if self._passes:
+            return batch
+        self._warn_if_rounded(batch)
+        batch = self.pixels.on_before_batch_transfer(_open(batch), dataloader_idx)
+        if _is_batch(batch):
+            index = self.keys.find(batch).get(INDEX)
+            self._noted = index.flatten().tolist() if isinstance(index, Tensor) else None
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Delegates; Lightning's own copies pinned memory without blocking."""
+        if self._passes:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
         return self.pixels.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -187,15 +197,18 @@ class LatentDataModule(LightningDataModule):
             ValueError: naming the key, its shape and dtype, and what was expected.
         """
         passes, self._passes = self._passes, False
+        if passes:
+            return batch
         batch = self.pixels.on_after_batch_transfer(batch, dataloader_idx)
-        if passes or self._is_no_batch(batch):
+        if not _is_batch(batch):
             return batch
         inputs = self.keys.read(batch)
-        ids, self._pending = self._pending or self._ids(inputs, dataloader_idx), None
-        draws = Draws(self.seed, self._epoch, ids)
-        needs_mask = MASK in self.encoder.consumes
-        if needs_mask and self.masks is not None:
-            inputs[MASK] = self.masks(inputs, draws)
+        draws = Draws(self.seed, self._epoch, self._ids(inputs, dataloader_idx))
+        if MASK in self.encoder.consumes:
+            if self.masks is not None:
+                inputs[MASK] = self.masks(inputs, draws)
+            if MASK not in inputs:
+                raise ValueError(self.keys.missing_mask(batch))
         results = self.encoder.encode(inputs, draws)
         if self.keep_pixels:
             results[PIXELS] = crop(inputs[PIXELS], self.encoder.vae.spatial_compression)
@@ -206,59 +219,78 @@ class LatentDataModule(LightningDataModule):
     def _epoch(self) -> int:
         return self.trainer.current_epoch if self.trainer is not None and self.trainer.training else 0
 
-    def _ids(self, inputs: Mapping[str, Tensor], dataloader_idx: int) -> list[int | str]:
+    def _ids(self, inputs: Mapping[str, Any], dataloader_idx: int) -> list[int | str]:
         """One id a sample: its index, or the place of this batch in its run."""
-        if isinstance(inputs.get(INDEX), Tensor):
-            ids: list[int | str] = inputs[INDEX].flatten().tolist()
-            if len(ids) != len(inputs[PIXELS]):
-                raise ValueError(f"{INDEX}: got {len(ids)} for {len(inputs[PIXELS])} images; give one an image")
-            return ids
-        rank = 0
-        if self.trainer is not None:
-            rank = self.trainer.global_rank
-            # A new epoch of training, or a new run of validation, counts from the start.
-            state = self.trainer.state
-            place = self._epoch if self.trainer.training else self.trainer.global_step
-            if (state.fn, state.stage, place) != self._counted:
-                first = not self._counted
-                self._counted = (state.fn, state.stage, place)
-                self._batches = self._batches if first else 0
-        batch = self._batches
-        self._batches += 1
-        return [f"rank{rank}.loader{dataloader_idx}.batch{batch}.{place}" for place in range(len(inputs[PIXELS]))]
+        noted, self._noted = self._noted, None
+        b = len(inputs[PIXELS])
+        if noted is not None and len(noted) == b:
+            inputs = {**inputs, INDEX: noted}
+        if INDEX in inputs:
+            return sample_ids(inputs[INDEX], b, "LatentDataModule")
+        rank = 0 if self.trainer is None else self.trainer.global_rank
+        return [f"rank{rank}.loader{dataloader_idx}.batch{self._batch_number()}.{place}" for place in range(b)]
 
-    def _is_no_batch(self, batch: Any) -> bool:
-        if not isinstance(batch, Mapping | tuple | list):
-            return True
+    def _batch_number(self) -> int:
+        """The place of this batch in its epoch or evaluation, as Lightning counts it and saves it in checkpoints."""
+        trainer = self.trainer
+        if trainer is None or trainer.state.status != TrainerStatus.RUNNING:
+            return next(self._calls)  # by hand, as in a notebook
+        epoch = trainer.fit_loop.epoch_loop
+        loops: dict[TrainerFn | None, Any] = {
+            TrainerFn.FITTING: epoch if trainer.training else epoch.val_loop,
+            TrainerFn.VALIDATING: trainer.validate_loop,
+            TrainerFn.TESTING: trainer.test_loop,
+            TrainerFn.PREDICTING: trainer.predict_loop,
+        }
+        return int(loops[trainer.state.fn].batch_progress.current.ready)
+
+    def _is_example(self, batch: Any) -> bool:
+        """Whether this is the model's ``example_input_array``, which is made of latents already."""
         model = self.trainer.lightning_module if self.trainer is not None else None
-        return model is not None and batch is model.example_input_array
+        return model is not None and batch is not None and batch is model.example_input_array
 
     # ---------------------------------------------------------------- float images, kept whole
 
+    @property
+    def _input_dtype(self) -> torch.dtype:
+        """What the trainer casts float inputs to, before any hook."""
+        plain = torch.ones(())
+        return plain.dtype if self.trainer is None else self.trainer.precision_plugin.convert_input(plain).dtype
+
     def _whole(self, loaders: Any) -> Any:
-        """Hide float images from a precision plugin that would round them before the hooks."""
-        if self.trainer is None:
-            return loaders
-        full = torch.ones((), dtype=torch.float32)
-        if self.trainer.precision_plugin.convert_input(full).dtype in (torch.float32, torch.float64):
+        """The loaders, hiding float images from a precision plugin that would round them before the hooks."""
+        if self._input_dtype not in _ROUNDED:
             return loaders
         if isinstance(loaders, DataLoader):
-            if not isinstance(loaders.collate_fn, _ClosingCollate):
-                loaders.collate_fn = _ClosingCollate(loaders.collate_fn, self.keys)
-        elif isinstance(loaders, CombinedLoader):
-            self._whole(loaders.iterables)
+            if isinstance(loaders.collate_fn, _ClosingCollate):
+                return loaders
+            loader = copy(loaders)  # the user's own stays as it is
+            loader.collate_fn = _ClosingCollate(loaders.collate_fn, self.keys)
+            return loader
+        if isinstance(loaders, CombinedLoader):
+            loaders.flattened = [self._whole(loader) for loader in loaders.flattened]
         elif isinstance(loaders, Mapping):
-            for loader in loaders.values():
-                self._whole(loader)
+            return {name: self._whole(loader) for name, loader in loaders.items()}
         elif isinstance(loaders, list | tuple):
-            for loader in loaders:
-                self._whole(loader)
-        else:
-            rank_zero_warn(
-                f"LatentDataModule: {type(loaders).__name__} is no torch DataLoader, so the trainer's precision rounds its "
-                "float images before they are encoded; yield uint8 images to keep every bit"
-            )
+            return [self._whole(loader) for loader in loaders]
         return loaders
+
+    def _warn_if_rounded(self, batch: Any) -> None:
+        """Other loaders than torch's cannot be helped: say once what their images lose."""
+        dtype = self._input_dtype
+        if self._warned or dtype not in _ROUNDED or not _is_batch(batch):
+            return
+        for name, value in self.keys.find(batch).items():
+            if isinstance(value, Tensor) and value.dtype == dtype:
+                self._warned = True
+                rank_zero_warn(
+                    f"LatentDataModule: {name} came as {describe(value)}: the trainer's precision rounds float images "
+                    "of a loader that is no torch DataLoader before they are encoded; yield uint8 to keep every bit"
+                )
+                return
+
+
+_ROUNDED = (torch.float16, torch.bfloat16)
 
 
 class _Closed:
@@ -280,7 +312,7 @@ class _ClosingCollate:
 
     def __call__(self, samples: Any) -> Any:
         batch = self.collate(samples)
-        if not isinstance(batch, Mapping | tuple | list):
+        if not _is_batch(batch):
             return batch
         floats = {
             name: _Closed(value)
@@ -292,12 +324,15 @@ class _ClosingCollate:
 
 def _open(batch: Any) -> Any:
     """The batch with its closed tensors opened."""
-    if isinstance(batch, Mapping):
-        closed = {key: value.tensor for key, value in batch.items() if isinstance(value, _Closed)}
-        return {**batch, **closed} if closed else batch
-    if isinstance(batch, tuple | list) and any(isinstance(value, _Closed) for value in batch):
-        return type(batch)(value.tensor if isinstance(value, _Closed) else value for value in batch)
-    return batch
+    if not _is_batch(batch):
+        return batch
+    places = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+    opened = {place: value.tensor for place, value in places if isinstance(value, _Closed)}
+    return rebuild(batch, opened) if opened else batch
+
+
+def _is_batch(batch: Any) -> bool:
+    return isinstance(batch, Mapping | tuple | list)
 
 
 def _check_model(model: LightningModule) -> None:
@@ -306,8 +341,8 @@ def _check_model(model: LightningModule) -> None:
     for hook in HOOKS:
         if is_overridden(hook, model, LightningModule):
             raise ValueError(
-                f"LatentDataModule: {name} overrides {hook}, where the latents are made, and Lightning would call only one of "
-                "the two; move that code into the pixel data module, whose hooks are called too"
+                f"LatentDataModule: {name} overrides {hook}, where the latents are made, and Lightning would call only "
+                "one of the two; move that code into the pixel data module, whose hooks are called too"
             )
     for step in STEPS:
         method = getattr(model, step, None)

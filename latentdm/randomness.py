@@ -4,7 +4,7 @@ So a sample meets the same noise, mask and crop whatever the batch size, the num
 the run was resumed. (With ``seed_everything`` the global generator gives every rank the *same* posterior noise.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -55,20 +55,8 @@ class Draws:
         """The draws of some of the samples."""
         return Draws(self.seed, self.epoch, self.ids[rows])
 
-    def _generators(self, purpose: str, device: torch.device) -> "_Generators":
-        return _Generators([sample_seed(self.seed, self.epoch, i, purpose) for i in self.ids], device)
-
-
-class _Generators:
-    """One generator, seeded anew for each sample: making a generator costs more than seeding one."""
-
-    def __init__(self, seeds: list[int], device: torch.device) -> None:
-        self.seeds = seeds
-        self.generator = torch.Generator(device)
-
-    def __len__(self) -> int:
-        return len(self.seeds)
-
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        for seed in self.seeds:
-            yield self.generator.manual_seed(seed)
+    def _generators(self, purpose: str, device: torch.device) -> Iterator[torch.Generator]:
+        """One generator, seeded anew for each sample: making a generator costs more than seeding one."""
+        generator = torch.Generator(device)
+        for i in self.ids:
+            yield generator.manual_seed(sample_seed(self.seed, self.epoch, i, purpose))

@@ -6,10 +6,10 @@ from itertools import count
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdm.autoencoders.frozen import FrozenVAE, Rows, check_posterior
-from latentdm.batch import INDEX, LATENTS, PIXELS, check_pixels
+from latentdm.batch import INDEX, LATENTS, PIXELS, check_pixels, sample_ids
 from latentdm.randomness import Draws
 
 
@@ -41,10 +41,11 @@ class Encoder(ABC):
         name = type(self).__name__
         if per_batch is not None and (isinstance(per_batch, bool) or not isinstance(per_batch, int) or per_batch < 1):
             raise ValueError(
-                f"{name}: per_batch must be at least 1, got {per_batch!r}; leave it out (null) to encode the whole batch at once"
+                f"{name}: per_batch must be an integer of at least 1, got {per_batch!r}; "
+                "leave it out (null) to encode the whole batch at once"
             )
-        if not isinstance(vae, FrozenVAE) and not callable(vae):
-            raise ValueError(f"{name}: vae must be a FrozenVAE, got {type(vae).__name__}; wrap it: FrozenVAE(autoencoder)")
+        if isinstance(vae, nn.Module) or not callable(vae):  # a module can be called, and makes no FrozenVAE
+            _check_vae(vae, name)
         check_posterior(posterior, name)
         self._vae = vae
         self.per_batch = per_batch
@@ -56,7 +57,7 @@ class Encoder(ABC):
     def vae(self) -> FrozenVAE:
         """The frozen autoencoder; made now if it was not yet."""
         if not isinstance(self._vae, FrozenVAE):
-            self._vae = self._vae()
+            self._vae = _check_vae(self._vae(), type(self).__name__)
         return self._vae
 
     @property
@@ -81,12 +82,13 @@ class Encoder(ABC):
         Raises:
             ValueError: pixels or mask of a wrong shape, dtype or range; the message names what would be right.
         """
-        index = batch.get(INDEX)
-        if isinstance(index, Tensor):
-            ids: list[int | str] = index.tolist()
+        self._check(batch)
+        count = len(batch[PIXELS])
+        if INDEX in batch:
+            ids = sample_ids(batch[INDEX], count, type(self).__name__)
         else:  # a count of calls, so that no two batches share their noise
-            ids = [f"call{next(self._calls)}.{place}" for place in range(len(batch.get(PIXELS, ())))]
-        encoded = self.encode(batch, Draws(0, 0, ids))
+            ids = [f"call{next(self._calls)}.{place}" for place in range(count)]
+        encoded = self._encode(batch, Draws(0, 0, ids))
         return {key: value for key, value in batch.items() if key not in self.consumes} | encoded
 
     def encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
@@ -96,8 +98,11 @@ class Encoder(ABC):
             batch: as for a call.
             draws: the batch's random numbers.
         """
-        check_pixels(batch.get(PIXELS), self.vae.spatial_compression, type(self).__name__)
+        self._check(batch)
         return self._encode(batch, draws)
+
+    def _check(self, batch: Mapping[str, Any]) -> None:
+        check_pixels(batch.get(PIXELS), self.vae.spatial_compression, type(self).__name__)
 
     @abstractmethod
     def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
@@ -128,7 +133,13 @@ class Encoder(ABC):
             per_batch=self.per_batch,
             progress=self.progress,
         )
-        return dict(zip(images, latents.split(b), strict=True))
+        return dict(zip(images, torch.split(latents, b), strict=True))
+
+
+def _check_vae(vae: object, owner: str) -> FrozenVAE:
+    if not isinstance(vae, FrozenVAE):
+        raise ValueError(f"{owner}: vae must be a FrozenVAE, got {type(vae).__name__}; wrap it: FrozenVAE(autoencoder)")
+    return vae
 
 
 def _stacked(sources: list[Rows], b: int) -> Rows:

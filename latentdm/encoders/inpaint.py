@@ -74,7 +74,8 @@ class InpaintEncoder(Encoder):
         if mask_offset is not None:
             check_mask_offset(mask_offset, "InpaintEncoder")
         if latent_mask not in LATENT_MASKS:
-            raise ValueError(f"InpaintEncoder: latent_mask must be one of {', '.join(LATENT_MASKS)}, got {latent_mask!r}")
+            known = ", ".join(LATENT_MASKS)
+            raise ValueError(f"InpaintEncoder: latent_mask must be one of {known}, got {latent_mask!r}")
         self.grow_mask_by = 6 if grow_mask_by is None and mask_offset is None else grow_mask_by
         self.mask_offset = mask_offset
         self.latent_mask = latent_mask
@@ -88,8 +89,8 @@ class InpaintEncoder(Encoder):
     def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
         if MASK not in batch:
             raise ValueError(
-                f"InpaintEncoder: the batch has no {MASK!r}, only {', '.join(map(repr, batch))}; yield one with the images, "
-                "name it with keys, or choose a mask source (masks=random, masks=alpha)"
+                f"InpaintEncoder: the batch has no {MASK!r}, only {', '.join(map(repr, batch))}; "
+                "give one with the images, white = 1 = repaint"
             )
         r = self.vae.spatial_compression
         pixels = crop(batch[PIXELS], r)
