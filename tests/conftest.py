@@ -1,0 +1,27 @@
+"""Fixtures that the tests share; the classes behind them are in helpers.py."""
+
+import pytest
+import torch
+from helpers import RecordingAutoencoder, tiny_kl
+
+from latentdm import FrozenVAE
+
+torch.set_num_threads(1)  # pytest-xdist gives each test a core
+
+
+@pytest.fixture(scope="session")
+def vae():
+    """A frozen tiny AutoencoderKL in float32: r = 8, z = 4."""
+    return FrozenVAE(tiny_kl(scaling_factor=0.5, shift_factor=0.1), dtype="float32")
+
+
+@pytest.fixture
+def recorder():
+    """An autoencoder that keeps what it was given."""
+    return RecordingAutoencoder()
+
+
+@pytest.fixture
+def recording_vae(recorder):
+    """The recorder, frozen."""
+    return FrozenVAE(recorder)
