@@ -67,6 +67,9 @@ class PretrainedVAE:
     subfolder: str | None = None
     revision: str | None = None
     dtype: str = "auto"
+    encoder_only: bool = False
+    config: str | None = None
+    use_safetensors: bool = True
 
 
 @dataclass

@@ -1,14 +1,19 @@
-"""What there is to know of each autoencoder class: its spatial factor and how its latents are normalised.
+"""What there is to know of each autoencoder class: its factors, what it encodes and how its latents are normalised.
 
-One table, one place. Only `FrozenVAE` reads it, and nothing else in the library scales a latent.
+One table, one place. Only `FrozenVAE` and the loader read it, and nothing else in the library scales a latent.
+
+Shapes: ``b`` batch, ``f h w`` frames and pixels, ``z`` latent channels, ``r`` the spatial compression.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from latentdm.autoencoders.posterior import latent_of
 
 
 @dataclass(frozen=True)
@@ -21,46 +26,175 @@ class Normalization:
         std: one a channel.
     """
 
-    mean: float | Sequence[float] | None = None
+    mean: float | Sequence[float] | Tensor | None = None
     scale: float | None = None
-    std: Sequence[float] | None = None
+    std: Sequence[float] | Tensor | None = None
+
+
+def _decode(autoencoder: Any, z: Tensor) -> Tensor:
+    decoded: Tensor = autoencoder.decode(z).sample
+    return decoded
 
 
 @dataclass(frozen=True)
 class Family:
-    """What `FrozenVAE` asks of one autoencoder class. Each field is a function of the autoencoder.
+    """What `FrozenVAE` asks of one autoencoder class. Each callable is given the autoencoder.
 
     Args:
-        spatial_compression: pixels a latent, along one side.
+        spatial_compression: ``r``, pixels a latent along one side of what models train on.
         latent_channels: channels of the normalised latents.
         normalization: how the pipeline of this family scales its latents.
+        frame_axis: encode takes ``b c f h w``; an image is passed as one frame and the axis taken off again.
+        temporal_compression: frames of a clip a latent frame; the first frame stands alone, so that ``t·n + 1``
+            frames give ``n + 1``. None: images only.
+        image_channels: 3, or 4: an opaque alpha is added before encode, and the decoder's is dropped.
+        pixel_range: what encode takes and decode gives for black and white.
+        patch: side of the squares of latents that models take as channels: ``b z h w`` → ``b p²z h/p w/p``.
+        has_posterior: encode gives a distribution, so that a sample differs from the mode.
+        decode: the autoencoder and unscaled latents → pixels in ``pixel_range``.
+        decoder_parts: attributes that only decode needs.
     """
 
     spatial_compression: Callable[[Any], int]
     latent_channels: Callable[[Any], int]
     normalization: Callable[[Any], Normalization]
+    frame_axis: bool = False
+    temporal_compression: Callable[[Any], int] | None = None
+    image_channels: Callable[[Any], int] = lambda _: 3
+    pixel_range: tuple[float, float] = (-1.0, 1.0)
+    patch: Callable[[Any], int] = lambda _: 1
+    has_posterior: bool = True
+    decode: Callable[[Any, Tensor], Tensor] = _decode
+    decoder_parts: tuple[str, ...] = ("decoder", "post_quant_conv")
 
 
-def _halvings(block_out_channels: Sequence[int]) -> int:
+# ---------------------------------------------------------------- the table
+
+
+def _halvings(blocks: Sequence[int]) -> int:
     """A factor of two for each block but the last."""
-    return int(2 ** (len(block_out_channels) - 1))
+    return int(2 ** (len(blocks) - 1))
+
+
+def _latent_channels(autoencoder: Any) -> int:
+    return int(autoencoder.config.latent_channels)
+
+
+def _scaled(autoencoder: Any) -> Normalization:
+    return Normalization(scale=autoencoder.config.scaling_factor)
+
+
+def _shifted(autoencoder: Any) -> Normalization:
+    return Normalization(mean=autoencoder.config.shift_factor, scale=autoencoder.config.scaling_factor)
 
 
 def _kl_normalization(autoencoder: Any) -> Normalization:
+    """SDXL's finetunes (Playground) give statistics, and then the shift of SD 3 and FLUX has no place."""
     config = autoencoder.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
         return Normalization(mean=tuple(mean), scale=config.scaling_factor, std=tuple(std))
-    return Normalization(mean=config.get("shift_factor"), scale=config.scaling_factor)
+    return _shifted(autoencoder)
+
+
+def _standardized(autoencoder: Any) -> Normalization:
+    config = autoencoder.config
+    return Normalization(mean=tuple(config.latents_mean), std=tuple(config.latents_std))
+
+
+def _flux2_patch(autoencoder: Any) -> int:
+    across, down = autoencoder.config.patch_size
+    if across != down:
+        raise ValueError(f"FrozenVAE: AutoencoderKLFlux2 with patches of {across}×{down}; only squares are supported")
+    return int(across)
+
+
+def _flux2_normalization(autoencoder: Any) -> Normalization:
+    """The running statistics of a batch norm that its forward never calls, over the patchified channels."""
+    statistics = autoencoder.bn
+    std = torch.sqrt(statistics.running_var.float() + autoencoder.config.batch_norm_eps)
+    return Normalization(mean=statistics.running_mean.float(), std=std)
+
+
+def _decode_vq(autoencoder: Any, z: Tensor) -> Tensor:
+    """Kandinsky's MoVQ (spatial norm) decodes latents as they are; LDM's VQ-VAE snaps them to its codebook first."""
+    movq = autoencoder.config.norm_type == "spatial"
+    decoded: Tensor = autoencoder.decode(z, force_not_quantize=movq).sample
+    return decoded
 
 
 _FAMILIES: dict[str, Family] = {
     "AutoencoderKL": Family(
         spatial_compression=lambda autoencoder: _halvings(autoencoder.config.block_out_channels),
-        latent_channels=lambda autoencoder: int(autoencoder.config.latent_channels),
+        latent_channels=_latent_channels,
         normalization=_kl_normalization,
     ),
+    "AsymmetricAutoencoderKL": Family(
+        spatial_compression=lambda autoencoder: _halvings(autoencoder.config.down_block_out_channels),
+        latent_channels=_latent_channels,
+        normalization=_scaled,
+    ),
+    "AutoencoderTiny": Family(
+        spatial_compression=lambda autoencoder: _halvings(autoencoder.config.encoder_block_out_channels),
+        latent_channels=_latent_channels,
+        normalization=_shifted,
+        has_posterior=False,
+    ),
+    "AutoencoderDC": Family(
+        spatial_compression=lambda autoencoder: int(autoencoder.spatial_compression_ratio),
+        latent_channels=_latent_channels,
+        normalization=_scaled,
+        has_posterior=False,
+    ),
+    "AutoencoderKLFlux2": Family(
+        spatial_compression=lambda autoencoder: (
+            _halvings(autoencoder.config.block_out_channels) * _flux2_patch(autoencoder)
+        ),
+        latent_channels=lambda autoencoder: _latent_channels(autoencoder) * _flux2_patch(autoencoder) ** 2,
+        normalization=_flux2_normalization,
+        patch=_flux2_patch,
+    ),
+    "AutoencoderKLQwenImage": Family(
+        spatial_compression=lambda autoencoder: int(2 ** len(autoencoder.config.temperal_downsample)),
+        latent_channels=lambda autoencoder: int(autoencoder.config.z_dim),
+        normalization=_standardized,
+        frame_axis=True,
+        temporal_compression=lambda autoencoder: int(2 ** sum(autoencoder.config.temperal_downsample)),
+        image_channels=lambda autoencoder: int(autoencoder.config.get("input_channels", 3)),  # 4: Qwen-Image-Layered
+    ),
+    "AutoencoderKLQwenImage21": Family(
+        spatial_compression=lambda autoencoder: int(autoencoder.config.scale_factor_spatial),
+        latent_channels=lambda autoencoder: int(autoencoder.config.z_dim),
+        normalization=_standardized,
+        frame_axis=True,  # but its convolutions take a single frame
+        image_channels=lambda autoencoder: int(autoencoder.config.in_channels),
+    ),
+    "AutoencoderKLWan": Family(
+        spatial_compression=lambda autoencoder: int(autoencoder.config.scale_factor_spatial),
+        latent_channels=lambda autoencoder: int(autoencoder.config.z_dim),
+        normalization=_standardized,
+        frame_axis=True,
+        temporal_compression=lambda autoencoder: int(autoencoder.config.scale_factor_temporal),
+    ),
+    "AutoencoderKLHunyuanImage": Family(
+        spatial_compression=lambda autoencoder: int(autoencoder.config.spatial_compression_ratio),
+        latent_channels=_latent_channels,
+        normalization=_scaled,
+    ),
+    "VQModel": Family(
+        spatial_compression=lambda autoencoder: _halvings(autoencoder.config.block_out_channels),
+        latent_channels=lambda autoencoder: int(autoencoder.config.vq_embed_dim or autoencoder.config.latent_channels),
+        normalization=lambda _: Normalization(),  # MoVQ's pipelines read no scaling_factor
+        has_posterior=False,
+        decode=_decode_vq,
+        decoder_parts=("decoder", "post_quant_conv", "quantize"),
+    ),
 }
+_CLASSES: dict[str, type] = {}
+"""Classes registered by users, which the loader cannot find in diffusers."""
+
+
+# ---------------------------------------------------------------- asking and teaching it
 
 
 def families() -> Mapping[str, Family]:
@@ -68,9 +202,50 @@ def families() -> Mapping[str, Family]:
     return dict(_FAMILIES)
 
 
-def register_family(class_name: str, family: Family) -> None:
-    """Teach `FrozenVAE` an autoencoder class of your own, or change what it knows of one."""
-    _FAMILIES[class_name] = family
+def register_family(autoencoder: type | str, family: Family) -> None:
+    """Teach `FrozenVAE` an autoencoder class of your own, or change what it knows of one.
+
+    Args:
+        autoencoder: the class, which ``from_pretrained`` then finds as well; for a class of diffusers its name is
+            enough.
+        family: what is to be known of it; its subclasses inherit it.
+
+    Example:
+        >>> register_family(  # doctest: +SKIP
+        ...     MyAutoencoder,
+        ...     Family(
+        ...         spatial_compression=lambda autoencoder: 8,
+        ...         latent_channels=lambda autoencoder: autoencoder.config.latent_channels,
+        ...         normalization=lambda autoencoder: Normalization(scale=autoencoder.config.scaling_factor),
+        ...     ),
+        ... )
+    """
+    name = autoencoder if isinstance(autoencoder, str) else autoencoder.__name__
+    _FAMILIES[name] = family
+    if not isinstance(autoencoder, str):
+        _CLASSES[name] = autoencoder
+
+
+def class_named(name: object, owner: str) -> Any:
+    """The known class of a name, as a config's ``_class_name`` gives it.
+
+    Raises:
+        ValueError: it is not known, or is not in the installed diffusers.
+    """
+    if name not in _FAMILIES:
+        raise ValueError(
+            f"{owner} names the class {name!r}, which is not known; known are {', '.join(sorted(_FAMILIES))}. "
+            "Teach it with latentdm.register_family"
+        )
+    import diffusers
+
+    found = _CLASSES.get(name) or getattr(diffusers, name, None)
+    if found is None:
+        raise ValueError(
+            f"{owner} names the class {name!r}, which diffusers {diffusers.__version__} does not have; install a newer "
+            "one, or for a class of your own pass it to latentdm.register_family itself, not its name"
+        )
+    return found
 
 
 def family_of(autoencoder: nn.Module) -> Family:
@@ -85,69 +260,33 @@ def family_of(autoencoder: nn.Module) -> Family:
             return _FAMILIES[base.__name__]
     name = type(autoencoder).__name__
     if not callable(getattr(autoencoder, "encode", None)):
-        raise TypeError(f"FrozenVAE: {name} has no encode method; pass a diffusers autoencoder or a module with encode(x)")
+        raise TypeError(
+            f"FrozenVAE: {name} has no encode method; pass a diffusers autoencoder or a module with encode(x)"
+        )
     if any(base.__module__.startswith("diffusers.") for base in type(autoencoder).__mro__):
         raise ValueError(
             f"FrozenVAE: the class {name} is not known; known are {', '.join(sorted(_FAMILIES))}. "
-            "Teach it with latentdm.autoencoders.register_family"
+            "Teach it with latentdm.register_family"
         )
     return _plain_family(autoencoder)
 
 
-def _plain_family(autoencoder: nn.Module) -> Family:
-    """A module that somebody wrote: the factor and channels it names, else those that a trial shows; no scaling
-    but what its config asks for.
+def _plain_family(autoencoder: Any) -> Family:
+    """A module that somebody wrote: the factor and channels that it names, else what a trial shows.
+
+    Its latents are scaled by nothing but its config's scaling_factor and shift_factor, if it has them.
     """
     config = getattr(autoencoder, "config", None)
     scaled = Normalization(mean=getattr(config, "shift_factor", None), scale=getattr(config, "scaling_factor", None))
-    factor = getattr(autoencoder, "spatial_compression", None) or getattr(autoencoder, "spatial_compression_ratio", None)
+    factor = getattr(autoencoder, "spatial_compression", getattr(autoencoder, "spatial_compression_ratio", None))
     channels = getattr(autoencoder, "latent_channels", None)
+    has_posterior = True
     if factor is None or channels is None:
         size = 64
         parameter = next(autoencoder.parameters(), torch.empty(0))
         # A copy is tried, so that a module that counts or records its calls never hears of this one.
-        from copy import deepcopy
-
         with torch.no_grad():
-            trial = latent_of(deepcopy(autoencoder).eval().encode(parameter.new_zeros(1, 3, size, size))).mean
-        factor, channels = factor or size // trial.shape[-1], channels or trial.shape[1]
-    return Family(lambda _: int(factor), lambda _: int(channels), lambda _: scaled)
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """What an encoder gives for a batch, before normalisation: the seam at which moments can be cached.
-
-    Args:
-        mean: ``b z h w`` float32.
-        std: ``b z h w`` float32, or None for a family that gives latents and no distribution.
-    """
-
-    mean: Tensor
-    std: Tensor | None
-
-    def draw(self, noise: Tensor) -> Tensor:
-        """``b z h w`` float32: mean + std · noise."""
-        return self.mean if self.std is None else self.mean + self.std * noise
-
-
-def latent_of(output: Any) -> Posterior:
-    """The posterior in an encoder's output: ``.latent_dist``, ``.latents`` or ``.latent``, as diffusers names them.
-
-    Raises:
-        TypeError: it has none of the three.
-    """
-    distribution = getattr(output, "latent_dist", None)
-    if distribution is None:
-        for name in ("latents", "latent"):
-            if isinstance(getattr(output, name, None), Tensor):
-                return Posterior(getattr(output, name).float(), None)
-        raise TypeError(
-            f"FrozenVAE: encode returned {type(output).__name__} with none of latent_dist, latents and latent"
-        )
-    if hasattr(distribution, "logvar") and not getattr(distribution, "deterministic", False):
-        # exp in float32: a bf16 logvar loses nothing more on its way to a standard deviation
-        return Posterior(distribution.mean.float(), torch.exp(0.5 * distribution.logvar.float()))
-    if hasattr(distribution, "std"):
-        return Posterior(distribution.mean.float(), distribution.std.float())
-    return Posterior(distribution.mode().float(), None)
+            trial = latent_of(deepcopy(autoencoder).eval().encode(parameter.new_zeros(1, 3, size, size)))
+        factor, channels = factor or size // trial.mean.shape[-1], channels or trial.mean.shape[1]
+        has_posterior = trial.std is not None
+    return Family(lambda _: int(factor), lambda _: int(channels), lambda _: scaled, has_posterior=has_posterior)

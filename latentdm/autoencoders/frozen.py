@@ -1,23 +1,26 @@
 """`FrozenVAE`: an autoencoder that only encodes and decodes, in a dtype of its own, and never trains.
 
-Shapes: ``b`` batch, ``h w`` pixels (multiples of ``r``), ``z`` latent channels, ``r`` the spatial compression.
+Shapes: ``b`` batch, ``f h w`` frames and pixels (``h w`` multiples of ``r``), ``z`` latent channels, ``r`` the spatial
+and ``t`` the temporal compression.
 """
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from copy import deepcopy
 from itertools import count
 from os import PathLike
 from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from latentdm.autoencoders.families import Posterior, family_of, latent_of
+from latentdm.autoencoders.families import family_of
+from latentdm.autoencoders.posterior import Posterior, latent_of
+from latentdm.autoencoders.weights import DTYPES, cast_copy, computes_bfloat16, lay_out
 from latentdm.randomness import Draws
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POSTERIORS = ("sample", "mode")
 
 Rows = Callable[[slice], Tensor]
@@ -30,12 +33,19 @@ class FrozenVAE:
     It is no ``nn.Module`` on purpose: a model or a data module may hold one without training, wrapping, synchronising
     or saving its weights.
 
+    In float32 it gives the bits of the family's own pipeline. In bfloat16 and float16 it computes channels-last. A
+    cast that rounds is made on a copy, one tensor at a time and straight to the device; the weights as they came stay
+    where they were. With them a sample whose latents are not finite is encoded again in float32, by itself: see
+    `encode_rows`.
+
     Args:
         autoencoder: a diffusers autoencoder, or any module with ``encode(x)`` for ``x`` ``b 3 h w`` in −1…1 that
             returns ``.latent_dist``, ``.latents`` or ``.latent``. It is put in eval mode and frozen.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: bfloat16 where the device computes in it
             natively, else float32 (a module that is no diffusers class keeps the dtype it has). Autocast never
-            changes it; latents and their statistics are float32 always.
+            changes it; latents and their statistics are float32 always. ``"float16"`` warns where the autoencoder's
+            config sets ``force_upcast``.
+        encoder_only: drop the decoder, about half of the weights. It is taken from the ``autoencoder`` itself.
 
     Raises:
         ValueError: an unknown dtype, or a diffusers class that the table of families does not know.
@@ -47,21 +57,42 @@ class FrozenVAE:
         torch.Size([2, 4, 64, 64])
     """
 
-    def __init__(self, autoencoder: nn.Module, dtype: str = "auto") -> None:
+    def __init__(self, autoencoder: nn.Module, dtype: str = "auto", encoder_only: bool = False) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"FrozenVAE: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        self._family = family_of(autoencoder)
+        self._family = family = family_of(autoencoder)
         self._original = autoencoder.requires_grad_(False).eval()
         self._dtype_name = dtype
+        self._encoder_only = encoder_only
         self._module: nn.Module | None = None  # made for a device and dtype by `to`
+        self._full: nn.Module | None = None  # the same in float32, made when a sample needs it
         self._calls = count()
-        self.spatial_compression: int = self._family.spatial_compression(autoencoder)
+        self.spatial_compression: int = family.spatial_compression(autoencoder)
         """``r``: pixels a latent along one side."""
-        self.latent_channels: int = self._family.latent_channels(autoencoder)
+        self.temporal_compression: int | None = family.temporal_compression and family.temporal_compression(autoencoder)
+        """``t``: frames a latent frame, or None for a family that takes no clips."""
+        self.latent_channels: int = family.latent_channels(autoencoder)
         """``z``."""
-        scaling = self._family.normalization(autoencoder)
-        self._mean, self._std = _per_channel(scaling.mean), _per_channel(scaling.std)
+        self.has_posterior: bool = family.has_posterior
+        """Whether a posterior sample differs from the mode."""
+        self.reencoded = 0
+        """How many samples were encoded again in float32 so far."""
+        scaling = family.normalization(autoencoder)
+        self._mean, self._std = _statistic(scaling.mean), _statistic(scaling.std)
         self._scale = scaling.scale
+        self._patch = family.patch(autoencoder)
+        self._image_channels = family.image_channels(autoencoder)
+        if encoder_only:
+            for part in family.decoder_parts:
+                if isinstance(getattr(autoencoder, part, None), nn.Module):
+                    setattr(autoencoder, part, nn.Module())  # empty, not None: QwenImage walks its decoder to encode
+        if dtype == "float16" and getattr(getattr(autoencoder, "config", None), "force_upcast", False):
+            warnings.warn(
+                f"FrozenVAE: dtype=float16, but the config of this {type(autoencoder).__name__} sets force_upcast: its "
+                "activations may overflow. Samples that do are encoded again in float32, which is slow; "
+                "use bfloat16 or auto",
+                stacklevel=2,
+            )
 
     @classmethod
     def from_pretrained(
@@ -70,11 +101,32 @@ class FrozenVAE:
         subfolder: str | None = None,
         revision: str | None = None,
         dtype: str = "auto",
+        encoder_only: bool = False,
+        config: str | PathLike[str] | None = None,
+        use_safetensors: bool = True,
     ) -> Self:
-        """Load an autoencoder: see `latentdm.autoencoders.loading.load_autoencoder` for what ``source`` may be."""
+        """Load an autoencoder: always the class that its config names, and only with weights that fit it key by key.
+
+        Args:
+            source: a hub id, a local folder written by ``save_pretrained``, a whole pipeline (its ``vae`` is taken),
+                or a single ``.safetensors`` file.
+            subfolder: where in the repository or folder it lies. A local folder without it that holds an autoencoder
+                itself is taken as it is, so that a preset can be pointed at one.
+            revision: of a hub repository.
+            dtype: as for the class.
+            encoder_only: as for the class.
+            config: for a single file, the folder or JSON file of its config; by default ``config.json`` beside it.
+            use_safetensors: False loads pickled weights (``.bin``) instead.
+
+        Raises:
+            ValueError: nothing is there, or its weights do not fit the class that the config names.
+        """
         from latentdm.autoencoders.loading import load_autoencoder
 
-        return cls(load_autoencoder(source, subfolder=subfolder, revision=revision), dtype=dtype)
+        autoencoder = load_autoencoder(
+            source, subfolder=subfolder, revision=revision, config=config, use_safetensors=use_safetensors
+        )
+        return cls(autoencoder, dtype=dtype, encoder_only=encoder_only)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | PathLike[str], seed: int = 0, dtype: str = "auto") -> Self:
@@ -93,7 +145,7 @@ class FrozenVAE:
 
     @property
     def module(self) -> nn.Module:
-        """The autoencoder as it computes: on its device, in its dtype, channels-last."""
+        """The autoencoder as it computes: on its device, in its dtype and layout."""
         if self._module is None:
             self.to(next(self._original.parameters(), torch.empty(0)).device)
         assert self._module is not None
@@ -115,10 +167,13 @@ class FrozenVAE:
         if self._module is None:
             dtype = self._settle_dtype(device)
             held = {parameter.dtype for parameter in self._original.parameters()}
-            # A cast that rounds is made on a copy: the weights as they came stay at hand.
-            module = self._original if held <= {dtype} else deepcopy(self._original).to(dtype=dtype)
-            self._module = module.to(memory_format=torch.channels_last)
+            if held <= {dtype}:
+                self._module = self._original.to(device)
+                lay_out(self._module, self._layout(dtype))
+            else:
+                self._module = cast_copy(self._original, device, dtype, self._layout(dtype))
         self._module = self._module.to(device)
+        self._full = None
         self._mean, self._std = (None if s is None else s.to(device) for s in (self._mean, self._std))
         return self
 
@@ -130,114 +185,206 @@ class FrozenVAE:
             return next(self._original.parameters(), torch.empty(0)).dtype
         return torch.bfloat16 if computes_bfloat16(device) else torch.float32
 
+    def _layout(self, dtype: torch.dtype) -> torch.memory_format:
+        """Channels-last is faster in half the bits; in float32 it is not, and rounds otherwise than the pipelines."""
+        half = dtype in (torch.bfloat16, torch.float16)
+        return torch.channels_last if half and not self._family.frame_axis else torch.contiguous_format
+
     # ---------------------------------------------------------------- pixels → latents
 
-    def encode(self, pixels: Tensor, posterior: Literal["sample", "mode"] = "sample", noise: Tensor | None = None) -> Tensor:
-        """Encode images.
+    def latent_shape(self, size: Sequence[int]) -> tuple[int, ...]:
+        """``h w`` or ``f h w`` of pixels → ``z h/r w/r`` or ``z (f−1)/t+1 h/r w/r``, a sample's shape."""
+        frames = [(size[0] - 1) // (self.temporal_compression or 1) + 1] if len(size) == 3 else []
+        return (self.latent_channels, *frames, *(side // self.spatial_compression for side in size[-2:]))
+
+    def check_clip(self, frames: int, owner: str) -> None:
+        """Raise ValueError unless clips of so many frames can be encoded whole."""
+        t = self.temporal_compression
+        if t is None:
+            raise ValueError(
+                f"{owner}: {type(self._original).__name__} encodes images, not clips of {frames} frames; use a video "
+                "autoencoder (vae=wan, vae=qwen_image), or yield the frames as images b c h w"
+            )
+        if frames % t != 1 % t:
+            raise ValueError(
+                f"{owner}: a clip of {frames} frames: {type(self._original).__name__} takes 1 + {t}·n of them, such as "
+                f"{(frames - 1) // t * t + 1}; it would drop the rest in silence"
+            )
+
+    def encode(
+        self, pixels: Tensor, posterior: Literal["sample", "mode"] = "sample", noise: Tensor | None = None
+    ) -> Tensor:
+        """Encode images or clips.
 
         Args:
-            pixels: ``b 3 h w`` float in 0…1, sides multiples of ``r``.
-            posterior: ``"sample"`` draws from the posterior, ``"mode"`` takes its mean.
-            noise: ``b z h/r w/r`` float32 standard normal for ``"sample"``; by default every call draws its own,
-                reproducibly and without touching the global generator.
+            pixels: ``b 3 h w`` float in 0…1, sides multiples of ``r``; video families take ``b 3 f h w`` too.
+            posterior: ``"sample"`` draws from the posterior, ``"mode"`` takes its mean. Without effect for a family
+                that has none (`has_posterior`).
+            noise: standard normal, float32, of the latents' shape, for ``"sample"``; by default every call draws its
+                own, reproducibly and without touching the global generator.
 
         Returns:
-            ``b z h/r w/r`` float32 latents, normalised as the family's models expect them.
+            ``b z h/r w/r`` (clips ``b z f' h/r w/r``) float32 latents, normalised as the family's models expect them.
 
         Raises:
-            ValueError: a wrong shape or posterior.
+            ValueError: a wrong shape or posterior, or latents that are not finite even in float32.
         """
         check_posterior(posterior, "FrozenVAE.encode")
-        if pixels.ndim != 4 or pixels.shape[1] != 3:
+        if pixels.ndim not in (4, 5) or pixels.shape[1] != 3:
             raise ValueError(f"FrozenVAE.encode: expected pixels of shape b 3 h w, got {tuple(pixels.shape)}")
+        if pixels.ndim == 5:
+            self.check_clip(pixels.shape[2], "FrozenVAE.encode")
         r = self.spatial_compression
         if pixels.shape[-2] % r or pixels.shape[-1] % r or not pixels.numel():
             raise ValueError(
                 f"FrozenVAE.encode: {pixels.shape[-2]}×{pixels.shape[-1]} is no multiple of the factor {r}; "
                 "crop the images first, as latentdm.batch.crop does"
             )
-        b, _, h, w = pixels.shape
+        b = len(pixels)
         noise_rows: Rows | None = None
         if posterior == "sample":
             if noise is None:
                 draws = Draws(0, 0, [f"call{next(self._calls)}.{i}" for i in range(b)])
-                noise = draws.normal("posterior", (self.latent_channels, h // r, w // r), self.device)
+                noise = draws.normal("posterior", self.latent_shape(pixels.shape[2:]), self.device)
             noise_rows = noise.__getitem__
         return self.encode_rows(pixels.__getitem__, b, noise=noise_rows)
 
     def encode_rows(
-        self, pixels: Rows, rows: int, noise: Rows | None, per_batch: int | None = None, progress: bool = False
+        self,
+        pixels: Rows,
+        rows: int,
+        noise: Rows | None,
+        per_batch: int | None = None,
+        progress: bool = False,
+        name: Callable[[int], str] = "row {}".format,
     ) -> Tensor:
         """Encode images that are made a chunk at a time: the one place of the library that encodes.
 
+        After the last chunk one look (a single wait for the device) finds the rows whose latents are not finite. Each
+        is encoded again alone in float32, from the weights as they came, with a warning that names it; `reencoded`
+        counts them. The bits of all other rows stay. The float32 copy that this takes is kept for the next time.
+
         Args:
-            pixels: gives the rows of a slice, ``n 3 h w`` in 0…1; asked once for each chunk, so that no more than a
-                chunk is ever prepared.
+            pixels: gives the rows of a slice, ``n 3 h w`` (or ``n 3 f h w``) in 0…1; asked once for each chunk, so
+                that no more than a chunk is ever prepared.
             rows: how many images there are.
             noise: gives the rows of a slice, ``n z h/r w/r`` float32; None takes the posterior's mean.
             per_batch: images in a chunk; None takes all at once. The last chunk may be smaller.
             progress: show a bar when the call lasts longer than two seconds.
+            name: what to call a row in a warning or an error.
 
         Returns:
             ``rows z h/r w/r`` float32 normalised latents.
+
+        Raises:
+            ValueError: a row's latents are not finite even in float32.
         """
         size = per_batch or rows
         chunks = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
         latents = []
-        for chunk in tqdm(chunks, desc="encode", unit="chunk", delay=2, leave=False, disable=not progress or len(chunks) < 2):
-            posterior = self.posterior(pixels(chunk))
-            drawn = posterior.mean if noise is None or posterior.std is None else posterior.draw(noise(chunk))
-            latents.append(self.normalize(drawn))
-        return latents[0] if len(latents) == 1 else torch.cat(latents)
+        for chunk in tqdm(
+            chunks, desc="encode", unit="chunk", delay=2, leave=False, disable=not progress or len(chunks) < 2
+        ):
+            latents.append(self._drawn(self.module, chunk, pixels, noise))
+        joined = latents[0] if len(latents) == 1 else torch.cat(latents)
+        finite = joined.isfinite().flatten(1).all(1)
+        if not finite.all():
+            for row in (~finite).nonzero().flatten().tolist():
+                joined[row] = self._again(slice(row, row + 1), pixels, noise, name(row))
+        return joined
+
+    def _drawn(self, module: nn.Module, chunk: slice, pixels: Rows, noise: Rows | None) -> Tensor:
+        posterior = self._posterior(module, pixels(chunk))
+        drawn = posterior.mean if noise is None or posterior.std is None else posterior.draw(noise(chunk))
+        return self.normalize(drawn).contiguous()
+
+    def _again(self, row: slice, pixels: Rows, noise: Rows | None, name: str) -> Tensor:
+        """One row alone in float32: ``z h/r w/r``."""
+        if self.dtype != torch.float32:
+            if self._full is None:
+                self._full = cast_copy(self._original, self.device, torch.float32, torch.contiguous_format)
+            latents = self._drawn(self._full, row, pixels, noise)[0]
+            if latents.isfinite().all():
+                self.reencoded += 1
+                dtype = str(self.dtype).removeprefix("torch.")
+                warnings.warn(
+                    f"FrozenVAE: the latents of {name} are not finite in {dtype}; encoded again in float32",
+                    stacklevel=3,
+                )
+                return latents
+        raise ValueError(
+            f"FrozenVAE: the latents of {name} are not finite in float32 either; look at that image, and whether the "
+            f"autoencoder's weights ({type(self._original).__name__}) are finite"
+        )
+
+    def posterior(self, pixels: Tensor) -> Posterior:
+        """The distribution of the latents before normalisation, for ``b 3 h w`` or ``b 3 f h w`` in 0…1."""
+        return self._posterior(self.module, pixels)
 
     @torch.no_grad()
-    def posterior(self, pixels: Tensor) -> Posterior:
-        """The distribution of the latents before normalisation, for ``b 3 h w`` images in 0…1."""
-        module = self.module
-        signed = pixels.to(self.device).mul(2).sub_(1)
-        signed = signed.to(self.dtype, memory_format=torch.channels_last)
-        with _no_autocast(signed.device):
-            return latent_of(module.encode(signed))
+    def _posterior(self, module: Any, pixels: Tensor) -> Posterior:
+        family, parameter = self._family, next(module.parameters(), torch.empty(0))
+        low, high = family.pixel_range
+        ranged = pixels.to(parameter.device).mul(high - low).add_(low)
+        if self._image_channels == 4:
+            ranged = torch.cat([ranged, torch.full_like(ranged[:, :1], high)], dim=1)
+        one_frame = family.frame_axis and ranged.ndim == 4
+        if one_frame:
+            ranged = ranged.unsqueeze(2)
+        ranged = ranged.to(parameter.dtype, memory_format=self._layout(parameter.dtype))
+        with _no_autocast(ranged.device):
+            posterior = latent_of(module.encode(ranged))
+        if one_frame:
+            posterior = posterior.map(lambda moment: moment.squeeze(2))
+        return posterior if self._patch == 1 else posterior.map(lambda moment: F.pixel_unshuffle(moment, self._patch))
 
     # ---------------------------------------------------------------- latents → pixels
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """``b z h/r w/r`` normalised latents → ``b 3 h w`` float32 images in 0…1, clamped."""
-        z = self.denormalize(latents.to(self.device)).to(self.dtype, memory_format=torch.channels_last)
+        """Decode, for previews.
+
+        Args:
+            latents: ``b z h/r w/r`` (clips ``b z f' h/r w/r``) normalised latents.
+
+        Returns:
+            ``b 3 h w`` (``b 3 f h w``) float32 images in 0…1, clamped.
+
+        Raises:
+            ValueError: the decoder was dropped.
+        """
+        if self._encoder_only:
+            raise ValueError("FrozenVAE.decode: the decoder was dropped; set encoder_only: false to keep it")
+        family, (low, high) = self._family, self._family.pixel_range
+        z = self.denormalize(latents.to(self.device))
+        z = z if self._patch == 1 else F.pixel_shuffle(z, self._patch)
+        one_frame = family.frame_axis and z.ndim == 4
+        if one_frame:
+            z = z.unsqueeze(2)
         with _no_autocast(z.device):
-            signed = self.module.decode(z).sample
-        return signed.float().div_(2).add_(0.5).clamp_(0, 1)
+            ranged = family.decode(self.module, z.to(self.dtype, memory_format=self._layout(self.dtype)))
+        ranged = (ranged.squeeze(2) if one_frame else ranged)[:, :3].float()
+        return ((ranged - low) / (high - low)).clamp_(0, 1)
 
     def normalize(self, z: Tensor) -> Tensor:
-        """What the encoder gives → what the family's models train on: ``(z − mean) · scale / std`` in float32."""
+        """What `posterior` gives → what the family's models train on: ``(z − mean) · scale / std`` in float32."""
         z = z.float()
-        z = z if self._mean is None else z - self._mean
+        z = z if self._mean is None else z - _along_channels(self._mean, z)
         z = z if self._scale is None else z * self._scale
-        return z if self._std is None else z / self._std
+        return z if self._std is None else z / _along_channels(self._std, z)
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """The inverse of `normalize`, in float32."""
         z = latents.float()
-        z = z if self._std is None else z * self._std
+        z = z if self._std is None else z * _along_channels(self._std, z)
         z = z if self._scale is None else z / self._scale
-        return z if self._mean is None else z + self._mean
+        return z if self._mean is None else z + _along_channels(self._mean, z)
 
 
 def check_posterior(posterior: str, owner: str) -> None:
     """Raise ValueError unless ``posterior`` is ``"sample"`` or ``"mode"``."""
     if posterior not in POSTERIORS:
         raise ValueError(f"{owner}: posterior must be one of {', '.join(POSTERIORS)}, got {posterior!r}")
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16 itself, rather than by way of float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return False
 
 
 def _no_autocast(device: torch.device) -> Any:
@@ -247,6 +394,11 @@ def _no_autocast(device: torch.device) -> Any:
     return nullcontext()
 
 
-def _per_channel(statistic: Any) -> Tensor | None:
-    """A number or one a channel → float32, shaped to broadcast over ``b z h w``."""
-    return None if statistic is None else torch.as_tensor(statistic, dtype=torch.float32).reshape(1, -1, 1, 1)
+def _statistic(value: Any) -> Tensor | None:
+    """A number or one a channel → ``1`` or ``z`` float32."""
+    return None if value is None else torch.as_tensor(value, dtype=torch.float32).reshape(-1)
+
+
+def _along_channels(statistic: Tensor, z: Tensor) -> Tensor:
+    """``z`` → ``1 z 1 1`` or ``1 z 1 1 1``, as the latents are."""
+    return statistic.view(1, -1, *(1 for _ in z.shape[2:]))

@@ -7,86 +7,218 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from latentdm.autoencoders.families import class_named
+
+CONFIG = "config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_OWNER = "FrozenVAE.from_pretrained"
 
 
-def load_autoencoder(source: str | PathLike[str], subfolder: str | None = None, revision: str | None = None) -> nn.Module:
-    """Load an autoencoder of diffusers with its weights, in float32.
+def load_autoencoder(
+    source: str | PathLike[str],
+    subfolder: str | None = None,
+    revision: str | None = None,
+    config: str | PathLike[str] | None = None,
+    use_safetensors: bool = True,
+) -> nn.Module:
+    """Load an autoencoder with its weights, in float32: a cast to less is `FrozenVAE`'s, who keeps these.
 
     Args:
-        source: a hub id, a local folder written by ``save_pretrained``, a whole pipeline's folder (its ``vae/`` is
-            taken), or a single ``.safetensors`` file.
-        subfolder: where in the repository or folder it lies.
+        source: a hub id, a local folder written by ``save_pretrained``, a whole pipeline (its ``vae`` is taken), or a
+            single file in diffusers' format or in the one that the model was published in.
+        subfolder: where in the repository or folder it lies; passed over if a local folder lacks it and holds an
+            autoencoder itself.
         revision: of a hub repository.
+        config: for a single file, the folder or JSON file of its config; by default ``config.json`` beside it.
+        use_safetensors: False loads pickled weights (``.bin``) instead.
 
     Raises:
         ValueError: nothing is there, or its weights do not fit the class that the config names.
     """
     path = Path(source)
-    if path.suffix == ".safetensors":
-        return _load_single_file(path)
-    if path.is_dir() and subfolder is None and not (path / "config.json").exists() and (path / "vae").is_dir():
-        subfolder = "vae"
-    config = _read_config(source, subfolder, revision)
-    autoencoder_class = _class_named(config, source)
-    model, info = autoencoder_class.from_pretrained(
-        source, subfolder=subfolder, revision=revision, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False
-    )
-    _refuse_wrong_keys(info, source, autoencoder_class.__name__)
+    if path.suffix == ".safetensors" or (path.suffix in PICKLES and not path.is_dir()):
+        return _load_single_file(path, config, use_safetensors)
+    if config is not None:
+        raise ValueError(f"{_OWNER}: config={str(config)!r} is for a single file; {str(source)!r} has its own")
+    if path.is_dir():
+        subfolder = _subfolder(path, subfolder)
+        _refuse_pickles(path / (subfolder or ""), use_safetensors)
+    settings, subfolder = _read_config(source, subfolder, revision)
+    autoencoder_class = class_named(settings.get("_class_name"), f"FrozenVAE: {source}")
+    try:
+        with torch.random.fork_rng(devices=[]):  # building the module draws weights that are then overwritten
+            model, info = autoencoder_class.from_pretrained(
+                source,
+                subfolder=subfolder,
+                revision=revision,
+                use_safetensors=use_safetensors,
+                output_loading_info=True,
+                low_cpu_mem_usage=False,
+            )
+    except OSError as error:
+        raise _no_weights(source, subfolder, error) from error
+    except RuntimeError as error:  # sizes that differ
+        raise ValueError(_misfit(source, autoencoder_class.__name__, _one_line(error))) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        _refuse_keys(kind, info.get(kind) or (), source, autoencoder_class.__name__)
     return model  # type: ignore[no-any-return]
 
 
 def build_autoencoder(config: Mapping[str, Any] | str | PathLike[str], seed: int = 0) -> nn.Module:
     """Build the class that a config names with random weights drawn from ``seed``."""
-    if not isinstance(config, Mapping):
-        path = Path(config)
-        config = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
-    autoencoder_class = _class_named(config, "the config")
+    settings = config if isinstance(config, Mapping) else _read_json(Path(config))
+    autoencoder_class = class_named(settings.get("_class_name"), "FrozenVAE: the config")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return autoencoder_class.from_config(dict(config))  # type: ignore[no-any-return]
+        return autoencoder_class.from_config(dict(settings))  # type: ignore[no-any-return]
 
 
-def _read_config(source: str | PathLike[str], subfolder: str | None, revision: str | None) -> Mapping[str, Any]:
+# ---------------------------------------------------------------- folders and hub repositories
+
+
+def _subfolder(folder: Path, subfolder: str | None) -> str | None:
+    """Where in a local folder the autoencoder lies."""
+    holds_one = (folder / CONFIG).exists()
+    if subfolder is None:
+        return "vae" if not holds_one and (folder / "vae").is_dir() else None
+    return None if holds_one and not (folder / subfolder).is_dir() else subfolder
+
+
+def _read_config(
+    source: str | PathLike[str], subfolder: str | None, revision: str | None
+) -> tuple[Mapping[str, Any], str | None]:
+    """The config, and the subfolder it was found in: a pipeline on the hub has one in ``vae`` and none above."""
     from diffusers import AutoencoderKL
 
+    def read(place: str | None) -> Mapping[str, Any]:
+        return AutoencoderKL.load_config(source, subfolder=place, revision=revision)  # type: ignore[no-any-return]
+
     try:
-        return AutoencoderKL.load_config(source, subfolder=subfolder, revision=revision)  # type: ignore[no-any-return]
+        return read(subfolder), subfolder
     except OSError as error:
+        if subfolder is None and not Path(source).exists():
+            try:
+                return read("vae"), "vae"
+            except OSError:
+                pass  # the first error says more
         place = f"{source}/{subfolder}" if subfolder else f"{source}"
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"FrozenVAE.from_pretrained: no autoencoder at {place!r}: {reason} "
+            f"{_OWNER}: no autoencoder at {place!r}: {_one_line(error)} "
             "Give a hub id, a folder with config.json or a vae/ folder in it, or a .safetensors file"
         ) from error
 
 
-def _class_named(config: Mapping[str, Any], source: object) -> Any:
-    import diffusers
-
-    from latentdm.autoencoders.families import families
-
-    name = config.get("_class_name")
-    if name not in families():
+def _refuse_pickles(folder: Path, use_safetensors: bool) -> None:
+    """Pickled weights can run code: they are loaded where somebody asks for them, not where nothing else lies."""
+    pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
+    if use_safetensors and pickled and not any(folder.glob("*.safetensors*")):
         raise ValueError(
-            f"FrozenVAE: {source} names the class {name!r}, which is not known; known are {', '.join(sorted(families()))}"
+            f"{_OWNER}: {str(folder)!r} has only pickled weights ({pickled[0]}), which are not loaded unasked; "
+            "save them as .safetensors, or set use_safetensors: false if you trust them"
         )
-    return getattr(diffusers, name)
 
 
-def _load_single_file(path: Path) -> nn.Module:
-    from diffusers import AutoencoderKL
+def _no_weights(source: object, subfolder: str | None, error: OSError) -> ValueError:
+    place = f"{source}/{subfolder}" if subfolder else f"{source}"
+    return ValueError(
+        f"{_OWNER}: {place!r} has a config but no weights that can be loaded: {_one_line(error)} "
+        "If it has only a .bin file and you trust it, set use_safetensors: false"
+    )
 
+
+# ---------------------------------------------------------------- single files
+
+
+def _load_single_file(path: Path, config: str | PathLike[str] | None, use_safetensors: bool) -> nn.Module:
     if not path.is_file():
-        raise ValueError(f"FrozenVAE.from_pretrained: no file {str(path)!r}")
-    return AutoencoderKL.from_single_file(str(path))  # type: ignore[no-any-return]
+        raise ValueError(f"{_OWNER}: no file {str(path)!r}")
+    if path.suffix in PICKLES and use_safetensors:
+        raise ValueError(
+            f"{_OWNER}: {path.name} is a pickle, which is not loaded unasked; save it as .safetensors, "
+            "or set use_safetensors: false if you trust it"
+        )
+    settings_at = Path(config) if config is not None else path.parent / CONFIG
+    if not settings_at.exists():
+        raise ValueError(
+            f"{_OWNER}: the single file {str(path)!r} needs a config that names its class, and {str(settings_at)!r} is "
+            "not there; put the model's config.json beside the file, or name one with config: a folder or a JSON file"
+        )
+    settings = _read_json(settings_at)
+    autoencoder_class = class_named(settings.get("_class_name"), f"FrozenVAE: {settings_at}")
+    model = build_autoencoder(settings)
+    weights = _in_diffusers_keys(_read_weights(path), model, settings, path)
+    expected = model.state_dict()
+    _refuse_keys("missing_keys", expected.keys() - weights.keys(), path, autoencoder_class.__name__)
+    _refuse_keys("unexpected_keys", weights.keys() - expected.keys(), path, autoencoder_class.__name__)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # sizes that differ
+        raise ValueError(_misfit(path, autoencoder_class.__name__, _one_line(error))) from error
+    return model
 
 
-def _refuse_wrong_keys(info: Mapping[str, Any], source: object, class_name: str) -> None:
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(kind):
-            keys = sorted(str(key) for key in info[kind])
-            raise ValueError(
-                f"FrozenVAE.from_pretrained: the weights at {str(source)!r} do not fit {class_name}: "
-                f"{len(keys)} {kind.replace('_', ' ')}, the first {keys[0]!r}; save the model again, or name another source"
-            )
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file; of a whole checkpoint those of its autoencoder."""
+    if path.suffix != ".safetensors":
+        pickled = torch.load(path, map_location="cpu", weights_only=True)
+        weights: dict[str, Tensor] = pickled.get("state_dict", pickled)
+        return weights
+    with safe_open(path, framework="pt") as file:
+        keys = file.keys()
+        for prefix in ("first_stage_model.", "vae."):
+            if any(key.startswith(prefix) for key in keys):
+                return {key.removeprefix(prefix): file.get_tensor(key) for key in keys if key.startswith(prefix)}
+        return {key: file.get_tensor(key) for key in keys}
+
+
+def _in_diffusers_keys(
+    weights: dict[str, Tensor], model: Any, settings: Mapping[str, Any], path: Path
+) -> dict[str, Tensor]:
+    """Weights under the names that diffusers gives them, whatever format they were published in."""
+    own = model.state_dict().keys()
+    # Either format may share a few names, such as encoder.conv_in: the larger part decides.
+    if 2 * len(own & weights.keys()) < len(own):
+        from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+        name = type(model).__name__
+        conversions: dict[str, Any] = SINGLE_FILE_LOADABLE_CLASSES
+        convert = conversions.get(name, {}).get("checkpoint_mapping_fn")
+        if convert is None:
+            first = next(iter(sorted(weights)), "nothing")
+            raise ValueError(_misfit(path, name, f"it holds {first!r} where {next(iter(own))!r} and others belong"))
+        try:
+            weights = convert(checkpoint=weights, config={**model.config, **settings})
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise ValueError(_misfit(path, name, f"no conversion from its format: {_one_line(error)}")) from error
+    if hasattr(model, "_fix_state_dict_keys_on_load"):  # the attention of old Stable Diffusion files
+        model._fix_state_dict_keys_on_load(weights)
+    return weights
+
+
+# ---------------------------------------------------------------- errors
+
+
+def _refuse_keys(kind: str, keys: Any, source: object, class_name: str) -> None:
+    if keys:
+        first, *_ = sorted(str(key) for key in keys)
+        raise ValueError(_misfit(source, class_name, f"{len(keys)} {kind.replace('_', ' ')}, the first {first!r}"))
+
+
+def _misfit(source: object, class_name: str, what: str) -> str:
+    return (
+        f"{_OWNER}: the weights at {str(source)!r} do not fit {class_name}: {what}; "
+        "save the model again, or name another source"
+    )
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    """A config from its file, or from ``config.json`` in a folder."""
+    settings: Mapping[str, Any] = json.loads((path / CONFIG if path.is_dir() else path).read_text(encoding="utf-8"))
+    return settings
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
