@@ -10,11 +10,9 @@ import hydra
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.profilers import SimpleProfiler
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -70,7 +68,7 @@ class LatentDiffusion(LightningModule):
         fixed = torch.Generator(latents.device).manual_seed(batch_idx)
         noise = torch.empty_like(latents).normal_(generator=fixed)
         last = self.scheduler.config.num_train_timesteps - 1
-        timesteps = torch.linspace(0, last, len(latents), device=latents.device).long()
+        timesteps = torch.arange(len(latents), device=latents.device) * last // max(len(latents) - 1, 1)
         self.log("val/loss", self.loss(batch, noise, timesteps), batch_size=len(latents), sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -79,26 +77,27 @@ class LatentDiffusion(LightningModule):
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
-    """Validate, train, validate again, and print a table."""
+    """Hydra's entry point."""
+    train(cfg)
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Validate, train, validate again, and print a table; returns the first and the last validation loss."""
     seed_everything(cfg.seed, workers=True, verbose=False)
-    output_dir = HydraConfig.get().runtime.output_dir
     datamodule = instantiate(cfg.datamodule)
     model = LatentDiffusion(**cfg.model)
-    trainer: Trainer = instantiate(
-        cfg.trainer,
-        callbacks=list(instantiate(cfg.callbacks).values()),
-        logger=list(instantiate(cfg.logger).values()),
-        profiler=SimpleProfiler(dirpath=output_dir, filename="profile"),
-    )
-    before = trainer.validate(model, datamodule, verbose=False)[0]["val/loss"]
+    callbacks, loggers = (list(instantiate(group).values()) for group in (cfg.callbacks, cfg.logger))
+    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    first = trainer.validate(model, datamodule, verbose=False)[0]["val/loss"]
     trainer.fit(model, datamodule)
-    after = trainer.validate(model, datamodule, verbose=False)[0]["val/loss"]
+    last = trainer.validate(model, datamodule, verbose=False)[0]["val/loss"]
     if trainer.is_global_zero:
-        print_summary(trainer, before, after, images=trainer.global_step * cfg.pixels.batch_size * trainer.world_size)
+        print_summary(trainer, first, last, images=trainer.global_step * cfg.pixels.batch_size * trainer.world_size)
+    return {"first": first, "last": last}
 
 
-def print_summary(trainer: Trainer, before: float, after: float, images: int) -> None:
-    """The run in eight lines."""
+def print_summary(trainer: Trainer, first: float, last: float, images: int) -> None:
+    """The run in seven lines."""
     [timer] = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
     durations = trainer.profiler.recorded_durations
     encoding = sum(durations["[LightningDataModule]LatentDataModule.on_after_batch_transfer"])
@@ -106,8 +105,8 @@ def print_summary(trainer: Trainer, before: float, after: float, images: int) ->
     for name, value in {
         "images": f"{images}",
         "steps": f"{trainer.global_step}",
-        "first validation loss": f"{before:.4f}",
-        "last validation loss": f"{after:.4f} ({after / before:.0%} of the first)",
+        "first validation loss": f"{first:.4f}",
+        "last validation loss": f"{last:.4f} ({last / first:.0%} of the first)",
         "images/s": f"{images / timer.time_elapsed('train'):.1f}",
         "share of the step spent encoding": f"{encoding / (encoding + sum(durations['run_training_batch'])):.0%}",
         "outputs": str(trainer.default_root_dir),

@@ -104,29 +104,41 @@ class RandomMask:
 
     _target_: str = "latentdm.masks.RandomMask"
     kinds: list[str] = field(default_factory=lambda: ["boxes", "strokes"])
+    share: list[float] = field(default_factory=lambda: [0.1, 0.5])
+    boxes: list[int] = field(default_factory=lambda: [1, 4])
+    segments: list[int] = field(default_factory=lambda: [3, 8])
 
 
 @dataclass
-class SamplesData:
-    """``pixels=samples``."""
-
-    _target_: str = "latentdm.data.SamplesData"
-    size: int = 128
-    batch_size: int = 16
-    num_workers: int = 0
-    seed: int = 0
-
-
-@dataclass
-class ImageFolderData:
-    """``pixels=folder``."""
-
-    _target_: str = "latentdm.data.ImageFolderData"
-    root: str = MISSING
+class _PixelData:
+    _target_: str = MISSING
     size: int = 512
     batch_size: int = 16
     num_workers: int = 0
     seed: int = 0
+
+
+@dataclass
+class SamplesData(_PixelData):
+    """``pixels=samples``."""
+
+    _target_: str = "latentdm.data.SamplesData"
+    size: int = 128
+    epoch_length: int = 1024
+    val_length: int = 64
+
+
+@dataclass
+class ImageFolderData(_PixelData):
+    """``pixels=folder``."""
+
+    _target_: str = "latentdm.data.ImageFolderData"
+    root: str = MISSING
+    val_share: float = 0.1
+    val_root: str | None = None
+    masks: str = "auto"
+    alpha: bool = False
+    flip: bool = False
 
 
 SCHEMAS: dict[str, dict[str, type]] = {

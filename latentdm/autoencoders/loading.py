@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from latentdm.autoencoders.families import class_named
 
 CONFIG = "config.json"
+PACKAGE = "pkg://"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _OWNER = "FrozenVAE.from_pretrained"
 
@@ -28,7 +30,8 @@ def load_autoencoder(
 
     Args:
         source: a hub id, a local folder written by ``save_pretrained``, a whole pipeline (its ``vae`` is taken), or a
-            single file in diffusers' format or in the one that the model was published in.
+            single file in diffusers' format or in the one that the model was published in. ``pkg://a.b`` is the
+            folder of an installed Python package, as in Hydra's search path.
         subfolder: where in the repository or folder it lies; passed over if a local folder lacks it and holds an
             autoencoder itself.
         revision: of a hub repository.
@@ -38,6 +41,8 @@ def load_autoencoder(
     Raises:
         ValueError: nothing is there, or its weights do not fit the class that the config names.
     """
+    if str(source).startswith(PACKAGE):
+        source = _package_folder(str(source))
     path = Path(source)
     if path.suffix == ".safetensors" or (path.suffix in PICKLES and not path.is_dir()):
         return _load_single_file(path, config, use_safetensors)
@@ -77,6 +82,13 @@ def build_autoencoder(config: Mapping[str, Any] | str | PathLike[str], seed: int
 
 
 # ---------------------------------------------------------------- folders and hub repositories
+
+
+def _package_folder(source: str) -> Path:
+    spec = find_spec(source.removeprefix(PACKAGE))
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"{_OWNER}: {source!r} names no installed package")
+    return Path(spec.submodule_search_locations[0])
 
 
 def _subfolder(folder: Path, subfolder: str | None) -> str | None:

@@ -1,0 +1,60 @@
+"""Every YAML under conf/ is found, composed, instantiated and run by the command in its own header."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+
+from running import ROOT, run_example
+
+YAMLS = sorted(ROOT.glob("conf/**/*.yaml"))
+
+
+def header_command(yaml: Path) -> list[str]:
+    """The overrides of the command in a YAML's first comment (the line after Hydra's own, if it has one)."""
+    lines = [line for line in yaml.read_text(encoding="utf-8").splitlines() if not line.startswith("# @")]
+    program, *rest = shlex.split(lines[0].removeprefix("# "))
+    assert [program, rest[0]] == ["python", "train_example.py"], f"{yaml}: the first comment must be the command that runs it"
+    return rest[1:]
+
+
+@pytest.mark.parametrize("yaml", YAMLS, ids=lambda path: str(path.relative_to(ROOT / "conf")))
+def test_header_command_runs_a_step(yaml, workplace):
+    overrides = header_command(yaml)
+    group = yaml.parent.relative_to(ROOT / "conf").as_posix()
+    if group != ".":
+        assert any(override.startswith((f"{group}=", f"{group}.")) for override in overrides), "the header must use its YAML"
+    run_example(overrides, workplace)
+
+
+def compose_error(*overrides: str) -> str:
+    with initialize_config_module("latentdm.conf", version_base="1.3"), pytest.raises(HydraException) as caught:
+        compose("train", overrides=list(overrides))
+    return str(caught.value) + str(caught.value.__cause__)
+
+
+def test_typo_fails_at_compose_and_names_the_key():
+    assert "'grow_mask'" in compose_error("encoder=inpaint", "encoder.grow_mask=3")
+
+
+def test_wrong_type_fails_at_compose_and_names_the_key():
+    assert "encoder.grow_mask_by" in compose_error("encoder=inpaint", "encoder.grow_mask_by=wide")
+
+
+def test_wrong_choice_is_answered_with_the_choices():
+    message = compose_error("encoder=outpaint")
+    for choice in ("plain", "batched", "inpaint", "inpaint_offset"):
+        assert f"\t{choice}" in message
+    assert "schema" not in message.split("Config search path")[0]
+
+
+def test_yaml_of_a_user_with_a_typo_is_refused_too(tmp_path):
+    (tmp_path / "app.yaml").write_text(
+        "defaults: [{encoder: plain}, _self_]\nvae: null\nencoder: {per_bach: 3}\n", encoding="utf-8"
+    )
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(tmp_path), version_base="1.3"), pytest.raises(HydraException, match="per_bach"):
+        compose("app")

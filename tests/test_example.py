@@ -1,0 +1,56 @@
+"""The example as a person runs it: every command of the README, and the runs that it promises."""
+
+import re
+import shlex
+
+import pytest
+import torch
+from running import ROOT, run_example, run_script
+
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+def test_first_command_trains_until_the_loss_is_under_half(tmp_path):
+    install, run = BLOCKS[0].strip().rsplit(" && ", 1)
+    assert install == "python3 -m venv .venv && .venv/bin/pip install -q -c .ci/constraints.txt -e '.[example]'"
+    assert run == ".venv/bin/python train_example.py"
+    printed = run_script([], tmp_path)
+    for row in ("images ", "steps ", "first validation loss", "images/s", "share of the step spent encoding", "outputs"):
+        assert row in printed
+    [share] = re.findall(r"last validation loss\s*│ [\d.]+ \((\d+)% of the first\)", printed)
+    assert int(share) < 50
+
+    [checkpoint] = tmp_path.glob("outputs/**/last.ckpt")
+    state = torch.load(checkpoint, weights_only=True)
+    assert all(name.startswith("unet.") for name in state["state_dict"])
+    assert "LatentDataModule" in state
+    assert list(tmp_path.glob("outputs/**/metrics.csv"))
+    assert list(tmp_path.glob("outputs/**/events.out.tfevents.*"))
+
+
+def test_second_command_is_what_ci_runs():
+    assert BLOCKS[1] == (
+        "python3 -m venv .venv && .venv/bin/pip install -q -c .ci/constraints.txt -e '.[test]' && .venv/bin/python -m pytest -n 2\n"
+    )
+    assert "block == 2" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", BLOCKS[2:])
+def test_recipe_runs(command, workplace):
+    program, script, *overrides = shlex.split(command)
+    assert (program, script) == ("python", "train_example.py")
+    run_example(overrides, workplace)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["encoder=inpaint", "encoder.latent_mask=unshuffle"], ["trainer.precision=bf16-true"], ["trainer.precision=16-true"]],
+    ids=" ".join,
+)
+def test_other_settings_run(overrides, workplace):
+    run_example(overrides, workplace)
+
+
+def test_the_same_seed_gives_the_same_losses(tmp_path):
+    first, again = (run_example(["trainer.max_steps=3"], tmp_path / name) for name in ("first", "again"))
+    assert first == again
