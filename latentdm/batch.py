@@ -70,16 +70,16 @@ class BatchKeys:
         """Our inputs, under our names and channels first.
 
         Returns:
-            ``pixels`` ``b c H W`` and, where the batch has them, ``mask`` and ``index``.
+            ``pixels`` ``b c H W`` (clips ``b c f H W``) and, where the batch has them, ``mask`` and ``index``.
 
         Raises:
-            ValueError: the batch has no pixels, or they are no tensor of four dimensions.
+            ValueError: the batch has no pixels, or they are no tensor of four or five dimensions.
         """
         found = self.find(batch)
         if PIXELS not in found:
             raise ValueError(self._no_pixels(batch))
         pixels, mask = found[PIXELS], found.get(MASK)
-        if not isinstance(pixels, Tensor) or pixels.ndim != 4:
+        if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
             raise ValueError(
                 f"LatentDataModule: batch[{self._key(PIXELS)!r}]: expected a tensor of shape {_LAYOUTS[self.layout]}, "
                 f"got {describe(pixels)}"
@@ -221,15 +221,15 @@ def check_pixels(pixels: object, multiple: int, owner: str) -> None:
     """Check images before they are encoded.
 
     Args:
-        pixels: ``b c H W``, c ∈ {1, 3, 4}, uint8 0…255 or float 0…1. The range of floats is looked at (on an
-            accelerator that waits for the device: another reason to ship uint8).
+        pixels: ``b c H W`` or clips ``b c f H W``, c ∈ {1, 3, 4}, uint8 0…255 or float 0…1. The range of floats is
+            looked at (on an accelerator that waits for the device: another reason to ship uint8).
         multiple: the VAE's spatial compression; a side may not be smaller.
         owner: the class that an error names.
 
     Raises:
         ValueError: naming what was found and what is right.
     """
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4:
+    if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
         raise ValueError(f"{owner}: {PIXELS}: expected a tensor of shape {_LAYOUTS['CHW']}, got {describe(pixels)}")
     if pixels.shape[1] not in (1, 3, 4):
         hint = "; for channels-last images set layout=HWC" if pixels.shape[-1] in (1, 3, 4) else ""
@@ -256,8 +256,8 @@ def check_pixels(pixels: object, multiple: int, owner: str) -> None:
 
 
 def unit_rgb(pixels: Tensor) -> Tensor:
-    """``b c h w`` images, uint8 or float → ``b 3 h w`` float32 in 0…1: gray is repeated, alpha dropped."""
-    rgb = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels[:, :3]
+    """``b c h w`` images or clips, uint8 or float → ``b 3 h w`` float32 in 0…1: gray is repeated, alpha dropped."""
+    rgb = pixels.expand(-1, 3, *pixels.shape[2:]) if pixels.shape[1] == 1 else pixels[:, :3]
     return rgb.float().div_(255) if rgb.dtype == torch.uint8 else rgb.float()
 
 

@@ -13,22 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentdm.autoencoders.normalization import Normalization
 from latentdm.autoencoders.posterior import latent_of
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """Latents as a model trains on them: ``(z − mean) · scale / std``, in float32; None leaves a step out.
-
-    Args:
-        mean: a number, or one a channel.
-        scale: a number.
-        std: one a channel.
-    """
-
-    mean: float | Sequence[float] | Tensor | None = None
-    scale: float | None = None
-    std: Sequence[float] | Tensor | None = None
 
 
 def _decode(autoencoder: Any, z: Tensor) -> Tensor:

@@ -67,6 +67,8 @@ class FrozenVAE:
         self._module: nn.Module | None = None  # made for a device and dtype by `to`
         self._full: nn.Module | None = None  # the same in float32, made when a sample needs it
         self._calls = count()
+        self.class_name: str = type(autoencoder).__name__
+        """Of the autoencoder."""
         self.spatial_compression: int = family.spatial_compression(autoencoder)
         """``r``: pixels a latent along one side."""
         self.temporal_compression: int | None = family.temporal_compression and family.temporal_compression(autoencoder)
@@ -77,9 +79,7 @@ class FrozenVAE:
         """Whether a posterior sample differs from the mode."""
         self.reencoded = 0
         """How many samples were encoded again in float32 so far."""
-        scaling = family.normalization(autoencoder)
-        self._mean, self._std = _statistic(scaling.mean), _statistic(scaling.std)
-        self._scale = scaling.scale
+        self._normalization = family.normalization(autoencoder).to("cpu")
         self._patch = family.patch(autoencoder)
         self._image_channels = family.image_channels(autoencoder)
         if encoder_only:
@@ -174,7 +174,7 @@ class FrozenVAE:
                 self._module = cast_copy(self._original, device, dtype, self._layout(dtype))
         self._module = self._module.to(device)
         self._full = None
-        self._mean, self._std = (None if s is None else s.to(device) for s in (self._mean, self._std))
+        self._normalization = self._normalization.to(device)
         return self
 
     def _settle_dtype(self, device: torch.device) -> torch.dtype:
@@ -202,12 +202,12 @@ class FrozenVAE:
         t = self.temporal_compression
         if t is None:
             raise ValueError(
-                f"{owner}: {type(self._original).__name__} encodes images, not clips of {frames} frames; use a video "
+                f"{owner}: {self.class_name} encodes images, not clips of {frames} frames; use a video "
                 "autoencoder (vae=wan, vae=qwen_image), or yield the frames as images b c h w"
             )
         if frames % t != 1 % t:
             raise ValueError(
-                f"{owner}: a clip of {frames} frames: {type(self._original).__name__} takes 1 + {t}·n of them, such as "
+                f"{owner}: a clip of {frames} frames: {self.class_name} takes 1 + {t}·n of them, such as "
                 f"{(frames - 1) // t * t + 1}; it would drop the rest in silence"
             )
 
@@ -314,7 +314,7 @@ class FrozenVAE:
                 return latents
         raise ValueError(
             f"FrozenVAE: the latents of {name} are not finite in float32 either; look at that image, and whether the "
-            f"autoencoder's weights ({type(self._original).__name__}) are finite"
+            f"autoencoder's weights ({self.class_name}) are finite"
         )
 
     def posterior(self, pixels: Tensor) -> Posterior:
@@ -368,17 +368,11 @@ class FrozenVAE:
 
     def normalize(self, z: Tensor) -> Tensor:
         """What `posterior` gives → what the family's models train on: ``(z − mean) · scale / std`` in float32."""
-        z = z.float()
-        z = z if self._mean is None else z - _along_channels(self._mean, z)
-        z = z if self._scale is None else z * self._scale
-        return z if self._std is None else z / _along_channels(self._std, z)
+        return self._normalization.apply(z)
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """The inverse of `normalize`, in float32."""
-        z = latents.float()
-        z = z if self._std is None else z * _along_channels(self._std, z)
-        z = z if self._scale is None else z / self._scale
-        return z if self._mean is None else z + _along_channels(self._mean, z)
+        return self._normalization.undo(latents)
 
 
 def check_posterior(posterior: str, owner: str) -> None:
@@ -392,13 +386,3 @@ def _no_autocast(device: torch.device) -> Any:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
-
-
-def _statistic(value: Any) -> Tensor | None:
-    """A number or one a channel → ``1`` or ``z`` float32."""
-    return None if value is None else torch.as_tensor(value, dtype=torch.float32).reshape(-1)
-
-
-def _along_channels(statistic: Tensor, z: Tensor) -> Tensor:
-    """``z`` → ``1 z 1 1`` or ``1 z 1 1 1``, as the latents are."""
-    return statistic.view(1, -1, *(1 for _ in z.shape[2:]))

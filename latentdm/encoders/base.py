@@ -1,7 +1,8 @@
 """What every encoder shares: its autoencoder, its chunks and its random draws."""
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any, ClassVar
 
@@ -21,7 +22,8 @@ class Encoder(ABC):
             called in `setup`: in a trainer, once on every rank.
         per_batch: images that go through the autoencoder at once; None takes the whole batch. It bounds memory and
             does not change the result beyond the arithmetic of the batch shape.
-        posterior: ``"sample"``, or ``"mode"`` for its mean.
+        posterior: ``"sample"``, or ``"mode"`` for its mean. Autoencoders without a posterior give the same for both,
+            and ``"mode"``, which only a person can have set, warns that it changes nothing.
         progress: show a progress bar where a single call lasts longer than two seconds.
 
     Raises:
@@ -52,12 +54,22 @@ class Encoder(ABC):
         self.posterior = posterior
         self.progress = progress
         self._calls = count()
+        self._warn_of_mode()
+
+    def _warn_of_mode(self) -> None:
+        if self.posterior == "mode" and isinstance(self._vae, FrozenVAE) and not self._vae.has_posterior:
+            warnings.warn(
+                f"{type(self).__name__}: posterior=mode has no effect: {self._vae.class_name} gives latents "
+                "and no distribution to sample from",
+                stacklevel=3,
+            )
 
     @property
     def vae(self) -> FrozenVAE:
         """The frozen autoencoder; made now if it was not yet."""
         if not isinstance(self._vae, FrozenVAE):
             self._vae = _check_vae(self._vae(), type(self).__name__)
+            self._warn_of_mode()
         return self._vae
 
     @property
@@ -102,26 +114,29 @@ class Encoder(ABC):
         return self._encode(batch, draws)
 
     def _check(self, batch: Mapping[str, Any]) -> None:
-        check_pixels(batch.get(PIXELS), self.vae.spatial_compression, type(self).__name__)
+        owner, vae = type(self).__name__, self.vae
+        check_pixels(batch.get(PIXELS), vae.spatial_compression, owner)
+        if batch[PIXELS].ndim == 5:
+            vae.check_clip(batch[PIXELS].shape[2], owner)
 
     @abstractmethod
     def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
         """As `encode`, for checked pixels."""
 
-    def _latents(self, images: Mapping[str, Rows], size: tuple[int, int], draws: Draws) -> dict[str, Tensor]:
+    def _latents(self, images: Mapping[str, Rows], size: Sequence[int], draws: Draws) -> dict[str, Tensor]:
         """Encode several views of the same ``b`` samples in one chunked pass.
 
         Args:
-            images: output key → gives the rows of a slice of the batch, ``n 3 h w`` in 0…1. The key is also the
-                purpose of the posterior's noise.
-            size: ``h w``.
+            images: output key → gives the rows of a slice of the batch, ``n 3 h w`` or ``n 3 f h w`` in 0…1. The key
+                is also the purpose of the posterior's noise.
+            size: ``h w`` or ``f h w``.
             draws: the batch's random numbers.
 
         Returns:
-            Output key → ``b z h/r w/r`` float32 latents.
+            Output key → ``b z h/r w/r`` float32 latents, of clips ``b z f' h/r w/r``.
         """
-        vae, b = self.vae, len(draws.ids)
-        shape = (vae.latent_channels, size[0] // vae.spatial_compression, size[1] // vae.spatial_compression)
+        vae, b, keys = self.vae, len(draws.ids), list(images)
+        shape = vae.latent_shape(size)
         noise: dict[str, Rows] = {
             key: lambda rows, key=key: draws[rows].normal(key, shape, vae.device)  # type: ignore[misc]
             for key in images
@@ -132,6 +147,7 @@ class Encoder(ABC):
             noise=_stacked(list(noise.values()), b) if self.posterior == "sample" else None,
             per_batch=self.per_batch,
             progress=self.progress,
+            name=lambda row: f"sample {draws.ids[row % b]} ({keys[row // b]})",
         )
         return dict(zip(images, torch.split(latents, b), strict=True))
 

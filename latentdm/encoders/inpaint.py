@@ -10,7 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentdm.autoencoders.frozen import FrozenVAE
-from latentdm.batch import LATENT_MASK, LATENTS, MASK, MASKED_LATENTS, NOISE_MASK, PIXELS, crop, unit_mask, unit_rgb
+from latentdm.batch import (
+    LATENT_MASK,
+    LATENTS,
+    MASK,
+    MASKED_LATENTS,
+    NOISE_MASK,
+    PIXELS,
+    crop,
+    describe,
+    unit_mask,
+    unit_rgb,
+)
 from latentdm.encoders.base import Encoder
 from latentdm.masks.morphology import check_grow_mask_by, check_mask_offset, grow_mask, offset_mask, round_mask
 from latentdm.randomness import Draws
@@ -85,6 +96,14 @@ class InpaintEncoder(Encoder):
         """As `Encoder.channels`: with ``latent_mask`` and ``masked_latents``."""
         masks = self.vae.spatial_compression**2 if self.latent_mask == "unshuffle" else 1
         return {**super().channels, LATENT_MASK: masks, MASKED_LATENTS: self.vae.latent_channels}
+
+    def _check(self, batch: Mapping[str, Any]) -> None:
+        super()._check(batch)
+        if batch[PIXELS].ndim == 5:
+            raise ValueError(
+                f"InpaintEncoder: {PIXELS}: clips ({describe(batch[PIXELS])}) have no masks with frames; "
+                "use encoder=plain, or yield the frames as images b c h w"
+            )
 
     def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
         if MASK not in batch:

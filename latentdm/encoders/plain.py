@@ -13,6 +13,8 @@ from latentdm.randomness import Draws
 class PlainEncoder(Encoder):
     """Adds ``latents`` ``b z h/r w/r``: the image's first three channels, cropped to the VAE's multiple and encoded.
 
+    Video autoencoders also take clips ``b c f h w``, which give ``b z f' h/r w/r``.
+
     Arguments are those of `Encoder`.
 
     Example:
@@ -23,5 +25,4 @@ class PlainEncoder(Encoder):
 
     def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
         pixels = crop(batch[PIXELS], self.vae.spatial_compression)
-        h, w = pixels.shape[-2:]
-        return self._latents({LATENTS: lambda rows: unit_rgb(pixels[rows])}, (h, w), draws)
+        return self._latents({LATENTS: lambda rows: unit_rgb(pixels[rows])}, pixels.shape[2:], draws)
