@@ -47,17 +47,17 @@ class Recorder(LightningModule):
         self.layer = nn.Linear(1, 1)
         self.seen = {"train": [], "val": [], "test": [], "predict": []}
 
-    def training_step(self, batch, _):
+    def training_step(self, batch, batch_idx):
         self.seen["train"].append((self.current_epoch, batch))
         return self.layer(torch.ones(1, 1)).sum()
 
-    def validation_step(self, batch, _):
+    def validation_step(self, batch, batch_idx):
         self.seen["val"].append((self.current_epoch, batch))
 
-    def test_step(self, batch, _):
+    def test_step(self, batch, batch_idx):
         self.seen["test"].append((self.current_epoch, batch))
 
-    def predict_step(self, batch, _):
+    def predict_step(self, batch, batch_idx):
         self.seen["predict"].append((self.current_epoch, batch))
         return batch["index"]
 

@@ -215,8 +215,13 @@ def test_validation_takes_the_centre(tmp_path):
     assert tall["pixels"][1, :, 0].tolist() == list(range(22, 38))
 
 
+ODD = next(side for side in range(17, 500) if int(side * (16 / side)) < 16)  # where the product falls below 16
+
+
 def test_the_short_side_is_resized_and_never_shrinks_below_size(tmp_path):
-    for number, (height, width) in enumerate([(300, 301), (301, 300), (7, 5), (33, 500), (16, 16), (1, 40)]):
+    for number, (height, width) in enumerate(
+        [(300, 301), (301, 300), (7, 5), (33, 500), (16, 16), (1, 40), (ODD, ODD)]
+    ):
         noise(tmp_path / f"{number}.png", height, width)
     assert {sample["pixels"].shape for sample in everything(loaded(tmp_path))} == {(3, 16, 16)}
 
@@ -228,6 +233,11 @@ def test_a_mask_is_first_resized_to_its_image(tmp_path):
     save(tmp_path / "1-mask.png", mask)
     (sample,) = everything(loaded(tmp_path, size=32))
     assert sample["mask"][0, 5, 14:18].tolist() == [0, 127, 127, 0]
+    mask[:] = 0
+    mask[:, 0] = 255
+    save(tmp_path / "1-mask.png", mask)
+    # From 64 to 16 in one step the first column would be skipped; by way of the image's 32 it counts as a quarter.
+    assert everything(loaded(tmp_path, size=16))[0]["mask"][0, 5, :2].tolist() == [63, 0]
 
 
 def test_the_faint_edge_of_a_soft_mask_is_no_mask_of_ones(tmp_path):
@@ -379,6 +389,7 @@ def test_masks_that_are_required(photos):
 
 def test_two_masks_for_one_image(masked_photos):
     noise(masked_photos / "3-mask.png")
+    assert len(loaded(masked_photos, masks="ignore").predict_set) == 8
     with pytest.raises(
         ValueError, match=r"^ImageFolderData: two masks for one image, .*3-mask.png and .*masks/3.png; remove"
     ):

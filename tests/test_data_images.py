@@ -142,6 +142,22 @@ def test_truncated_files_are_named(tmp_path, ending, share):
         read_image(path, "Test")
 
 
+def test_a_broken_chunk_is_named(tmp_path):
+    path = saved(tmp_path, Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)))
+    data = bytearray(path.read_bytes())
+    data[33:37] = (1000).to_bytes(4, "big")  # the first chunk of pixels ends too early: a SyntaxError of Pillow's
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"^Test: cannot read .*image.png: .*broken PNG.*; repair or remove the file$"):
+        read_image(path, "Test")
+
+
+def test_an_absurd_size_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    path = saved(tmp_path, Image.fromarray(RGB))
+    with pytest.raises(ValueError, match=r"^Test: cannot read .*image.png: Image size \(35 pixels\) exceeds limit"):
+        read_image(path, "Test")
+
+
 def test_another_content_is_said(tmp_path):
     (tmp_path / "image.png").write_text("not an image")
     with pytest.raises(

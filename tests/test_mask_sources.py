@@ -118,16 +118,37 @@ def test_a_single_box_is_a_rectangle_and_strokes_are_not():
     assert 15 < sum(both) < 45  # each kind about half of the time
 
 
-def test_a_single_stroke_is_round_in_pixels_whatever_the_aspect():
-    mask = RandomMask(["strokes"], share=(0.02, 0.02), segments=[1, 1])(images(40, 128, 256), draws(range(40)))
-    for one in mask[:, 0]:
-        area, rows, columns = one.sum(), one.any(1).sum(), one.any(0).sum()
-        if one[0].any() or one[-1].any() or one[:, 0].any() or one[:, -1].any():
-            continue
-        # A stroke of length (u, v) and width w: its bounding box is (|u| + w) (|v| + w), its area |uv| w + π w² / 4.
-        width = torch.linspace(1, float(min(rows, columns)), 2000)
-        length = ((rows - width) ** 2 + (columns - width) ** 2).sqrt()
-        assert (length * width + torch.pi * width**2 / 4 - area).abs().min() < 0.03 * area
+def reference_distance(kind, shapes, height, width):
+    """``H W`` float64 by plain geometry: to the nearest box, in its own sizes, or stroke, in its own width."""
+    short = min(height, width)
+    y, x = torch.meshgrid(*(((torch.arange(side).double() + 0.5) / short) for side in (height, width)), indexing="ij")
+    distances = []
+    for shape in shapes.double():
+        if kind == "boxes":
+            centre_x, centre_y, per_x, per_y = shape
+            distances.append(torch.maximum((x - centre_x).abs() * per_x, (y - centre_y).abs() * per_y))
+        else:
+            start, step, per_width = shape[:2], shape[2:4], shape[5]
+            # The nearest of many points on the segment, both ends included.
+            points = start + torch.linspace(0, 1, 400).double()[:, None] * step
+            away = torch.cdist(torch.stack([x, y], dim=-1).view(-1, 2), points).amin(dim=1).view(height, width)
+            distances.append(away**2 * per_width)
+    return torch.stack(distances).amin(dim=0)
+
+
+@pytest.mark.parametrize("kind", ["boxes", "strokes"])
+@pytest.mark.parametrize(("height", "width"), [(32, 70), (60, 24)])
+def test_a_mask_is_what_lies_nearest_to_its_shapes_whatever_the_aspect(kind, height, width):
+    source, ids = RandomMask([kind]), draws(range(25))
+    short = min(height, width)
+    shapes = source.shapes[0].draw(ids, torch.tensor([width / short, height / short]))
+    masks = source(images(25, height, width), ids)[:, 0]
+    for mask, placed in zip(masks, shapes, strict=True):
+        distance = reference_distance(kind, placed, height, width)
+        assert distance[mask].max() < distance[~mask].min() + 1e-3
+    reached = masks.any(0)
+    assert reached.any(0).all()  # every column and every row is within reach
+    assert reached.any(1).all()
 
 
 def test_the_number_of_boxes_stays_in_its_range():

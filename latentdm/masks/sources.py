@@ -222,15 +222,14 @@ def _lowest(field: Tensor, share: Tensor) -> Tensor:
 
     Args:
         field: ``b H W`` float32.
-        share: ``b 1 1`` float32 in 0…1.
+        share: ``b 1 1`` float32, above 0 and at most 1.
 
     Returns:
         ``b H W`` bool.
     """
     step_y, step_x = (-(-side // COARSE) for side in field.shape[-2:])
     levels = field[:, step_y // 2 :: step_y, step_x // 2 :: step_x].flatten(1).sort(dim=1).values
-    rank = ((share[..., 0] * levels.shape[1]).ceil().long() - 1).clamp_(0, levels.shape[1] - 1)
-    level = levels.gather(1, rank)
+    level = levels.gather(1, (share[..., 0] * levels.shape[1]).ceil().long() - 1)
     return (field <= level[..., None]) & (field < levels[:, -1:, None])
 
 
