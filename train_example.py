@@ -3,7 +3,6 @@
 Run ``python train_example.py``, or with any override of the groups under ``conf/``.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import hydra
@@ -31,7 +30,7 @@ class LatentDiffusion(LightningModule):
     def configure_model(self) -> None:
         if self.unet is not None:
             return
-        channels: Mapping[str, int] = self.trainer.datamodule.channels  # e.g. latents 4, masked_latents 4, latent_mask 1
+        channels: dict[str, int] = self.trainer.datamodule.channels  # latents 4, latent_mask 1, masked_latents 4
         blocks = len(self.hparams.block_out_channels)
         self.unet = UNet2DModel(
             in_channels=sum(channels.values()),

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from latentdm.encoders import InpaintEncoder, PlainEncoder
 
 __version__ = "0.1.0"
-__all__ = ["FrozenVAE", "InpaintEncoder", "LatentDataModule", "PlainEncoder", "callbacks", "data", "masks", "register_family"]
+__all__ = [
+    "FrozenVAE",
+    "InpaintEncoder",
+    "LatentDataModule",
+    "PlainEncoder",
+    "callbacks",
+    "data",
+    "masks",
+    "register_family",
+]
 
 _HOMES = {
     "FrozenVAE": "latentdm.autoencoders",

@@ -16,7 +16,9 @@ def header_command(yaml: Path) -> list[str]:
     """The overrides of the command in a YAML's first comment (the line after Hydra's own, if it has one)."""
     lines = [line for line in yaml.read_text(encoding="utf-8").splitlines() if not line.startswith("# @")]
     program, *rest = shlex.split(lines[0].removeprefix("# "))
-    assert [program, rest[0]] == ["python", "train_example.py"], f"{yaml}: the first comment must be the command that runs it"
+    assert [program, rest[0]] == ["python", "train_example.py"], (
+        f"{yaml}: the first comment must be the command that runs it"
+    )
     return rest[1:]
 
 
@@ -25,7 +27,9 @@ def test_header_command_runs_a_step(yaml, workplace):
     overrides = header_command(yaml)
     group = yaml.parent.relative_to(ROOT / "conf").as_posix()
     if group != ".":
-        assert any(override.startswith((f"{group}=", f"{group}.")) for override in overrides), "the header must use its YAML"
+        assert any(override.startswith((f"{group}=", f"{group}.")) for override in overrides), (
+            "the header must use its YAML"
+        )
     run_example(overrides, workplace)
 
 

@@ -15,7 +15,14 @@ def test_first_command_trains_until_the_loss_is_under_half(tmp_path):
     assert install == "python3 -m venv .venv && .venv/bin/pip install -q -c .ci/constraints.txt -e '.[example]'"
     assert run == ".venv/bin/python train_example.py"
     printed = run_script([], tmp_path)
-    for row in ("images ", "steps ", "first validation loss", "images/s", "share of the step spent encoding", "outputs"):
+    for row in (
+        "images ",
+        "steps ",
+        "first validation loss",
+        "images/s",
+        "share of the step spent encoding",
+        "outputs",
+    ):
         assert row in printed
     [share] = re.findall(r"last validation loss\s*│ [\d.]+ \((\d+)% of the first\)", printed)
     assert int(share) < 50
@@ -44,7 +51,11 @@ def test_recipe_runs(command, workplace):
 
 @pytest.mark.parametrize(
     "overrides",
-    [["encoder=inpaint", "encoder.latent_mask=unshuffle"], ["trainer.precision=bf16-true"], ["trainer.precision=16-true"]],
+    [
+        ["encoder=inpaint", "encoder.latent_mask=unshuffle"],
+        ["trainer.precision=bf16-true"],
+        ["trainer.precision=16-true"],
+    ],
     ids=" ".join,
 )
 def test_other_settings_run(overrides, workplace):

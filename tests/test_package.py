@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-APP = '''
+APP = """
 import hydra, sys
 from hydra.utils import instantiate
 import latentdm
@@ -25,7 +25,7 @@ def main(cfg):
     print(latentdm.__file__, tuple(batch["latents"].shape))
 
 main()
-'''
+"""
 
 
 def run(*command, cwd):
