@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import train_example
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 from PIL import Image, ImageDraw
 
+import train_example
 from latentdm.data.photographs import photographs
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
-
 from running import ROOT, run_example
 
 YAMLS = sorted(ROOT.glob("conf/**/*.yaml"))
