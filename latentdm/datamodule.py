@@ -202,18 +202,43 @@ class LatentDataModule(LightningDataModule):
         batch = self.pixels.on_after_batch_transfer(batch, dataloader_idx)
         if not _is_batch(batch):
             return batch
+        inputs, outputs = self.encode(batch, dataloader_idx)
+        results = dict(outputs)
+        if self.keep_pixels:
+            results[PIXELS] = crop(inputs[PIXELS], self.encoder.vae.spatial_compression)
+        batch = self.keys.write(batch, results, drop=self.encoder.consumes)
+        if self.trainer is not None:
+            batch = self.trainer.precision_plugin.convert_input(batch)
+        self._tell("on_encode_end", inputs, outputs, batch)
+        return batch
+
+    def encode(self, batch: Any, dataloader_idx: int = 0) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a batch holds and what the encoder makes of it, before either gets the user's names.
+
+        Args:
+            batch: as in `on_after_batch_transfer`, on the device.
+            dataloader_idx: Lightning's.
+
+        Returns:
+            Under our names: what the encoder was given (``pixels``, the ``mask`` that the mask source made, …), and
+            its results in float32.
+        """
         inputs = self.keys.read(batch)
+        self._tell("on_encode_start", inputs)
         draws = Draws(self.seed, self._epoch, self._ids(inputs, dataloader_idx))
         if MASK in self.encoder.consumes:
             if self.masks is not None:
                 inputs[MASK] = self.masks(inputs, draws)
             if MASK not in inputs:
                 raise ValueError(self.keys.missing_mask(batch))
-        results = self.encoder.encode(inputs, draws)
-        if self.keep_pixels:
-            results[PIXELS] = crop(inputs[PIXELS], self.encoder.vae.spatial_compression)
-        batch = self.keys.write(batch, results, drop=self.encoder.consumes)
-        return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
+        return inputs, self.encoder.encode(inputs, draws)
+
+    def _tell(self, hook: str, *observed: Any) -> None:
+        """Callbacks of the trainer may observe the encoding: see `latentdm.callbacks.EncodeCallback`."""
+        trainer: Any = self.trainer
+        for callback in [] if trainer is None else trainer.callbacks:
+            if hasattr(callback, hook):
+                getattr(callback, hook)(trainer, trainer.lightning_module, *observed)
 
     @property
     def _epoch(self) -> int:

@@ -77,6 +77,8 @@ class FrozenVAE:
         """``z``."""
         self.has_posterior: bool = family.has_posterior
         """Whether a posterior sample differs from the mode."""
+        self.chunks = 0
+        """How many chunks went through the autoencoder so far."""
         self.reencoded = 0
         """How many samples were encoded again in float32 so far."""
         self._normalization = family.normalization(autoencoder).to("cpu")
@@ -160,6 +162,11 @@ class FrozenVAE:
     def dtype(self) -> torch.dtype:
         """What it computes in. ``"auto"`` is settled by the first device that it is put on, and stays."""
         return next(self.module.parameters(), torch.empty(0)).dtype
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether the decoder is there."""
+        return not self._encoder_only and callable(getattr(self._original, "decode", None))
 
     def to(self, device: torch.device | str) -> Self:
         """Move it to a device; the first time, settle its dtype there."""
@@ -281,6 +288,7 @@ class FrozenVAE:
         """
         size = per_batch or rows
         chunks = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+        self.chunks += len(chunks)
         latents = []
         for chunk in tqdm(
             chunks, desc="encode", unit="chunk", delay=2, leave=False, disable=not progress or len(chunks) < 2

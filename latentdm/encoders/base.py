@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdm.autoencoders.frozen import FrozenVAE, Rows, check_posterior
-from latentdm.batch import INDEX, LATENTS, PIXELS, check_pixels, sample_ids
+from latentdm.batch import INDEX, LATENTS, PIXELS, check_pixels, crop, sample_ids
 from latentdm.randomness import Draws
 
 
@@ -119,9 +119,27 @@ class Encoder(ABC):
         if batch[PIXELS].ndim == 5:
             vae.check_clip(batch[PIXELS].shape[2], owner)
 
+    def images(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the autoencoder is given for each of its outputs, for people to look at.
+
+        Args:
+            batch: as for a call.
+
+        Returns:
+            Output key → ``b 3 h w`` (clips ``b 3 f h w``) float32 in 0…1.
+        """
+        self._check(batch)
+        views, _ = self._views(batch)
+        return {key: rows(slice(0, len(batch[PIXELS]))) for key, rows in views.items()}
+
     @abstractmethod
+    def _views(self, batch: Mapping[str, Any]) -> tuple[dict[str, Rows], dict[str, Tensor]]:
+        """The images to encode, by output key, and the outputs that need no autoencoder; for checked pixels."""
+
     def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
-        """As `encode`, for checked pixels."""
+        views, ready = self._views(batch)
+        size = crop(batch[PIXELS], self.vae.spatial_compression).shape[2:]
+        return self._latents(views, size, draws) | ready
 
     def _latents(self, images: Mapping[str, Rows], size: Sequence[int], draws: Draws) -> dict[str, Tensor]:
         """Encode several views of the same ``b`` samples in one chunked pass.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentdm.autoencoders.frozen import FrozenVAE
+from latentdm.autoencoders.frozen import FrozenVAE, Rows
 from latentdm.batch import (
     LATENT_MASK,
     LATENTS,
@@ -24,7 +24,6 @@ from latentdm.batch import (
 )
 from latentdm.encoders.base import Encoder
 from latentdm.masks.morphology import check_grow_mask_by, check_mask_offset, grow_mask, offset_mask, round_mask
-from latentdm.randomness import Draws
 
 LATENT_MASKS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "nearest": lambda mask, r: mask[..., ::r, ::r].contiguous(),  # the pixel that F.interpolate's nearest takes
@@ -105,7 +104,7 @@ class InpaintEncoder(Encoder):
                 "use encoder=plain, or yield the frames as images b c h w"
             )
 
-    def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
+    def _views(self, batch: Mapping[str, Any]) -> tuple[dict[str, Rows], dict[str, Tensor]]:
         if MASK not in batch:
             raise ValueError(
                 f"InpaintEncoder: the batch has no {MASK!r}, only {', '.join(map(repr, batch))}; "
@@ -113,7 +112,6 @@ class InpaintEncoder(Encoder):
             )
         r = self.vae.spatial_compression
         pixels = crop(batch[PIXELS], r)
-        b, (h, w) = len(pixels), pixels.shape[-2:]
         mask = crop(unit_mask(batch[MASK], batch[PIXELS], "InpaintEncoder"), r).to(pixels.device)
         if self.mask_offset is not None:
             filled = noise_mask = offset_mask(mask, self.mask_offset)
@@ -128,6 +126,6 @@ class InpaintEncoder(Encoder):
             keep = 1 - (filled if len(filled) == 1 else filled[rows])
             return (clean(rows) - 0.5) * keep + 0.5
 
-        encoded = self._latents({LATENTS: clean, MASKED_LATENTS: masked}, (h, w), draws)
-        noise_mask = noise_mask.to(self.vae.device).expand(b, -1, -1, -1).contiguous()
-        return encoded | {NOISE_MASK: noise_mask, LATENT_MASK: LATENT_MASKS[self.latent_mask](noise_mask, r)}
+        noise_mask = noise_mask.to(self.vae.device).expand(len(pixels), -1, -1, -1).contiguous()
+        latent_mask = LATENT_MASKS[self.latent_mask](noise_mask, r)
+        return {LATENTS: clean, MASKED_LATENTS: masked}, {NOISE_MASK: noise_mask, LATENT_MASK: latent_mask}

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from latentdm.autoencoders.frozen import Rows
 from latentdm.batch import LATENTS, PIXELS, crop, unit_rgb
 from latentdm.encoders.base import Encoder
-from latentdm.randomness import Draws
 
 
 class PlainEncoder(Encoder):
@@ -23,6 +23,6 @@ class PlainEncoder(Encoder):
         dict_keys(['caption', 'latents'])
     """
 
-    def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
+    def _views(self, batch: Mapping[str, Any]) -> tuple[dict[str, Rows], dict[str, Tensor]]:
         pixels = crop(batch[PIXELS], self.vae.spatial_compression)
-        return self._latents({LATENTS: lambda rows: unit_rgb(pixels[rows])}, pixels.shape[2:], draws)
+        return {LATENTS: lambda rows: unit_rgb(pixels[rows])}, {}
