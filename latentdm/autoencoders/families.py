@@ -183,7 +183,7 @@ _CLASSES: dict[str, type] = {}
 # ---------------------------------------------------------------- asking and teaching it
 
 
-def families() -> Mapping[str, Family]:
+def known_families() -> Mapping[str, Family]:
     """Class name → what is known of it."""
     return dict(_FAMILIES)
 
