@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -84,7 +84,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """Validate, train, validate again, and print a table; returns the first and the last validation loss."""
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.datamodule)
-    model = LatentDiffusion(**cfg.model)
+    model = LatentDiffusion(**OmegaConf.to_container(cfg.model))
     callbacks, loggers = (list(instantiate(group).values()) for group in (cfg.callbacks, cfg.logger))
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
     first = trainer.validate(model, datamodule, verbose=False)[0]["val/loss"]
