@@ -25,3 +25,14 @@ def recorder():
 def recording_vae(recorder):
     """The recorder, frozen."""
     return FrozenVAE(recorder)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder to work in, but for ``photos/`` with masks and ``cutouts/`` with transparency."""
+    from running import write_cutouts, write_photos
+
+    write_photos(tmp_path / "photos")
+    write_cutouts(tmp_path / "cutouts")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
