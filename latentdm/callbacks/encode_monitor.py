@@ -1,0 +1,181 @@
+"""`EncodeMonitor`: what encoding costs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from latentdm.batch import PIXELS
+from latentdm.callbacks.base import EncodeCallback, LogSteps
+
+
+class EncodeMonitor(EncodeCallback):
+    """Logs what encoding costs, at the trainer's log steps, over the training batches since the last one.
+
+    | metric | meaning |
+    |---|---|
+    | ``encode/images_per_s`` | images encoded in a second of encoding, by this rank |
+    | ``encode/batch_ms`` | milliseconds a batch between the two hooks of `EncodeCallback`: masks, encoding, cast |
+    | ``encode/step_ms`` | milliseconds a batch from ``on_train_batch_start`` to ``on_train_batch_end`` |
+    | ``encode/share_of_step_pct`` | batch_ms / (batch_ms + step_ms); loading and validating count as neither |
+    | ``encode/chunks_per_batch`` | passes of the autoencoder a batch (see ``per_batch``) |
+    | ``encode/reencoded_samples`` | samples encoded again in float32 in this run |
+    | ``encode/peak_memory_gib`` | on a GPU: the most that this process had allocated so far, of anything |
+
+    Loggers write rank 0's. A run's first batch warms up and is left out. On a GPU times come from CUDA events, which
+    are read at log steps only. List this callback before others that work in the same hooks, such as `LatentPreview`:
+    their time then counts as neither.
+
+    Example:
+        >>> Trainer(callbacks=[EncodeMonitor()]).fit(model, datamodule=dm)  # doctest: +SKIP
+
+    Attributes:
+        totals: the same sums over the whole fit so far; ``totals.share_of_step_pct``.
+    """
+
+    def __init__(self) -> None:
+        self.totals = Costs()
+        self._window: list[_Times] = []
+        self._now: _Times | None = None
+        self._warm = False
+        self._steps = LogSteps()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start anew."""
+        self.totals, self._window, self._now, self._warm, self._steps = Costs(), [], None, False, LogSteps()
+
+    def on_encode_start(self, trainer: Trainer, pl_module: LightningModule, inputs: Mapping[str, Any]) -> None:
+        """Take the time."""
+        if trainer.training:
+            self._now = _Times(pl_module.device, len(inputs[PIXELS]), _vae(trainer).chunks)
+            self._now.mark()
+
+    def on_encode_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Tensor],
+        batch: Any,
+    ) -> None:
+        """Take the time."""
+        if trainer.training and self._now is not None:
+            self._now.mark()
+            self._now.chunks = _vae(trainer).chunks - self._now.chunks
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Take the time."""
+        if self._now is not None:
+            self._now.mark()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the time; at log steps read and log."""
+        if self._now is not None:
+            self._now.mark()
+            if self._warm:
+                self._window.append(self._now)
+            self._warm, self._now = True, None
+        if self._steps.reached(trainer) and self._window:
+            costs = self._read()
+            metrics = costs.metrics() | {"encode/reencoded_samples": float(_vae(trainer).reencoded)}
+            if pl_module.device.type == "cuda":
+                metrics["encode/peak_memory_gib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
+            pl_module.log_dict(metrics, batch_size=1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the last batches as well."""
+        self._read()
+
+    def _read(self) -> "Costs":
+        """The window's costs, added to the totals."""
+        costs = Costs()
+        for times in self._window:
+            costs.add(times)
+        self.totals = self.totals.plus(costs)
+        self._window = []
+        return costs
+
+
+@dataclass
+class Costs:
+    """Sums over batches.
+
+    Args:
+        batches: how many.
+        images: how many.
+        chunks: how many.
+        encode_s: seconds in the hook.
+        step_s: seconds in the step.
+    """
+
+    batches: int = 0
+    images: int = 0
+    chunks: int = 0
+    encode_s: float = 0.0
+    step_s: float = 0.0
+
+    @property
+    def share_of_step_pct(self) -> float:
+        """Encoding, in percent of encoding and step."""
+        whole = self.encode_s + self.step_s
+        return 100 * self.encode_s / whole if whole else 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """As they are logged."""
+        return {
+            "encode/images_per_s": self.images / self.encode_s if self.encode_s else 0.0,
+            "encode/batch_ms": 1000 * self.encode_s / self.batches,
+            "encode/step_ms": 1000 * self.step_s / self.batches,
+            "encode/share_of_step_pct": self.share_of_step_pct,
+            "encode/chunks_per_batch": self.chunks / self.batches,
+        }
+
+    def add(self, times: "_Times") -> None:
+        """Count a batch."""
+        encode_s, step_s = times.seconds()
+        self.batches += 1
+        self.images += times.images
+        self.chunks += times.chunks
+        self.encode_s += encode_s
+        self.step_s += step_s
+
+    def plus(self, other: "Costs") -> "Costs":
+        """Both together."""
+        return Costs(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+class _Times:
+    """The four moments of a batch: encoding starts and ends, the step starts and ends."""
+
+    def __init__(self, device: torch.device, images: int, chunks: int) -> None:
+        self.images = images
+        self.chunks = chunks
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Now; on a GPU when its queue gets here, without waiting for it."""
+        if self._cuda:
+            event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(perf_counter())
+
+    def seconds(self) -> tuple[float, float]:
+        """Of the hook and of the step."""
+        start, end, step_start, step_end = self._marks
+        if not self._cuda:
+            return end - start, step_end - step_start
+        step_end.synchronize()
+        return start.elapsed_time(end) / 1000, step_start.elapsed_time(step_end) / 1000
+
+
+def _vae(trainer: Trainer) -> Any:
+    return trainer.datamodule.encoder.vae  # type: ignore[attr-defined]
