@@ -14,6 +14,8 @@ from torch import Tensor
 PIXELS = "pixels"
 MASK = "mask"
 INDEX = "index"
+SEGMENTATION = "segmentation"
+CAPTION = "caption"
 LATENTS = "latents"
 MASKED_LATENTS = "masked_latents"
 NOISE_MASK = "noise_mask"
@@ -21,6 +23,8 @@ LATENT_MASK = "latent_mask"
 
 INPUTS = (PIXELS, MASK, INDEX)
 OUTPUTS = (LATENTS, MASKED_LATENTS, NOISE_MASK, LATENT_MASK)
+OPTIONAL = (SEGMENTATION, CAPTION)
+"""Inputs that one mask source or the captions' settings read; they stay in the batch."""
 
 Key = str | int
 
@@ -39,9 +43,9 @@ class BatchKeys:
 
     def __init__(self, keys: Mapping[str, Key] | None = None, layout: str = "CHW") -> None:
         self.keys: dict[str, Key] = dict(keys or {})
-        unknown = [name for name in self.keys if name not in INPUTS + OUTPUTS]
+        unknown = [name for name in self.keys if name not in INPUTS + OUTPUTS + OPTIONAL]
         if unknown:
-            names = ", ".join(INPUTS + OUTPUTS)
+            names = ", ".join(INPUTS + OUTPUTS + OPTIONAL)
             raise ValueError(f"LatentDataModule: keys: unknown name {unknown[0]!r}; the names are {names}")
         if any(isinstance(key, int) and key < 0 for key in self.keys.values()):
             raise ValueError(f"LatentDataModule: keys: {self.keys} has a negative position; count from 0, at the front")
@@ -57,7 +61,7 @@ class BatchKeys:
     def find(self, batch: Mapping[Any, Any] | Sequence[Any]) -> dict[str, Any]:
         """Our inputs under our names, as they lie in the batch; what is not there is left out."""
         found = {}
-        for name in INPUTS:
+        for name in INPUTS + OPTIONAL:
             key = self._key(name)
             if isinstance(batch, Mapping):
                 if key in batch:

@@ -55,6 +55,10 @@ class Draws:
         """The draws of some of the samples."""
         return Draws(self.seed, self.epoch, self.ids[rows])
 
+    def of(self, rows: Sequence[int]) -> "Draws":
+        """The draws of the samples at these places of the batch."""
+        return Draws(self.seed, self.epoch, [self.ids[row] for row in rows])
+
     def _generators(self, purpose: str, device: torch.device) -> Iterator[torch.Generator]:
         """One generator, seeded anew for each sample: making a generator costs more than seeding one."""
         generator = torch.Generator(device)

@@ -20,7 +20,7 @@ class LatentDataModule:
     pixels: Any = MISSING
     encoder: Any = MISSING
     masks: Any = None
-    keys: dict[str, Any] | None = None
+    keys: Any = None  # an optional dict in a schema cannot be set from the command line
     layout: str = "CHW"
     keep_pixels: bool = False
     seed: int = 0
@@ -107,6 +107,37 @@ class RandomMask:
     share: list[float] = field(default_factory=lambda: [0.1, 0.5])
     boxes: list[int] = field(default_factory=lambda: [1, 4])
     segments: list[int] = field(default_factory=lambda: [3, 8])
+    polygons: list[int] = field(default_factory=lambda: [1, 2])
+    sides: list[int] = field(default_factory=lambda: [1, 4])
+    complement: float = 0.0
+    whole: float = 0.0
+
+
+@dataclass
+class SegmentationMask:
+    """``masks=segmentation``."""
+
+    _target_: str = "latentdm.masks.SegmentationMask"
+    classes: list[int] = MISSING
+    invert: bool = False
+
+
+@dataclass
+class MixedMask:
+    """``masks=mixed``."""
+
+    _target_: str = "latentdm.masks.MixedMask"
+    sources: dict[str, Any] = MISSING
+    probabilities: dict[str, float] | None = None
+
+
+@dataclass
+class FeatheredMask:
+    """``masks=feathered``."""
+
+    _target_: str = "latentdm.masks.FeatheredMask"
+    source: Any = MISSING
+    pixels: int = 8
 
 
 @dataclass
@@ -141,6 +172,52 @@ class ImageFolderData(_PixelData):
     flip: bool = False
 
 
+@dataclass
+class EncodeMonitor:
+    """``callbacks=encode_monitor``."""
+
+    _target_: str = "latentdm.callbacks.EncodeMonitor"
+
+
+@dataclass
+class LatentStats:
+    """``callbacks=latent_stats``."""
+
+    _target_: str = "latentdm.callbacks.LatentStats"
+    std_range: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    mask_range: list[float] = field(default_factory=lambda: [0.001, 0.95])
+    per_channel: bool = True
+
+
+@dataclass
+class LatentPreview:
+    """``callbacks=latent_preview``."""
+
+    _target_: str = "latentdm.callbacks.LatentPreview"
+    every_n_steps: int = 500
+    samples: int = 4
+    caption: Any = None
+    dirpath: str | None = None
+
+
+@dataclass
+class PerBatchFinder:
+    """``callbacks=per_batch_finder``."""
+
+    _target_: str = "latentdm.callbacks.PerBatchFinder"
+    candidates: Any = None
+    rounds: int = 3
+    max_seconds: float = 60.0
+
+
+@dataclass
+class VAEOffload:
+    """``callbacks=vae_offload``."""
+
+    _target_: str = "latentdm.callbacks.VAEOffload"
+    stages: list[str] = field(default_factory=lambda: ["predict"])
+
+
 SCHEMAS: dict[str, dict[str, type]] = {
     "datamodule": {"latent": LatentDataModule},
     "encoder": {
@@ -149,7 +226,21 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "inpaint_offset": OffsetInpaintEncoder,
     },
     "vae": {"pretrained": PretrainedVAE, "random": RandomVAE},
-    "masks": {"batch": BatchMask, "alpha": AlphaMask, "random": RandomMask},
+    "callbacks": {
+        "encode_monitor": EncodeMonitor,
+        "latent_stats": LatentStats,
+        "latent_preview": LatentPreview,
+        "per_batch_finder": PerBatchFinder,
+        "vae_offload": VAEOffload,
+    },
+    "masks": {
+        "batch": BatchMask,
+        "alpha": AlphaMask,
+        "random": RandomMask,
+        "segmentation": SegmentationMask,
+        "mixed": MixedMask,
+        "feathered": FeatheredMask,
+    },
     "pixels": {"samples": SamplesData, "folder": ImageFolderData},
 }
 """Group → name → schema."""

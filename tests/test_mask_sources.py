@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from latentdm.masks.sources import AlphaMask, BatchMask, MaskSource, RandomMask
+from latentdm.masks import AlphaMask, BatchMask, FeatheredMask, MaskSource, MixedMask, RandomMask, SegmentationMask
 from latentdm.randomness import Draws
 
-SIZES = [(32, 56), (150, 67), (8, 8)]
-KINDS = [("boxes",), ("strokes",), ("boxes", "strokes")]
+SIZES = [(32, 56), (150, 67), (8, 8), (257, 400)]  # the last is painted from a coarse field
+ALL = ("boxes", "strokes", "polygons", "blobs", "borders")
+KINDS = [*((kind,) for kind in ALL), ("boxes", "strokes"), ALL]
 
 
 def draws(ids, seed=0, epoch=0):
@@ -180,9 +181,18 @@ def count_islands(mask):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kinds": []}, r"kinds must be a list of some of boxes, strokes, each once, got \[\]"),
-        ({"kinds": ["circles"]}, r"kinds must be a list of some of boxes, strokes, each once, got \['circles'\]"),
-        ({"kinds": "boxes"}, "kinds must be a list of some of boxes, strokes, each once, got boxes"),
+        (
+            {"kinds": []},
+            r"kinds must be a list of some of boxes, strokes, polygons, blobs, borders, each once, got \[\]",
+        ),
+        (
+            {"kinds": ["circles"]},
+            r"kinds must be a list of some of boxes, strokes, polygons, blobs, borders, each once, got \['circles'\]",
+        ),
+        (
+            {"kinds": "boxes"},
+            "kinds must be a list of some of boxes, strokes, polygons, blobs, borders, each once, got boxes",
+        ),
         ({"kinds": ["boxes", "boxes"]}, "kinds must be a list"),
         ({"share": [0.0, 0.5]}, r"share must be two numbers above 0 and below 1, in order, got \[0.0, 0.5\]; "),
         ({"share": (0.5, 0.1)}, r"share must be two numbers above 0 and below 1, in order, got \[0.5, 0.1\]; "),
@@ -193,8 +203,167 @@ def count_islands(mask):
         ({"segments": (5, 2)}, r"segments must be two integers in 1…32, in order, got \[5, 2\]"),
         ({"segments": [1, 33]}, r"segments must be two integers in 1…32, in order, got \[1, 33\]"),
         ({"segments": [1, 2.5]}, "segments must be two integers"),
+        ({"polygons": [0, 1]}, r"polygons must be two integers in 1…32, in order, got \[0, 1\]"),
+        ({"sides": [1, 5]}, r"sides must be two integers in 1…4, in order, got \[1, 5\]"),
+        ({"complement": 1.5}, "complement must be a probability in 0…1, got 1.5"),
+        ({"whole": True}, "whole must be a probability in 0…1, got True"),
     ],
 )
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=f"^RandomMask: {message}"):
         RandomMask(**settings)
+
+
+def test_a_coarse_field_paints_what_a_fine_one_paints(monkeypatch):
+    for kind in ("strokes", "polygons", "blobs"):
+        coarse = RandomMask([kind])(images(12, 384, 512), draws(range(12)))
+        with monkeypatch.context() as patch:
+            patch.setattr("latentdm.masks.shapes.COARSE", 384)
+            fine = RandomMask([kind])(images(12, 384, 512), draws(range(12)))
+        assert (coarse != fine).float().mean() < 0.01, kind
+
+
+def test_polygons_have_straight_edges_and_as_many_corners_as_asked_for():
+    masks = RandomMask(["polygons"], polygons=[1, 1], share=(0.05, 0.1))(images(30, 96, 96), draws(range(30)))
+    assert all(count_islands(mask[0]) == 1 for mask in masks)
+    two = RandomMask(["polygons"], polygons=[2, 2], share=(0.02, 0.02))(images(30, 96, 96), draws(range(30)))
+    assert sum(count_islands(mask[0]) == 2 for mask in two) > 15
+
+
+def test_borders_leave_a_rectangle_at_as_many_sides_as_asked_for():
+    def sides(mask):
+        kept = ~mask
+        assert torch.equal(kept, kept.any(1, keepdim=True) & kept.any(0, keepdim=True))
+        return sum(bool(side.all()) for side in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
+
+    masks = RandomMask(["borders"], share=(0.2, 0.4))(images(60, 64, 96), draws(range(60)))
+    assert {sides(mask[0]) for mask in masks} == {1, 2, 3, 4}
+    masks = RandomMask(["borders"], share=(0.2, 0.4), sides=[2, 2])(images(30, 64, 96), draws(range(30)))
+    assert {sides(mask[0]) for mask in masks} == {2}
+
+
+def test_the_complement_turns_shapes_over_and_keeps_the_share():
+    plain = RandomMask(["boxes"], share=(0.3, 0.3), boxes=[1, 1])(images(20), draws(range(20)))
+    turned = RandomMask(["boxes"], share=(0.7, 0.7), boxes=[1, 1], complement=1.0)(images(20), draws(range(20)))
+    assert torch.equal(plain, ~turned)
+    half = RandomMask(["boxes"], share=(0.5, 0.5))(images(60), draws(range(60)))
+    some = RandomMask(["boxes"], share=(0.5, 0.5), complement=0.5)(images(60), draws(range(60)))
+    assert 15 < (some == ~half).flatten(1).all(dim=1).sum() < 45
+    assert ((some == half) | (some == ~half)).all()
+
+
+def test_a_set_share_of_the_images_is_masked_as_a_whole():
+    masks = RandomMask(ALL, whole=0.25)(images(200, 16, 16), draws(range(200)))
+    whole = masks.flatten(1).all(dim=1)
+    assert 30 < whole.sum() < 70
+    assert torch.equal(masks[~whole], RandomMask(ALL)(images(200, 16, 16), draws(range(200)))[~whole])
+
+
+def test_segmentation_takes_the_chosen_classes():
+    labels = torch.randint(0, 5, (3, 6, 7), generator=torch.Generator().manual_seed(0))
+    batch = {**images(3, 6, 7), "segmentation": labels}
+    mask = SegmentationMask([1, 4])(batch, draws(range(3)))
+    assert mask.shape == (3, 1, 6, 7)
+    assert torch.equal(mask[:, 0], torch.isin(labels, torch.tensor([1, 4])))
+    batch["segmentation"] = labels[:, None].to(torch.uint8)
+    assert torch.equal(SegmentationMask([1, 4], invert=True)(batch, draws(range(3))), ~mask)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, r"the batch has no 'segmentation'; .*keys=\{segmentation: …\}"),
+        (
+            torch.zeros(2, 8, 8),
+            r"expected integer labels of shape b H W or b 1 H W for 2 images, got \(2, 8, 8\) float32",
+        ),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.long), r"expected integer labels .* got \(2, 3, 8, 8\) int64"),
+        (torch.zeros(3, 8, 8, dtype=torch.long), r"for 2 images, got \(3, 8, 8\) int64"),
+    ],
+)
+def test_segmentation_says_what_is_wrong(labels, message):
+    batch = images(2, 8, 8) if labels is None else {**images(2, 8, 8), "segmentation": labels}
+    with pytest.raises(ValueError, match=f"^SegmentationMask: .*{message}"):
+        SegmentationMask([1])(batch, draws(range(2)))
+    with pytest.raises(ValueError, match=f"^MixedMask: sources.labels: SegmentationMask: .*{message}"):
+        # Even where no sample draws it: a run must not fail at its thousandth step.
+        MixedMask({"labels": SegmentationMask([1]), "random": RandomMask()}, {"labels": 0, "random": 1})(
+            batch, draws(range(2))
+        )
+
+
+@pytest.mark.parametrize("classes", [[], 3, "3", [1.5], [True]])
+def test_segmentation_wants_classes(classes):
+    with pytest.raises(ValueError, match=r"^SegmentationMask: classes must be a list of the integer labels"):
+        SegmentationMask(classes)
+
+
+def mixture(**probabilities):
+    sources = {"own": BatchMask(), "random": RandomMask(), "alpha": AlphaMask()}
+    return MixedMask(sources, probabilities or None)
+
+
+def mixed_batch(count):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 4, 16, 24), generator=generator, dtype=torch.uint8)
+    return {"pixels": pixels, "mask": torch.rand(count, 1, 8, 12, generator=generator)}
+
+
+def test_each_sample_of_a_mixture_has_the_mask_of_one_source():
+    batch, ids = mixed_batch(200), draws(range(200))
+    mixed = mixture(own=2, random=1, alpha=1)(batch, ids)
+    assert mixed.dtype == torch.float32
+    own = torch.nn.functional.interpolate(batch["mask"], size=(16, 24), mode="bilinear")
+    counts = []
+    for made in (own, RandomMask()(batch, ids).float(), AlphaMask()(batch, ids)):
+        counts.append(int((mixed == made).flatten(1).all(dim=1).sum()))
+    assert sum(counts) == 200
+    assert 80 < counts[0] < 120
+    assert 30 < counts[1] < 70
+
+
+def test_a_mixture_depends_on_its_own_draws_alone():
+    batch = mixed_batch(9)
+    together = mixture()(batch, draws(range(9)))
+    for index in range(9):
+        alone = {name: value[index : index + 1] for name, value in batch.items()}
+        assert torch.equal(mixture()(alone, draws([index])), together[index : index + 1])
+
+
+def test_one_mask_for_all_serves_a_mixture():
+    batch = mixed_batch(6) | {"mask": torch.ones(1, 16, 24)}
+    assert mixture(own=1, random=0, alpha=0)(batch, draws(range(6))).eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("sources", "probabilities", "message"),
+    [
+        ({}, None, "the sources are none"),
+        ({"own": BatchMask()}, {"mine": 1}, "probabilities must name each source once; the sources are own, .* mine"),
+        ({"own": BatchMask()}, {"own": 0}, "must be at least 0 and not all 0, got {'own': 0}"),
+        ({"own": BatchMask(), "random": RandomMask()}, {"own": 2, "random": -1}, "must be at least 0"),
+        ({"own": "batch"}, None, "sources.own must be a mask source, got str"),
+    ],
+)
+def test_wrong_mixtures(sources, probabilities, message):
+    with pytest.raises(ValueError, match=f"^MixedMask: .*{message}"):
+        MixedMask(sources, probabilities)
+
+
+def test_feathering_softens_edges_and_leaves_them_in_place():
+    hard = torch.zeros(1, 1, 32, 40)
+    hard[..., 20:] = 1
+    batch = {**images(1, 32, 40), "mask": hard}
+    soft = FeatheredMask(BatchMask(), pixels=6)(batch, draws([0]))
+    assert torch.equal(soft.round(), hard)
+    row = soft[0, 0, 0]
+    assert torch.equal(soft[0, 0], row.expand(32, -1))  # nothing happens at the image's border
+    assert (row.diff() >= 0).all()
+    assert torch.equal((row > 0) & (row < 1), (torch.arange(40) >= 14) & (torch.arange(40) < 26))
+    for pixels in (0, 129, 2.5):
+        with pytest.raises(ValueError, match=r"^FeatheredMask: pixels must be an integer in 1…128"):
+            FeatheredMask(BatchMask(), pixels)
+    with pytest.raises(ValueError, match=r"^FeatheredMask: source must be a mask source, got str"):
+        FeatheredMask("batch")
+    with pytest.raises(ValueError, match=r"^MixedMask: sources.soft: BatchMask"):
+        MixedMask({"soft": FeatheredMask(BatchMask())})(images(1), draws([0]))

@@ -1,6 +1,19 @@
 """Masks: moving their edges (`grow_mask`, `offset_mask`) and where they come from (`MaskSource`)."""
 
+from latentdm.masks.feather import FeatheredMask
+from latentdm.masks.mixed import MixedMask
 from latentdm.masks.morphology import grow_mask, offset_mask
-from latentdm.masks.sources import AlphaMask, BatchMask, MaskSource, RandomMask
+from latentdm.masks.random import RandomMask
+from latentdm.masks.sources import AlphaMask, BatchMask, MaskSource, SegmentationMask
 
-__all__ = ["AlphaMask", "BatchMask", "MaskSource", "RandomMask", "grow_mask", "offset_mask"]
+__all__ = [
+    "AlphaMask",
+    "BatchMask",
+    "FeatheredMask",
+    "MaskSource",
+    "MixedMask",
+    "RandomMask",
+    "SegmentationMask",
+    "grow_mask",
+    "offset_mask",
+]
