@@ -557,7 +557,9 @@ def test_a_model_that_holds_the_vae_neither_trains_nor_saves_it(inpaint, tmp_pat
 
 # -------------------------------------------------------------------- what only a GPU shows
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pinned copies, waits and device placement")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: pinned copies, waits and device placement"
+)
 
 
 @needs_gpu
