@@ -75,9 +75,9 @@ def test_an_offset_moves_the_fill_as_well(recorder, recording_vae):
 
 
 def test_grow_mask_by_is_six_unless_told(recording_vae):
-    assert torch.equal(*(
-        InpaintEncoder(recording_vae, **options)(batch_of(2))["noise_mask"] for options in ({}, {"grow_mask_by": 6})
-    ))
+    assert torch.equal(
+        *(InpaintEncoder(recording_vae, **options)(batch_of(2))["noise_mask"] for options in ({}, {"grow_mask_by": 6}))
+    )
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(1, [0, 0, 0]), (3, [0, 1, 2]), (4, [0, 1, 2])])
