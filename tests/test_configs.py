@@ -7,6 +7,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from running import ROOT, run_example
+from tiny_models import STAND_INS, stand_in
 
 YAMLS = sorted(ROOT.glob("conf/**/*.yaml"))
 
@@ -29,6 +30,8 @@ def test_header_command_runs_a_step(yaml, workplace):
         assert any(override.startswith((f"{group}=", f"{group}.")) for override in overrides), (
             "the header must use its YAML"
         )
+    if group == "vae" and yaml.stem in STAND_INS:  # a test cannot reach the repository that it names
+        overrides.append(f"vae.source={stand_in(yaml.stem, workplace / 'autoencoder')}")
     run_example(overrides, workplace)
 
 

@@ -35,6 +35,7 @@ NO_POSTERIOR = ("tiny", "dc", "vq", "movq")
 PIPELINES = [
     ("kl", stable_diffusion),
     ("kl", sdxl),
+    ("kl_fp16", sdxl),
     ("kl_statistics", sdxl_with_statistics),
     ("kl_shift", stable_diffusion_3),
     ("kl_shift", flux),

@@ -26,6 +26,7 @@ VQ = {"_class_name": "VQModel", "block_out_channels": [8, 8, 8, 16], "num_vq_emb
 
 CONFIGS = {
     "kl": KL,
+    "kl_fp16": KL | {"scaling_factor": 0.13025, "force_upcast": False},
     "kl_statistics": KL | {"latents_mean": MEAN, "latents_std": STD, "scaling_factor": 0.5, "shift_factor": 9.0},
     "kl_shift": KL
     | {"shift_factor": 0.1159, "scaling_factor": 0.3611, "use_quant_conv": False, "use_post_quant_conv": False},
@@ -97,6 +98,23 @@ CONFIGS = {
 }
 """Name → a diffusers config. Every family at least once, and the variants that are normalised otherwise."""
 
+STAND_INS = {
+    "sd15": "kl",
+    "sdxl": "kl",
+    "sdxl_fp16_fix": "kl_fp16",
+    "sd3": "kl_shift",
+    "flux": "kl_shift",
+    "flux2": "flux2",
+    "flux_fill": "kl_shift",
+    "sana": "dc",
+    "qwen_image": "qwen_image",
+    "wan": "wan",
+    "hunyuan_image": "hunyuan_image",
+    "taesd": "tiny",
+    "taesdxl": "tiny",
+}
+"""Preset of conf/vae → a tiny model of the same class: the repositories themselves are out of reach of a test."""
+
 VIDEO = [
     name for name, config in CONFIGS.items() if config["_class_name"] in ("AutoencoderKLQwenImage", "AutoencoderKLWan")
 ]
@@ -140,3 +158,9 @@ def close(ours, theirs, tolerance=1e-6):
     """Equal up to a relative error of the whole tensor."""
     assert ours.shape == theirs.shape
     assert torch.linalg.vector_norm(ours - theirs) <= tolerance * torch.linalg.vector_norm(theirs)
+
+
+def stand_in(preset, folder):
+    """Writes the stand-in of a preset into a folder, as ``save_pretrained`` does."""
+    build(STAND_INS[preset]).save_pretrained(folder)
+    return folder

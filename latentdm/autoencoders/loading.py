@@ -1,7 +1,9 @@
 """Autoencoders from a hub, a folder, a single file or a config: always the class that the config names."""
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
@@ -49,12 +51,14 @@ def load_autoencoder(
     if config is not None:
         raise ValueError(f"{_OWNER}: config={str(config)!r} is for a single file; {str(source)!r} has its own")
     if path.is_dir():
-        subfolder = _subfolder(path, subfolder)
-        _refuse_pickles(path / (subfolder or ""), use_safetensors)
+        # Joined here: given both, diffusers would read the subfolder's config and then weights that lie above it.
+        source, subfolder = path / (_subfolder(path, subfolder) or ""), None
+        _refuse_pickles(source, use_safetensors)
     settings, subfolder = _read_config(source, subfolder, revision)
     autoencoder_class = class_named(settings.get("_class_name"), f"FrozenVAE: {source}")
     try:
-        with torch.random.fork_rng(devices=[]):  # building the module draws weights that are then overwritten
+        # Building the module draws weights that are then overwritten; and what does not fit is said once, below.
+        with torch.random.fork_rng(devices=[]), _quiet("diffusers.models.modeling_utils"):
             model, info = autoencoder_class.from_pretrained(
                 source,
                 subfolder=subfolder,
@@ -199,8 +203,7 @@ def _in_diffusers_keys(
         conversions: dict[str, Any] = SINGLE_FILE_LOADABLE_CLASSES
         convert = conversions.get(name, {}).get("checkpoint_mapping_fn")
         if convert is None:
-            first = next(iter(sorted(weights)), "nothing")
-            raise ValueError(_misfit(path, name, f"it holds {first!r} where {next(iter(own))!r} and others belong"))
+            return weights  # whose keys are then refused by name
         try:
             weights = convert(checkpoint=weights, config={**model.config, **settings})
         except (KeyError, IndexError, RuntimeError) as error:
@@ -230,6 +233,18 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     """A config from its file, or from ``config.json`` in a folder."""
     settings: Mapping[str, Any] = json.loads((path / CONFIG if path.is_dir() else path).read_text(encoding="utf-8"))
     return settings
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    """Errors only from a logger that would list every key."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _one_line(error: Exception) -> str:
