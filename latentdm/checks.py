@@ -39,7 +39,7 @@ def mask_alarm(empty: float, full: float, bounds: tuple[float, float] = MASK_RAN
     if full >= MOST:
         return (
             f"{full:.0%} of the masks cover more than {high:.0%} of their image, so that the model sees next "
-            "to nothing of it; check that masks are not inverted (white = repaint; masks=alpha has invert), and grow_mask_by or "
-            "mask_offset"
+            "to nothing of it; check that masks are not inverted (white = repaint; masks=alpha has invert), and "
+            "grow_mask_by or mask_offset"
         )
     return None
