@@ -34,19 +34,27 @@ class BatchKeys:
 
     Args:
         keys: our name → the user's: a key of a dict batch, or a position in a tuple or list batch, for inputs and
-            outputs alike. Names left out keep ours; in a tuple batch ``pixels`` must be given a position.
+            outputs alike. Names left out keep ours; in a tuple batch ``pixels`` must be given a position. None keeps
+            an output out of the batch.
         layout: ``"CHW"``, or ``"HWC"`` for channels-last images.
 
     Raises:
         ValueError: an unknown name or layout, or a mix of keys and positions.
     """
 
-    def __init__(self, keys: Mapping[str, Key] | None = None, layout: str = "CHW") -> None:
-        self.keys: dict[str, Key] = dict(keys or {})
-        unknown = [name for name in self.keys if name not in INPUTS + OUTPUTS + OPTIONAL]
+    def __init__(self, keys: Mapping[str, Key | None] | None = None, layout: str = "CHW") -> None:
+        given = dict(keys or {})
+        self.keys: dict[str, Key] = {name: key for name, key in given.items() if key is not None}
+        self.left_out = given.keys() - self.keys.keys()
+        unknown = [name for name in given if name not in INPUTS + OUTPUTS + OPTIONAL]
         if unknown:
             names = ", ".join(INPUTS + OUTPUTS + OPTIONAL)
             raise ValueError(f"LatentDataModule: keys: unknown name {unknown[0]!r}; the names are {names}")
+        if not self.left_out <= set(OUTPUTS):
+            name = min(self.left_out - set(OUTPUTS))
+            raise ValueError(
+                f"LatentDataModule: keys: {name!r} goes into the encoder; only outputs can be left out (null)"
+            )
         if any(isinstance(key, int) and key < 0 for key in self.keys.values()):
             raise ValueError(f"LatentDataModule: keys: {self.keys} has a negative position; count from 0, at the front")
         if len({isinstance(key, int) for key in self.keys.values()}) > 1:
@@ -115,6 +123,8 @@ class BatchKeys:
         free = leaving | {self._key(name) for name in INPUTS if name in results}
         placed: dict[Key, Any] = {}
         for name, value in results.items():
+            if name in self.left_out:
+                continue
             self._check_place(name, self._key(name), batch, free, placed)
             placed[self._key(name)] = value
         if isinstance(batch, Mapping):
@@ -155,7 +165,7 @@ class BatchKeys:
         elif not isinstance(key, int):
             raise ValueError(
                 f"LatentDataModule: keys: the encoder's {name!r} has no position in a {type(batch).__name__} batch of "
-                f"{len(batch)}; give it one, as in keys={{…, {name}: {len(batch)}}}"
+                f"{len(batch)}; give it one, as in keys={{…, {name}: {len(batch)}}}, or leave it out with null"
             )
         elif key < len(batch) and key not in free:
             raise ValueError(

@@ -34,7 +34,8 @@ class LatentDataModule(LightningDataModule):
         pixels: any LightningDataModule whose batches (dicts, tuples or lists) hold images.
         encoder: makes the latents.
         masks: where masks come from; None takes the batch's own. Asked only by an encoder that needs a mask.
-        keys: our name → the user's, for inputs and outputs: a key of a dict batch or a position in a tuple batch.
+        keys: our name → the user's, for inputs and outputs: a key of a dict batch or a position in a tuple batch;
+            None keeps an output out of the batch.
         layout: ``"CHW"``, or ``"HWC"`` for channels-last images.
         keep_pixels: leave the cropped ``pixels`` (``b c h w``) in the batch.
         seed: of everything random, together with epoch, ``index`` and purpose. Batches without ``index`` are keyed on
@@ -54,7 +55,7 @@ class LatentDataModule(LightningDataModule):
         pixels: LightningDataModule,
         encoder: Encoder,
         masks: MaskSource | None = None,
-        keys: Mapping[str, Key] | None = None,
+        keys: Mapping[str, Key | None] | None = None,
         layout: str = "CHW",
         keep_pixels: bool = False,
         seed: int = 0,
@@ -201,6 +202,7 @@ class LatentDataModule(LightningDataModule):
             return batch
         batch = self.pixels.on_after_batch_transfer(batch, dataloader_idx)
         if not _is_batch(batch):
+            self._warn_if_bare(batch)
             return batch
         inputs, outputs = self.encode(batch, dataloader_idx)
         results = dict(outputs)
@@ -211,6 +213,15 @@ class LatentDataModule(LightningDataModule):
             batch = self.trainer.precision_plugin.convert_input(batch)
         self._tell("on_encode_end", inputs, outputs, batch)
         return batch
+
+    def _warn_if_bare(self, batch: Any) -> None:
+        """A loader of bare tensors would train on pixels: say so once."""
+        if isinstance(batch, Tensor) and self.trainer is not None and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"LatentDataModule: the batch is a bare tensor ({describe(batch)}) and passes as it is, without being "
+                "encoded; yield a dict, as in {'pixels': images}"
+            )
 
     def encode(self, batch: Any, dataloader_idx: int = 0) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a batch holds and what the encoder makes of it, before either gets the user's names.

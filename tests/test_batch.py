@@ -127,6 +127,14 @@ def test_a_named_tuple_stays_one(plain):
     assert out.image.shape == (2, 4, 4, 4)
 
 
+def test_null_keeps_an_output_out_of_the_batch(inpaint):
+    keys = {"pixels": 0, "mask": 1, "latents": 0, "masked_latents": 1, "noise_mask": None, "latent_mask": None}
+    latents, masked_latents = through_hooks((images(2), masks(2)), inpaint, keys=keys)
+    expected = through_hooks({"pixels": images(2), "mask": masks(2)}, inpaint)
+    assert torch.equal(latents, expected["latents"])
+    assert torch.equal(masked_latents, expected["masked_latents"])
+
+
 def test_what_is_no_batch_passes_unchanged(plain):
     for thing in (torch.ones(2, 4, 4, 4), None, "text", 3):
         assert through_hooks(thing, plain) is thing
@@ -204,6 +212,7 @@ def test_a_channels_first_batch_under_hwc_is_named(plain):
 WRONG_SETTINGS = {
     "unknown name": ({"keys": {"image": "x"}}, ["keys: unknown name 'image'", "pixels, mask, index, latents"]),
     "mixed": ({"keys": {"pixels": 0, "latents": "x"}}, ["mixes keys and positions", "integers for tuples"]),
+    "left out input": ({"keys": {"pixels": None}}, ["keys: 'pixels' goes into the encoder", "only outputs"]),
     "negative": ({"keys": {"pixels": -1}}, ["negative position", "count from 0"]),
     "layout": ({"layout": "NHWC"}, ["layout must be 'CHW' or 'HWC', got 'NHWC'"]),
 }
