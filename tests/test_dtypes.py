@@ -87,6 +87,14 @@ def test_encode_by_itself_names_the_row_and_counts():
         assert vae.reencoded == turn
 
 
+def test_a_sample_is_encoded_again_in_inference_mode_as_well():
+    vae = FrozenVAE(overflowing(), dtype="float16")
+    with torch.inference_mode(), pytest.warns(UserWarning, match="row 5"):
+        encoded = vae.encode(with_a_white_one(), posterior="mode")
+    with pytest.warns(UserWarning, match="row 5"):
+        assert torch.equal(encoded, FrozenVAE(overflowing(), dtype="float16").encode(with_a_white_one(), "mode"))
+
+
 def test_the_weights_as_they_came_make_the_second_attempt():
     """Not those that were rounded to float16 for the first."""
     model = overflowing()

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import complains
+from helpers import Photos, complains, predict
 from pipelines import decoded_by_pipeline, qwen_image, wan
 from tiny_models import CONFIGS, build, close, frozen, pictures, signed
 
-from latentdm import InpaintEncoder, PlainEncoder
+from latentdm import InpaintEncoder, LatentDataModule, PlainEncoder
 
 
 @pytest.mark.parametrize("name", ["qwen_image", "wan", "wan22"])
@@ -51,6 +51,18 @@ def test_a_clip_is_encoded_from_uint8_by_the_encoder():
     noisy = PlainEncoder(vae)(batch)["latents"]
     assert noisy.shape == (2, 4, 2, 4, 6)
     assert not torch.equal(noisy, encoded["latents"])
+
+
+@pytest.mark.parametrize("layout", ["CHW", "HWC"])
+def test_clips_pass_the_data_module(layout):
+    vae = frozen("wan")
+    clips = torch.randint(0, 256, (2, 3, 5, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = PlainEncoder(vae, posterior="mode")({"pixels": clips})["latents"]
+    columns = {"pixels": clips if layout == "CHW" else clips.movedim(1, -1), "index": torch.arange(2)}
+    datamodule = LatentDataModule(Photos(columns), PlainEncoder(vae, posterior="mode"), layout=layout, keep_pixels=True)
+    (batch,) = predict(datamodule)
+    assert torch.equal(batch["latents"], expected)
+    assert torch.equal(batch["pixels"], clips)
 
 
 def test_frames_that_would_be_dropped_are_an_error():
