@@ -5,6 +5,7 @@ frame is shown.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from latentdm.batch import LATENT_MASK, LATENTS, MASK, MASKED_LATENTS, NOISE_MASK, PIXELS, Key, crop, unit_mask
 from latentdm.checks import MASK_RANGE, STD_RANGE, latent_std_alarm, mask_alarm
+from latentdm.datamodule import LatentDataModule
 from latentdm.encoders.base import Encoder
 from latentdm.pictures import ORANGE, Sheet, three_components, tinted
 
@@ -27,7 +29,7 @@ def preview(
     outputs: Mapping[str, Tensor],
     captions: Sequence[str] | None = None,
     samples: int | None = None,
-    notes: bool = False,
+    notes: Sequence[str] = (),
 ) -> Image.Image:
     """Draw a batch: one row a sample, under each header what the encoder and its results have to show.
 
@@ -37,7 +39,7 @@ def preview(
         outputs: what it gave: ``latents`` and, if it inpaints, ``masked_latents``, ``noise_mask``, ``latent_mask``.
         captions: titles of the rows.
         samples: how many of the batch; None draws all.
-        notes: write below what a person should check.
+        notes: sentences to go below, such as those of `describe`.
 
     Returns:
         An RGB picture.
@@ -51,16 +53,20 @@ def preview(
         for row in range(b)
     ]
     rows = [[images[row] for images in columns.values()] for row in range(b)]
-    return Sheet(list(columns), (width, height)).draw(rows, titles, describe(encoder, inputs, outputs) if notes else ())
+    return Sheet(list(columns), (width, height)).draw(rows, titles, notes)
 
 
 def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> list[str]:
     """What a person should check in a preview, a sentence or two each; what is wrong begins with ``CHECK``."""
     vae, latents = encoder.vae, outputs[LATENTS]
     name, dtype = type(vae.module).__name__, str(vae.dtype).removeprefix("torch.")
-    sizes = [f"{value.shape[-1]} by {value.shape[-2]}" for value in (inputs[PIXELS], latents)]
+    whole, cropped, small = (
+        f"{value.shape[-1]} by {value.shape[-2]}"
+        for value in (inputs[PIXELS], crop(inputs[PIXELS], vae.spatial_compression), latents)
+    )
     lines = [
-        f"Images: {sizes[0]} pixels become {sizes[1]} latents of {latents.shape[1]} channels, by {name} "
+        f"Images: {whole} pixels{'' if cropped == whole else f', cropped to {cropped},'} become {small} latents of "
+        f"{latents.shape[1]} channels, by {name} "
         f"(1/{vae.spatial_compression} of the side, {dtype} on {vae.device})."
     ]
     if vae.can_decode:
@@ -69,19 +75,67 @@ def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, 
         )
     std = float(latents.std())
     lines.append(
-        f"Latents: standard deviation {std:.2f}, mean {float(latents.mean()):.2f}; about 1 is right, "
+        f"Latents: standard deviation {std:.2f}, mean {round(float(latents.mean()), 2) + 0.0:.2f}; about 1 is right, "
         f"outside {STD_RANGE[0]:g}…{STD_RANGE[1]:g} the scaling is wrong."
     )
     alarms = [latent_std_alarm(std)]
     if NOISE_MASK in outputs:
         shares = outputs[NOISE_MASK].flatten(1).mean(1)
         lines.append(
-            f"Masks: white (red over the image) = repaint. They cover {float(shares.mean()):.0%} of the image "
+            f"Masks: white = repaint (red over the image, orange at latent resolution). They cover {float(shares.mean()):.0%} of the image "
             f"({float(shares.min()):.0%} to {float(shares.max()):.0%}); is that the part which the model shall fill?"
         )
         low, high = MASK_RANGE
         alarms.append(mask_alarm(float((shares < low).float().mean()), float((shares > high).float().mean())))
     return lines + [f"CHECK: {alarm}." for alarm in alarms if alarm]
+
+
+def first_samples(
+    datamodule: LatentDataModule, samples: int, device: torch.device, stage: str = "train"
+) -> tuple[dict[str, Any], dict[str, Tensor], list[str] | None]:
+    """Take the first batches of a data module through its hooks, without a trainer.
+
+    Args:
+        datamodule: it is set up here.
+        samples: how many are wanted at least; fewer come where the data has fewer, or no more of the first one's size.
+        device: where to encode.
+        stage: ``"train"`` or ``"val"``.
+
+    Returns:
+        Inputs and outputs under our names, as `preview` takes them, and captions if all batches have some.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    datamodule.encoder.setup(device)
+    loader = datamodule.train_dataloader() if stage == "train" else datamodule.val_dataloader()
+    if isinstance(loader, list | tuple):
+        loader = next(iter(loader), ())
+    taken: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+    captions: list[str] = []
+    count = 0
+    for batch in islice(loader, samples):
+        batch = datamodule.on_before_batch_transfer(batch, 0)
+        batch = datamodule.transfer_batch_to_device(batch, device, 0)
+        batch = datamodule.pixels.on_after_batch_transfer(batch, 0)
+        inputs, outputs = datamodule.encode(batch)
+        if taken and inputs[PIXELS].shape[1:] != taken[0][0][PIXELS].shape[1:]:
+            continue  # a bucket of another size
+        b = len(outputs[LATENTS])
+        if MASK in inputs and len(inputs[MASK]) == 1:
+            inputs[MASK] = inputs[MASK].expand(b, *inputs[MASK].shape[1:])
+        taken.append((inputs, outputs))
+        captions += captions_of(batch) or []
+        count += b
+        if count >= samples:
+            break
+    datamodule.teardown("fit")
+    if not taken:
+        raise ValueError(f"no batch: the {stage} data is empty; choose another stage, or look at the data")
+    inputs, outputs = (_joined([part[which] for part in taken]) for which in (0, 1))
+    return inputs, outputs, captions if len(captions) == count else None
 
 
 def captions_of(batch: Any, key: Key | None = None) -> list[str] | None:
@@ -133,6 +187,12 @@ def _title(caption: Sequence[str], row: int, outputs: Mapping[str, Tensor]) -> s
     if NOISE_MASK in outputs:
         title += f" · {float(outputs[NOISE_MASK].mean()):.0%} masked"
     return f"{title} · latents' std {float(outputs[LATENTS].std()):.2f}"
+
+
+def _joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The tensors of several batches as those of one."""
+    tensors = [name for name, value in batches[0].items() if isinstance(value, Tensor)]
+    return {name: torch.cat([batch[name] for batch in batches]) for name in tensors}
 
 
 def _first(values: Mapping[str, Any], b: int) -> dict[str, Any]:
