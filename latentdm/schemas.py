@@ -168,8 +168,14 @@ class ImageFolderData(_PixelData):
     val_share: float = 0.1
     val_root: str | None = None
     masks: str = "auto"
+    captions: str = "auto"
+    columns: dict[str, str] | None = None
     alpha: bool = False
     flip: bool = False
+    on_error: str = "raise"
+    max_skipped_share: float = 0.05
+    max_pixels: int = 178_956_970
+    index_dir: str | None = None
 
 
 @dataclass

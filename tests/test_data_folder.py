@@ -53,7 +53,7 @@ def everything(data, epoch=0):
 
 
 def names(dataset):
-    return [] if dataset is None else [file.name for file in dataset.files]
+    return [] if dataset is None else [dataset.name(place) for place in range(len(dataset))]
 
 
 def test_the_images_of_a_folder_sorted_and_recursive(photos):
@@ -70,7 +70,7 @@ def test_the_images_of_a_folder_sorted_and_recursive(photos):
 def test_a_batch(photos):
     noise(photos / "a" / "0-mask.png")
     batch = next(iter(loaded(photos, masks="ignore").train_dataloader()))
-    assert set(batch) == {"pixels", "index", "name"}
+    assert set(batch) == {"pixels", "index", "name", "caption"}
     assert batch["pixels"].shape == (4, 3, 16, 16)
     assert batch["pixels"].dtype == torch.uint8
     assert batch["index"].dtype == torch.int64

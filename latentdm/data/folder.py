@@ -1,101 +1,118 @@
-"""A folder of images, with a mask beside each or without masks.
+"""A folder of images, with masks and captions beside them or without.
 
 Shapes: ``c h w``; ``H W`` is an image as it lies in its file.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
-from latentdm.data.base import PixelDataModule, PixelDataset, Sample, check_at_least
-from latentdm.data.files import ImageFile, find_images, split_files
-from latentdm.data.images import RESAMPLE, image_to_tensor, read_image, read_mask, resize_mask
-from latentdm.randomness import sample_generator
+from latentdm.data.base import Joined, PixelDataModule, PixelDataset, Sample, check_at_least, check_share
+from latentdm.data.files import Pairing, find_images, split_rows
+from latentdm.data.images import MAX_PIXELS
+from latentdm.data.index import FolderIndex, folder_index
+from latentdm.data.metadata import CAPTION, read_sidecar
+from latentdm.data.skips import SampleError
+from latentdm.data.squares import Record, Squares
 
-MASKS = ("auto", "require", "ignore")
+CHOICES = ("auto", "require", "ignore")
+
+KEPT_FROM = 10_000
+"""Images from which an index is kept: a smaller folder is listed anew each time, in less than a second."""
 
 
 class FolderImages(PixelDataset):
-    """Square crops of image files.
+    """Some of the images of a folder.
 
     Args:
-        files: the images.
-        size: side of the square in pixels: the short side of each image is resized to it, the long side cropped.
-        random_crop: crop anywhere, drawn for each sample and epoch; otherwise in the centre.
-        flip: mirror half of the samples.
-        alpha: keep transparency as a fourth channel.
-        seed: crops and mirroring follow from it.
-        owner: the class that an error names.
+        index: all of them.
+        rows: ``n``: those that belong here.
+        squares: makes samples of them.
+        first: the ``index`` of the first image in ``index``.
+        masks: every image must have a mask.
+        captions: every sample has a ``caption``, an empty one if need be.
+        captions_required: an empty one will not do.
     """
 
     def __init__(
-        self, files: Sequence[ImageFile], size: int, random_crop: bool, flip: bool, alpha: bool, seed: int, owner: str
+        self,
+        index: FolderIndex,
+        rows: npt.NDArray[np.int64],
+        squares: Squares,
+        first: int = 0,
+        masks: bool = False,
+        captions: bool = False,
+        captions_required: bool = False,
     ) -> None:
-        self.files = files
-        self.size = size
-        self.random_crop = random_crop
-        self.flip = flip
-        self.alpha = alpha
-        self.seed = seed
-        self.owner = owner
+        self.index = index
+        self.rows = rows
+        self.squares = squares
+        self.first = first
+        self.masks = masks
+        self.captions = captions
+        self.captions_required = captions_required
 
     def __len__(self) -> int:
         """The number of images."""
-        return len(self.files)
+        return len(self.rows)
 
-    def sample(self, place: int, epoch: int) -> Sample:
-        """An image, ``pixels`` uint8 ``3 size size`` (4 with alpha), and its ``mask`` in the same geometry.
+    def name(self, place: int) -> str:
+        """The image's path inside the folder."""
+        return self.index[int(self.rows[place])].name
+
+    def record(self, place: int) -> Record:
+        """What is known of an image before it is decoded.
 
         Raises:
-            ValueError: the file cannot be read.
+            SampleError: it lacks a mask or a caption, or the latter cannot be read.
         """
-        file = self.files[place]
-        image = read_image(file.path, self.owner)
-        scale = self.size / min(image.size)
-        width, height = (max(self.size, round(side * scale)) for side in image.size)
-        # Alpha is taken off first: Pillow resizes RGBA premultiplied, which blackens what transparency hides.
-        layers = [image_to_tensor(image.convert("RGB").resize((width, height), RESAMPLE))]
-        if self.alpha:
-            opaque = torch.full((1, image.height, image.width), 255, dtype=torch.uint8)
-            alpha = image_to_tensor(image.getchannel("A")) if image.mode == "RGBA" else opaque
-            layers.append(resize_mask(alpha, height, width))
-        if file.mask is not None:
-            mask = resize_mask(read_mask(file.mask, self.owner), image.height, image.width)
-            layers.append(resize_mask(mask, height, width))
-        # One tensor of all layers, so that no step can move the mask against the image.
-        stack = self._crop(torch.cat(layers), file.index, epoch)
-        sample: Sample = {"pixels": stack, "index": file.index, "name": file.name}
-        if file.mask is not None:
-            sample["pixels"], mask = stack[:-1], stack[-1:]
-            # A crop that only meets the faintest edge of a soft mask would read as a mask of zeros and ones.
-            sample["mask"] = mask.masked_fill(mask == 1, 0)
-        return sample
+        row = int(self.rows[place])
+        entry = self.index[row]
+        root, owner = self.index.root, self.squares.owner
+        columns: dict[str, Any] = dict(entry.columns or {})
+        if entry.caption is not None:
+            columns = {**read_sidecar(root / entry.caption, owner), **columns}
+        if self.captions_required and not columns.get(CAPTION):
+            raise SampleError(
+                f"{owner}: an image without a caption: {root / entry.name}; add one, or set captions=auto"
+            )
+        if self.captions and columns.get(CAPTION) is None:
+            columns[CAPTION] = ""
+        if self.masks and entry.mask is None:
+            raise SampleError(f"{owner}: an image without a mask: {root / entry.name}; add one, or set masks=ignore")
+        mask = None if entry.mask is None else root / entry.mask
+        return Record(entry.name, self.first + row, root / entry.name, mask, columns)
 
-    def _crop(self, stack: Tensor, index: int, epoch: int) -> Tensor:
-        rooms = [side - self.size for side in stack.shape[-2:]]
-        top, left = (room // 2 for room in rooms)
-        if self.random_crop:
-            generator = sample_generator(self.seed, epoch, index, "crop")
-            top, left = (int(torch.randint(room + 1, (), generator=generator)) for room in rooms)
-        stack = stack[:, top : top + self.size, left : left + self.size]
-        if self.flip and torch.rand((), generator=sample_generator(self.seed, epoch, index, "flip")) < 0.5:
-            stack = stack.flip(-1)
-        return stack.contiguous()
+    def sample(self, place: int, epoch: int) -> Sample:
+        """An image, its mask and its columns, as `Squares` makes them.
+
+        Raises:
+            SampleError: a file cannot be read, or is missing.
+        """
+        return self.squares(self.record(place), epoch)
 
 
 class ImageFolderData(PixelDataModule):
     """The images of a folder and of the folders inside it, as squares of one size.
 
     The short side of each image is resized to ``size`` (Lanczos) and the long side cropped: at a place drawn for each
-    sample and epoch in training, in the centre otherwise. EXIF orientation is applied; gray, palette, CMYK and 16-bit
-    images become 8-bit RGB. Testing takes the validation images, predicting all images, each in order.
+    sample and epoch in training, in the centre otherwise. EXIF orientation is applied, ICC profiles are converted to
+    sRGB; gray, palette, CMYK and 16-bit images become 8-bit RGB, of an animation the first frame is taken. Testing
+    takes the validation images, predicting all images, each in order.
 
-    The mask of ``a/b.jpg`` is ``a/b-mask.png`` or ``masks/a/b.png`` (any image ending); white means repaint. All images
-    have a mask or none has. A mask may have another size than its image. It is resized to it and then along with it,
-    both times bilinearly without antialias, as the encoders do; gray levels stay, because rounding comes later.
+    The mask of ``a/b.jpg`` is ``a/b-mask.png`` or ``masks/a/b.png`` (any image ending), or the file that a metadata
+    column ``mask`` or ``mask_file_name`` names; white means repaint. All images have a mask or none has. A mask may
+    have another size than its image, but not another shape. It is resized to it and then along with it, both times
+    bilinearly without antialias, as the encoders do; gray levels stay, because rounding comes later.
+
+    ``caption`` comes from ``a/b.txt``, from ``a/b.json`` (a text, or an object with ``caption`` or ``text``) or from a
+    ``metadata.jsonl`` or ``metadata.csv`` in any folder, whose ``file_name`` is relative to that folder. Where some
+    images have one, the others get an empty one. All other columns ride along under their own names.
 
     ``index`` is an image's place among all images of ``root``, sorted by name; those of ``val_root`` follow.
 
@@ -107,15 +124,23 @@ class ImageFolderData(PixelDataModule):
             image, so that it stays on its side when images are added. Without effect where ``val_root`` is given.
         val_root: a folder of validation images; all of ``root`` then trains, apart from ``val_root`` inside it.
         masks: ``"auto"`` takes the masks where there are some, ``"require"`` insists on them, ``"ignore"`` leaves them.
+        captions: the same for captions.
+        columns: our name → that of a metadata column, where it is called otherwise: ``{caption: prompt}``.
         alpha: keep transparency as a fourth channel of ``pixels`` (255 = opaque), for a mask source to read. It is
             resized like a mask.
         flip: mirror half of the training images, drawn for each sample and epoch.
         num_workers: processes that read images.
         seed: the order and the crops follow from it.
+        on_error: ``"raise"`` or ``"skip"``, see `PixelDataModule`.
+        max_skipped_share: the share of broken samples that ``skip`` bears.
+        max_pixels: a larger image counts as broken, and is not decoded.
+        index_dir: where the list of a folder of more than ten thousand images is kept, so that it is listed once:
+            None: ``~/.cache/latentdm``, or where ``XDG_CACHE_HOME`` says. Nothing is written into ``root``. The list is
+            made anew when a folder or a metadata file in it has changed.
 
     Raises:
-        ValueError: a setting is out of range or a folder is missing; in ``setup``: no images, or masks that do not
-            match them; while reading: a broken file.
+        ValueError: a setting is out of range or a folder is missing; in ``setup``: no images, or masks or metadata that
+            do not match them; while reading: a broken file.
 
     Example:
         ``ImageFolderData("photos", size=512, batch_size=8)`` gives batches of ``pixels`` uint8 ``8 3 512 512``,
@@ -130,45 +155,80 @@ class ImageFolderData(PixelDataModule):
         val_share: float = 0.1,
         val_root: str | Path | None = None,
         masks: str = "auto",
+        captions: str = "auto",
+        columns: Mapping[str, str] | None = None,
         alpha: bool = False,
         flip: bool = False,
         num_workers: int = 0,
         seed: int = 0,
+        on_error: str = "raise",
+        max_skipped_share: float = 0.05,
+        max_pixels: int = MAX_PIXELS,
+        index_dir: str | Path | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(batch_size, num_workers, seed, on_error, max_skipped_share)
         check_at_least("ImageFolderData", "size", size, 1)
-        if not isinstance(val_share, int | float) or not 0 <= val_share < 1:
-            raise ValueError(f"ImageFolderData: val_share must be at least 0 and below 1, got {val_share!r}")
-        if masks not in MASKS:
-            raise ValueError(f"ImageFolderData: masks must be one of {', '.join(MASKS)}, got {masks!r}")
+        check_at_least("ImageFolderData", "max_pixels", max_pixels, 1)
+        check_share("ImageFolderData", val_share)
+        for setting, value in (("masks", masks), ("captions", captions)):
+            if value not in CHOICES:
+                raise ValueError(f"ImageFolderData: {setting} must be one of {', '.join(CHOICES)}, got {value!r}")
         self.root = _folder("root", root)
         self.size = size
         self.val_share = val_share
         self.val_root = None if val_root is None else _folder("val_root", val_root)
         self.masks = masks
+        self.captions = captions
+        self.columns = dict(columns or {})
         self.alpha = alpha
         self.flip = flip
+        self.max_pixels = max_pixels
+        self.index_dir = default_index_dir() if index_dir is None else Path(index_dir).expanduser()
 
     def setup(self, stage: str | None = None) -> None:
         """List the files and set the datasets, whatever the stage.
 
         Raises:
-            ValueError: no images, or masks that do not match them; it names the file.
+            ValueError: no images, or masks or metadata that do not match them; it names the file.
         """
-        files = find_images(self.root, "ImageFolderData", self.masks, skip=self.val_root)
+        index = self._index(self.root, skip=self.val_root)
+        everything = np.arange(len(index))
         if self.val_root is None:
-            train, val = split_files(files, self.val_share)
+            train, val = split_rows(index, self.val_share)
+            self.val_set = self._dataset(index, val, training=False) if len(val) else None
         else:
-            train, val = files, find_images(self.val_root, "ImageFolderData", self.masks)
-            val = [replace(file, index=len(files) + file.index) for file in val]
-            files = train + val
-        self.train_set = self._dataset(train, training=True)
-        self.val_set = self.test_set = self._dataset(val, training=False) if val else None
-        self.predict_set = self._dataset(files, training=False)
+            train = everything
+            held_out = self._index(self.val_root)
+            self.val_set = self._dataset(held_out, np.arange(len(held_out)), training=False, first=len(index))
+        self.train_set = self._dataset(index, train, training=True)
+        self.test_set = self.val_set
+        predict = self._dataset(index, everything, training=False)
+        self.predict_set = predict if self.val_root is None or not self.val_set else Joined(predict, self.val_set)
 
-    def _dataset(self, files: list[ImageFile], training: bool) -> FolderImages:
-        flip = self.flip and training
-        return FolderImages(files, self.size, training, flip, self.alpha, self.seed, "ImageFolderData")
+    def problems(self) -> list[str]:
+        """What is wrong with the folder, beside single images; known from `setup` on, where ``on_error`` is "skip"."""
+        indices = {id(s.index): s.index for s in (self.train_set, self.val_set) if isinstance(s, FolderImages)}
+        return [problem for index in indices.values() for problem in index.problems]
+
+    def _index(self, root: Path, skip: Path | None = None) -> FolderIndex:
+        pairing = Pairing(self.masks, self.captions, self.columns, lenient=self.on_error == "skip")
+        settings = {**asdict(pairing), "skip": skip}
+        build = lambda: find_images(root, "ImageFolderData", pairing, skip)  # noqa: E731
+        return folder_index(root, settings, build, self.index_dir, KEPT_FROM)
+
+    def _dataset(self, index: FolderIndex, rows: npt.NDArray[np.int64], training: bool, first: int = 0) -> FolderImages:
+        squares = Squares(
+            "ImageFolderData", self.size, training, self.flip and training, self.alpha, self.seed, self.max_pixels
+        )
+        required = self.captions == "require"
+        captions = required or (self.captions == "auto" and index.captioned)
+        masks = self.masks == "require" or index.masked
+        return FolderImages(index, rows, squares, first, masks, captions, required)
+
+
+def default_index_dir() -> Path:
+    """Where a user's caches lie."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentdm" / "folders"
 
 
 def _folder(setting: str, value: str | Path) -> Path:

@@ -1,15 +1,25 @@
 """Reading image files into 8-bit images and tensors, and the one way in which masks are resized.
 
+Pillow does the decoding. Its draft mode lets libjpeg leave out the frequencies that the target size cannot show; that
+is most of what simplejpeg, OpenCV or libvips would gain (``benchmarks/data.py`` compares them), for every format that
+people have and without another dependency.
+
 Shapes: ``c h w`` tensors are uint8; Pillow's sizes are (width, height).
 """
 
+import io
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
+
+from latentdm.data.skips import SampleError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """The endings, in lower case, of the files that count as images."""
@@ -17,41 +27,76 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 RESAMPLE = Image.Resampling.LANCZOS
 """How images are resized: Pillow's filters average when they shrink."""
 
+MAX_PIXELS = 178_956_970
+"""The largest image that is decoded unless a user says otherwise: Pillow's own limit against decompression bombs."""
 
-def read_image(path: Path, owner: str) -> Image.Image:
-    """Read an image, upright (its EXIF orientation applied), as 8-bit RGB or RGBA.
+Source = Path | bytes
+"""A file, or what it holds."""
 
-    Gray, palette, CMYK and 16-bit images become RGB; RGBA is given where the file has transparency of any kind.
+Resized = Callable[[int, int], tuple[int, int]]
+"""The width and height of an image → those that it is to be resized to."""
+
+
+def read_image(
+    source: Source,
+    owner: str,
+    name: str = "",
+    resized: Resized | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Read an image, upright (its EXIF orientation applied), as 8-bit RGB or RGBA in sRGB.
+
+    Gray, palette, CMYK and 16-bit images become RGB; RGBA is given where the file has transparency of any kind; of an
+    animation the first frame is read. An ICC profile is converted to sRGB; one that cannot be read is passed over.
 
     Args:
-        path: the file.
+        source: the file or its content.
         owner: the class that an error names.
+        name: what an error calls the content where ``source`` is no file.
+        resized: the size wanted in the end, from the full one: a JPEG is then decoded at a half, a quarter or an
+            eighth of its sides, as long as neither falls below what is wanted.
+        max_pixels: a larger image is refused before it is decoded.
+
+    Returns:
+        The image, perhaps reduced, and the size of the upright image before any reduction.
 
     Raises:
-        ValueError: the file cannot be read; it names the file and says why.
+        SampleError: the image cannot be read; it names the file and says why.
     """
-    image = _open(path, owner)
+    image, size = _open(source, owner, name, resized, max_pixels)
     # By way of RGBA: Pillow warns when it turns a palette with transparency into RGB.
-    return image.convert("RGBA") if image.has_transparency_data else image.convert("RGB")
+    return (image.convert("RGBA") if image.has_transparency_data else image.convert("RGB")), size
 
 
-def read_mask(path: Path, owner: str) -> Tensor:
+def read_mask(source: Source, owner: str, name: str = "", max_pixels: int = MAX_PIXELS) -> Tensor:
     """Read a mask as gray levels, upright; its own transparency is ignored.
 
     Returns:
         ``1 h w`` uint8, 255 = repaint. A file whose highest level is 1 holds zeros and ones, and 1 becomes 255.
 
     Raises:
-        ValueError: the file cannot be read; it names the file and says why.
+        SampleError: the mask cannot be read; it names the file and says why.
     """
-    mask = image_to_tensor(_open(path, owner).convert("L"))
+    image, _ = _open(source, owner, name, None, max_pixels, srgb=False)  # a mask's levels are no colours
+    mask = image_to_tensor(image.convert("L"))
     return mask * 255 if mask.max() == 1 else mask
 
 
+def read_size(source: Source, owner: str, name: str = "") -> tuple[int, int]:
+    """The width and height of an image, upright, from the file's head alone.
+
+    Raises:
+        SampleError: the file cannot be read; it names the file and says why.
+    """
+    with _reading(source, owner, name) as file:
+        width, height = file.size
+        return (height, width) if file.getexif().get(0x0112) in (5, 6, 7, 8) else (width, height)
+
+
 def image_to_tensor(image: Image.Image) -> Tensor:
-    """An 8-bit Pillow image as uint8 ``c h w``; ``1 h w`` for gray."""
+    """An 8-bit Pillow image as uint8 ``c h w``, laid out channels-last as Pillow has it; ``1 h w`` for gray."""
     levels = torch.from_numpy(np.array(image))
-    return levels[None] if levels.ndim == 2 else levels.permute(2, 0, 1).contiguous()
+    return levels[None] if levels.ndim == 2 else levels.permute(2, 0, 1)
 
 
 def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
@@ -74,17 +119,56 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
     return (levels - 0.5).ceil_().clamp_(0, 255).to(torch.uint8)
 
 
-def _open(path: Path, owner: str) -> Image.Image:
-    """The decoded first frame, upright, in a mode that Pillow converts rightly to 8 bits."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
-        return _eight_bit(image)
-    # Six thousand broken files made Pillow raise these and no others.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = "its content is no image that Pillow knows" if type(error).__name__ == "UnidentifiedImageError" else error
-        raise ValueError(f"{owner}: cannot read {path}: {why}; repair or remove the file") from error
+class _reading:
+    """Opens an image; whatever Pillow raises inside becomes a `SampleError`, and what it warns of is left unsaid.
+
+    A broken file makes Pillow raise nearly anything. It warns of odd metadata, which a person can do nothing about.
+    """
+
+    def __init__(self, source: Source, owner: str, name: str) -> None:
+        self.file = source if isinstance(source, Path) else io.BytesIO(source)
+        self.what = f"{owner}: cannot read {source if isinstance(source, Path) else name or 'an image'}"
+        self.quiet = warnings.catch_warnings()
+
+    def __enter__(self) -> Image.Image:
+        self.quiet.__enter__()
+        warnings.simplefilter("ignore")
+        try:
+            self.image = Image.open(self.file)
+        except Exception as error:
+            self.__exit__(type(error), error)
+            raise AssertionError from error
+        return self.image
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        self.quiet.__exit__(None, None, None)
+        if hasattr(self, "image"):
+            self.image.close()
+        if isinstance(error, Exception):
+            unknown = type(error).__name__ == "UnidentifiedImageError"
+            why = "its content is no image that Pillow knows" if unknown else error
+            raise SampleError(f"{self.what}: {why}; repair or remove the file") from error
+
+
+def _open(
+    source: Source, owner: str, name: str, resized: Resized | None, max_pixels: int, srgb: bool = True
+) -> tuple[Image.Image, tuple[int, int]]:
+    """The decoded first frame, upright, in a mode that Pillow converts rightly to 8 bits; and its full size."""
+    with _reading(source, owner, name) as file:
+        width, height = file.size
+        if width * height > max_pixels:
+            raise ValueError(f"its {width} × {height} pixels exceed max_pixels={max_pixels}")
+        turned = file.getexif().get(0x0112) in (5, 6, 7, 8)
+        size = (height, width) if turned else (width, height)
+        if resized is not None:
+            wanted = resized(*size)
+            file.draft(None, wanted[::-1] if turned else wanted)  # None keeps the mode
+        image = ImageOps.exif_transpose(file)
+        image.load()
+        image = _eight_bit(image)
+        if srgb and "icc_profile" in file.info:
+            image = _srgb(image, file.info["icc_profile"])
+    return image, size
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -97,3 +181,29 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if levels.min() < 0 or levels.max() > 65535:
         raise ValueError(f"its levels span {levels.min()}…{levels.max()} (save it with 8 or 16 bits)")
     return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+
+
+def _srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The image's colours as sRGB shows them; transparency stays."""
+    mode = {"P": "RGB", "RGBA": "RGB", "LA": "L"}.get(image.mode, image.mode)
+    transform = _to_srgb(profile, mode)
+    if transform is None:
+        return image
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    flat = image.convert("RGBA").convert(mode) if alpha else image.convert(mode)
+    converted: Image.Image = transform.apply(flat)
+    if alpha:
+        converted.putalpha(alpha)
+    return converted
+
+
+@lru_cache(maxsize=64)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """None where there is nothing to convert, or no way to."""
+    try:
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(opened):
+            return None
+        return ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return None

@@ -1,0 +1,229 @@
+"""The images of a folder as one Arrow table: a million of them cost a process next to nothing.
+
+A Python object for each image would take a kilobyte, and every worker would get its own copy as soon as it counts
+references. The table lies in one piece, is shared by forked workers, and large ones are kept in a file that is mapped
+into memory: opening it reads nothing but what is asked for.
+"""
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from tqdm import tqdm
+
+from latentdm.data.images import read_size
+from latentdm.data.metadata import CAPTION
+from latentdm.data.skips import SampleError
+
+VERSION = 1
+"""Of the file's layout; another one is built anew."""
+
+SCHEMA = pa.schema(
+    {
+        "name": pa.large_binary(),  # of bytes: a file name need not be UTF-8
+        "size": pa.int64(),
+        "mtime": pa.int64(),
+        "mask": pa.large_binary(),
+        "caption": pa.large_binary(),
+        "columns": pa.large_binary(),
+        "hash": pa.float64(),
+    }
+)
+
+SETTLED = 2.0
+"""Seconds after which a folder's time of change is trusted to differ from that of the next change."""
+
+CHECKED = 200
+"""Files whose size and time are compared when an index is opened; each folder's are, and so a file come or gone."""
+
+THREADS = 8
+"""They wait for the file system, which may be a network's."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image of a folder.
+
+    Attributes:
+        name: its path inside the folder, with ``/`` on every system.
+        size: of the file in bytes; −1 where it cannot be told.
+        mtime: when it was changed last, in nanoseconds.
+        mask: the name of its mask.
+        caption: the name of the file with its caption.
+        columns: what a metadata file says of it.
+    """
+
+    name: str
+    size: int = -1
+    mtime: int = 0
+    mask: str | None = None
+    caption: str | None = None
+    columns: Mapping[str, Any] | None = None
+
+
+class FolderIndex:
+    """A table of images, sorted by name.
+
+    Args:
+        root: the folder.
+        table: as `to_table` makes it.
+        file: where the table lies, if it is mapped into memory: then it is opened anew wherever it is sent to.
+
+    Attributes:
+        problems: what is wrong with the folder.
+        captioned: whether any image has a caption.
+    """
+
+    def __init__(self, root: Path, table: pa.Table, file: Path | None = None) -> None:
+        self.root = root
+        self.file = file
+        self._columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+        self._columns = {
+            name: column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+            for name, column in self._columns.items()
+        }
+        self._metadata = table.schema.metadata
+        self.problems: list[str] = json.loads(self._metadata[b"problems"])
+        self.captioned: bool = json.loads(self._metadata[b"captioned"])
+
+    def __len__(self) -> int:
+        return len(self._columns["name"])
+
+    def __getitem__(self, row: int) -> Entry:
+        """The image in one row."""
+        value = {name: column[row].as_py() for name, column in self._columns.items()}
+        mask, caption = (None if value[key] is None else os.fsdecode(value[key]) for key in ("mask", "caption"))
+        columns = None if value["columns"] is None else json.loads(value["columns"])
+        return Entry(os.fsdecode(value["name"]), value["size"], value["mtime"], mask, caption, columns)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.file is not None:
+            return _mapped, (self.root, self.file)
+        return FolderIndex, (self.root, pa.table(self._columns).replace_schema_metadata(self._metadata))
+
+    @property
+    def masked(self) -> bool:
+        """Whether any image has a mask."""
+        return bool(self._columns["mask"].null_count < len(self))
+
+    @property
+    def hashes(self) -> npt.NDArray[np.float64]:
+        """``n``: each name as a number in 0…1, by which the folder is split."""
+        hashes: npt.NDArray[np.float64] = self._columns["hash"].to_numpy(zero_copy_only=False)
+        return hashes
+
+    def image_sizes(self, owner: str) -> npt.NDArray[np.int32]:
+        """``n 2``: width and height of each image, from its head, in parallel; 0 where it cannot be read."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            sizes = pool.map(partial(_image_size, self, owner), range(len(self)))
+            return np.array(list(tqdm(sizes, "reading sizes", len(self), leave=False)), dtype=np.int32).reshape(-1, 2)
+
+
+def folder_index(
+    root: Path,
+    settings: Mapping[str, Any],
+    build: Callable[[], tuple[Sequence[Entry], Sequence[str], Mapping[str, Sequence[int]]]],
+    cache: Path,
+    least: int,
+) -> FolderIndex:
+    """The index of a folder: opened where it is kept and still true, else built, and kept where it is large.
+
+    Args:
+        root: the folder.
+        settings: of the build; another file is kept for each set.
+        build: gives the images, what is wrong with the folder, and for each folder and metadata file its time of
+            change in nanoseconds and its size.
+        cache: the folder in which indices are kept.
+        least: the number of images from which an index is kept.
+    """
+    root = root.resolve()
+    key = json.dumps([VERSION, str(root), dict(settings)], sort_keys=True, default=str)
+    file = cache / f"{blake2b(key.encode('utf-8', 'surrogateescape'), digest_size=16).hexdigest()}.arrow"
+    if file.is_file():
+        index = _mapped(root, file)
+        if index is not None and _is_true(index, file):
+            return index
+    started = time.time_ns()
+    entries, problems, watched = build()
+    table = to_table(entries, problems, watched)
+    settled = all(started - mtime > SETTLED * 1e9 for mtime, _ in watched.values())
+    if len(entries) < least or not settled:
+        return FolderIndex(root, table)
+    cache.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(f".{os.getpid()}")
+    with pa.OSFile(str(new), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
+        writer.write_table(table)
+    new.replace(file)  # at once: another rank may be opening it
+    return _mapped(root, file) or FolderIndex(root, table)
+
+
+def to_table(entries: Sequence[Entry], problems: Sequence[str], watched: Mapping[str, Sequence[int]]) -> pa.Table:
+    """Images as the table of a `FolderIndex`."""
+
+    def texts(attribute: str) -> list[bytes | None]:
+        values = (getattr(entry, attribute) for entry in entries)
+        return [None if value is None else os.fsencode(value) for value in values]
+
+    data = {
+        "name": texts("name"),
+        "size": [entry.size for entry in entries],
+        "mtime": [entry.mtime for entry in entries],
+        "mask": texts("mask"),
+        "caption": texts("caption"),
+        "columns": [None if entry.columns is None else json.dumps(entry.columns).encode() for entry in entries],
+        "hash": [unit_hash(entry.name) for entry in entries],
+    }
+    captioned = any(entry.caption is not None or CAPTION in (entry.columns or {}) for entry in entries)
+    facts = {"problems": list(problems), "watched": dict(watched), "captioned": captioned}
+    metadata = {name: json.dumps(fact) for name, fact in facts.items()}
+    arrays = [pa.array(data[name], SCHEMA.field(name).type) for name in SCHEMA.names]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
+
+
+def unit_hash(name: str) -> float:
+    """A name as a number in 0…1."""
+    return int.from_bytes(blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") / 2**64
+
+
+def _mapped(root: Path, file: Path) -> FolderIndex | None:
+    """The index in a file; None where it is broken."""
+    try:
+        return FolderIndex(root, pa.ipc.open_file(pa.memory_map(str(file))).read_all(), file)
+    except (pa.ArrowInvalid, OSError, KeyError, ValueError):
+        return None
+
+
+def _is_true(index: FolderIndex, file: Path) -> bool:
+    """Whether folders, metadata files and some of the images still are what they were."""
+    schema = pa.ipc.open_file(pa.memory_map(str(file))).schema
+    watched = json.loads(schema.metadata[b"watched"])
+    rows = random.Random().sample(range(len(index)), min(CHECKED, len(index)))
+    images = {entry.name: (entry.mtime, entry.size) for entry in map(index.__getitem__, rows)}
+    return all(list(stamp(index.root / name)) == list(then) for name, then in {**watched, **images}.items())
+
+
+def stamp(path: Path | str) -> tuple[int, int]:
+    """A file's time of change in nanoseconds and its size; of a folder the time alone; (0, −1) where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0, -1
+    return status.st_mtime_ns, (0 if os.path.isdir(path) else status.st_size)
+
+
+def _image_size(index: FolderIndex, owner: str, row: int) -> tuple[int, int]:
+    try:
+        return read_size(index.root / index[row].name, owner)
+    except SampleError:
+        return 0, 0

@@ -1,0 +1,93 @@
+"""Samples that cannot be read: the error that says so, and the report of those that were skipped.
+
+Workers and ranks are processes of their own, and one of them may be killed. So each skipped sample is written down at
+once, as a line of JSON in a folder that all of them see; whoever needs the sum reads the lines.
+"""
+
+import json
+import os
+from pathlib import Path
+
+
+class SampleError(ValueError):
+    """One sample cannot be read; says which and why. With ``on_error="skip"`` another one takes its place."""
+
+
+class Skips:
+    """The samples that were skipped so far, by any worker of any rank.
+
+    Args:
+        owner: the class that an error names.
+        folder: where the lines go; made when the first sample is skipped.
+        rank: of this process and its workers, which share a file.
+        ranks: how many there are.
+        limit: the share of the samples that may be skipped.
+        total: the number of samples.
+    """
+
+    def __init__(self, owner: str, folder: Path, rank: int, ranks: int, limit: float, total: int) -> None:
+        self.owner = owner
+        self.folder = folder
+        self.rank = rank
+        self.ranks = ranks
+        self.limit = limit
+        self.total = total
+        self._why: dict[str, str] = {}
+        self._read: dict[int, int] = {}
+        self._file(rank).unlink(missing_ok=True)  # of an earlier run
+
+    def add(self, name: str, why: str, passes: int = 1) -> None:
+        """Write a sample down, once however often it is skipped.
+
+        Args:
+            name: the sample.
+            why: the text of its error.
+            passes: how often ``total`` samples have been read: 1, except where each epoch sees new samples.
+
+        Raises:
+            RuntimeError: too many have been skipped.
+        """
+        if name not in self._why:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            line = json.dumps({"name": name, "why": why}) + "\n"
+            # One write to a file opened for appending is not torn apart by those of other workers.
+            file = os.open(self._file(self.rank), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            os.write(file, line.encode())
+            os.close(file)
+        skipped = len(self.read())
+        if skipped > self.limit * self.total * passes:
+            raise RuntimeError(
+                f"{self.owner}: {skipped} of {self.total * passes} samples cannot be read, more than "
+                f"max_skipped_share={self.limit}; they are listed in {self.folder}. The last one: {why}"
+            )
+
+    def read(self) -> dict[str, str]:
+        """Name → why, of all samples skipped so far; only what is new is read."""
+        for rank in range(self.ranks):
+            path = self._file(rank)
+            if not path.exists():
+                continue
+            with path.open("rb") as file:
+                file.seek(self._read.get(rank, 0))
+                new = file.read()
+            new = new[: new.rfind(b"\n") + 1]  # another process may be writing the last line
+            self._read[rank] = self._read.get(rank, 0) + len(new)
+            for line in new.splitlines():
+                entry = json.loads(line)
+                self._why[entry["name"]] = entry["why"]
+        return self._why
+
+    def report(self, shown: int = 10) -> str:
+        """What was skipped, as a text; empty where nothing was."""
+        skipped = self.read()
+        if not skipped:
+            return ""
+        lines = [f"  {why}" for why in list(skipped.values())[:shown]]
+        more = f"\n  and {len(skipped) - shown} more" if len(skipped) > shown else ""
+        return (
+            f"{self.owner}: {len(skipped)} of {self.total} samples could not be read and were replaced by others; "
+            f"all are listed in {self.folder}:\n" + "\n".join(lines) + more
+        )
+
+    def _file(self, rank: int) -> Path:
+        return self.folder / f"rank{rank}.jsonl"
