@@ -1,0 +1,139 @@
+"""Aspect-ratio buckets: which sizes images are cropped to, so that little is lost and a batch has one size.
+
+Sizes are (width, height) in pixels, as Pillow gives them.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from latentdm.data.base import check_at_least
+
+Size = tuple[int, int]
+
+
+class Buckets:
+    """The sizes of buckets: all multiples of ``step`` between the limits, of about the same area.
+
+    For each width the height is the largest multiple of ``step`` that keeps within ``area``, and each size is there
+    lying and standing. An image goes to the bucket whose aspect ratio is nearest to its own.
+
+    Args:
+        area: the most pixels of an image after the crop: 1048576 is 1024².
+        step: sides are multiples of it, which should be a multiple of the autoencoder's spatial compression.
+        min_side: the smallest side; None: half the side of a square of ``area``.
+        max_side: the largest side; None: twice the side of a square of ``area``.
+        min_images: buckets with fewer images are merged into the nearest ones, the smallest first; 1 keeps all.
+
+    Raises:
+        ValueError: a setting is out of range, or no size lies within the limits.
+
+    Example:
+        >>> Buckets(area=512 * 512, step=128).shapes
+        [(256, 1024), (256, 896), (256, 768), (384, 640), (512, 512), (640, 384), (768, 256), (896, 256), (1024, 256)]
+    """
+
+    def __init__(
+        self,
+        area: int = 1024 * 1024,
+        step: int = 64,
+        min_side: int | None = None,
+        max_side: int | None = None,
+        min_images: int = 1,
+    ) -> None:
+        for setting, value in (("area", area), ("step", step), ("min_images", min_images)):
+            check_at_least("Buckets", setting, value, 1)
+        for setting, side in (("min_side", min_side), ("max_side", max_side)):
+            if side is not None:
+                check_at_least("Buckets", setting, side, 1)
+        self.area = area
+        self.step = step
+        self.min_side = math.isqrt(area) // 2 if min_side is None else min_side
+        self.max_side = math.isqrt(area) * 2 if max_side is None else max_side
+        self.min_images = min_images
+        self.shapes = self._shapes()
+        if not self.shapes:
+            raise ValueError(
+                f"Buckets: no multiple of step={step} lies in min_side={self.min_side}…max_side={self.max_side} with "
+                f"an area of at most {area}; widen the limits or use a smaller step"
+            )
+
+    def _shapes(self) -> list[Size]:
+        shapes: set[Size] = set()
+        first = -(-self.min_side // self.step) * self.step
+        for width in range(first, self.max_side + 1, self.step):
+            height = min(self.area // width, self.max_side) // self.step * self.step
+            if height >= first:
+                shapes |= {(width, height), (height, width)}
+        # Of two sizes with one aspect ratio, the smaller would only lose pixels.
+        largest: dict[float, Size] = {}
+        for shape in sorted(shapes):
+            largest[shape[0] / shape[1]] = shape
+        return [largest[aspect] for aspect in sorted(largest)]
+
+    def plan(self, sizes: npt.ArrayLike) -> "BucketPlan":
+        """Assign images to buckets, and merge those that have too few.
+
+        Args:
+            sizes: ``n 2`` integers above 0, the width and the height of each image as a person sees it (after its EXIF
+                orientation).
+
+        Raises:
+            ValueError: no images, or sizes of another shape.
+        """
+        sides = np.asarray(sizes)
+        if sides.ndim != 2 or sides.shape[1] != 2 or len(sides) == 0 or sides.min() < 1:
+            raise ValueError(f"Buckets: expected a width and a height above 0 for each image, got {sides.shape}")
+        shapes = self.shapes
+        merged: list[tuple[Size, int]] = []
+        while True:
+            plan = BucketPlan(shapes, sides, tuple(merged))
+            counts = plan.counts
+            smallest = int(np.where(counts > 0, counts, len(sides) + 1).argmin())
+            if counts[smallest] >= self.min_images or (counts > 0).sum() == 1:
+                return plan
+            merged.append((shapes[smallest], int(counts[smallest])))
+            shapes = [shape for place, shape in enumerate(shapes) if counts[place] and place != smallest]
+
+
+class BucketPlan:
+    """Which image is in which bucket.
+
+    Args:
+        shapes: the sizes of the buckets, by aspect ratio.
+        sizes: ``n 2``, as `Buckets.plan` takes them.
+        merged: the buckets that were given up, and how many images each had.
+
+    Attributes:
+        bucket_of: ``n`` int32: each image's bucket, a place in ``shapes``.
+        counts: the number of images of each bucket.
+    """
+
+    def __init__(
+        self, shapes: list[Size], sizes: npt.NDArray[np.integer], merged: tuple[tuple[Size, int], ...]
+    ) -> None:
+        self.shapes = shapes
+        self.merged = merged
+        aspects = np.log([width / height for width, height in shapes])
+        self._between = (aspects[1:] + aspects[:-1]) / 2
+        self.bucket_of: npt.NDArray[np.int32] = self._places(sizes[:, 0], sizes[:, 1]).astype(np.int32)
+        self.counts = np.bincount(self.bucket_of, minlength=len(shapes))
+
+    def shape(self, width: int, height: int) -> Size:
+        """The size to which an image of this size is cropped."""
+        return self.shapes[int(self._places(np.array(width), np.array(height)))]
+
+    def table(self, owner: str) -> str:
+        """The number of images of each bucket, for a person to read."""
+        used = [place for place, count in enumerate(self.counts) if count]
+        lines = [f"{owner}: {int(self.counts.sum())} images in {len(used)} buckets", "    width × height    images"]
+        for place in used:
+            width, height = self.shapes[place]
+            lines.append(f"    {width:>5} × {height:<6}  {self.counts[place]:>8}")
+        for (width, height), count in self.merged:
+            lines.append(f"    {width:>5} × {height:<6}  {count:>8} too few: merged into the nearest bucket")
+        return "\n".join(lines)
+
+    def _places(self, width: npt.NDArray[np.integer], height: npt.NDArray[np.integer]) -> npt.NDArray[np.intp]:
+        return np.asarray(np.searchsorted(self._between, np.log(width / height)))

@@ -1,0 +1,98 @@
+"""Trains on buckets and writes down what each rank saw: ``python bucket_ranks.py FOLDER DEVICES SAMPLER STOP``.
+
+``STOP`` saves a checkpoint after that many batches in all and stops; an existing checkpoint is gone on from.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from latentdm.data import PixelDataset
+from latentdm.data.bucket_batches import BucketBatches, BucketLoader
+from latentdm.data.buckets import Buckets
+
+torch.set_num_threads(1)
+COUNT, BATCH, EPOCHS = 53, 4, 2
+SIZES = np.random.default_rng(0).integers(20, 60, (COUNT, 2))
+PLAN = Buckets(area=32 * 32, step=8).plan(SIZES)
+
+
+class Sizes(PixelDataset):
+    """Images of the size of their bucket."""
+
+    def __len__(self):
+        return COUNT
+
+    def sample(self, place, epoch):
+        width, height = PLAN.shape(*SIZES[place].tolist())
+        return {"pixels": torch.zeros(3, height, width, dtype=torch.uint8), "index": place, "epoch": epoch}
+
+
+class Data(LightningDataModule):
+    """Buckets for training and predicting."""
+
+    def loader(self, training):
+        ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        batches = BucketBatches(Sizes(), PLAN.bucket_of, BATCH, training, seed=3, **ranks)
+        return BucketLoader(Sizes(), batch_sampler=batches)
+
+    def train_dataloader(self):
+        return self.loader(training=True)
+
+    def predict_dataloader(self):
+        return self.loader(training=False)
+
+
+class Witness(LightningModule):
+    """Writes down the batches of its rank."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def note(self, stage, batch):
+        with Path(f"{self.path}.rank{self.global_rank}").open("a") as file:
+            seen = [stage, *batch["pixels"].shape[-2:], batch["index"].tolist(), int(batch["epoch"][0])]
+            file.write(json.dumps(seen) + "\n")
+
+    def training_step(self, batch, batch_idx):
+        self.note("train", batch)
+        return self.weight * 1.0
+
+    def predict_step(self, batch, batch_idx):
+        self.note("predict", batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def run(folder, devices, use_distributed_sampler, stop):
+    model, saved = Witness(f"{folder}/seen"), Path(folder) / "saved.ckpt"
+    checkpoint = ModelCheckpoint(folder, filename="saved", every_n_train_steps=stop, save_top_k=1, monitor=None)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        use_distributed_sampler=use_distributed_sampler,
+        max_epochs=EPOCHS,
+        max_steps=stop or -1,
+        callbacks=[checkpoint] if stop else [],
+        enable_checkpointing=bool(stop),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = Data()
+    trainer.fit(model, data, ckpt_path=str(saved) if saved.exists() else None)
+    if not stop:
+        trainer.predict(model, data)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "true", int(sys.argv[4]))
