@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentdm import FrozenVAE, InpaintEncoder, PlainEncoder
+from latentdm.autoencoders.views import View
 
 BAD = 5
 NO_UPCAST = {"force_upcast": False}
@@ -132,7 +133,7 @@ def test_looking_costs_one_wait_for_the_device():
     pixels = gray_images()
     vae.encode(pixels)
     with Waits() as waits:
-        vae.encode_rows(pixels.__getitem__, 8, noise=None, per_batch=2)
+        vae.encode_rows([View(pixels)], noise=None, per_batch=2)
     assert waits.count == 1
 
 
@@ -195,6 +196,15 @@ def test_statistics_are_float32_whatever_the_autoencoder_computes_in():
     normalized = [FrozenVAE(build(config), dtype=dtype).normalize(z) for dtype in ("float32", "bfloat16", "float16")]
     assert torch.equal(normalized[0], normalized[1])
     assert torch.equal(normalized[0], normalized[2])
+
+
+@pytest.mark.parametrize("name", ["kl", "kl_shift", "flux2"])
+def test_latents_in_half_precision_are_scaled_in_float32(name):
+    vae = frozen(name)
+    z = torch.randn(2, vae.latent_channels, 2, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for scale in (vae.normalize, vae.denormalize):
+        assert scale(z).dtype == torch.float32
+        assert torch.equal(scale(z), scale(z.float()))
 
 
 def test_autocast_does_not_reach_the_autoencoder():
