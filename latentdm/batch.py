@@ -120,7 +120,7 @@ class BatchKeys:
             ValueError: a result would overwrite something of the user's, or a tuple has no place for it.
         """
         leaving = {self._key(name) for name in drop}
-        free = leaving | {self._key(name) for name in INPUTS if name in results}
+        free = leaving | {self._key(name) for name in INPUTS + OPTIONAL if name in results}
         placed: dict[Key, Any] = {}
         for name, value in results.items():
             if name in self.left_out:
@@ -146,6 +146,14 @@ class BatchKeys:
         return (
             f"LatentDataModule: the batch has no {self._key(MASK)!r}, {held}; name the masks with keys, as in "
             f"keys={{mask: {example}}}, or choose a source (masks=random, masks=alpha)"
+        )
+
+    def missing_caption(self, batch: Mapping[Any, Any] | Sequence[Any]) -> str:
+        """What to tell a user who asks for changes of captions that the batch does not hold."""
+        held = f"only {_listed(batch)}" if isinstance(batch, Mapping) else f"being a {type(batch).__name__}"
+        return (
+            f"LatentDataModule: the batch has no {self._key(CAPTION)!r}, {held}; name the captions with keys, as in "
+            "keys={caption: text}, or leave out the captions' settings (captions=null)"
         )
 
     def _key(self, name: str) -> Key:
@@ -267,12 +275,6 @@ def check_pixels(pixels: object, multiple: int, owner: str) -> None:
             f"{owner}: {PIXELS}: float images must lie in 0…1, got {low:.4g}…{high:.4g} ({describe(pixels)}); "
             "undo the normalisation (for −1…1: (x + 1) / 2), or yield uint8"
         )
-
-
-def unit_rgb(pixels: Tensor) -> Tensor:
-    """``b c h w`` images or clips, uint8 or float → ``b 3 h w`` float32 in 0…1: gray is repeated, alpha dropped."""
-    rgb = pixels.expand(-1, 3, *pixels.shape[2:]) if pixels.shape[1] == 1 else pixels[:, :3]
-    return rgb.float().div_(255) if rgb.dtype == torch.uint8 else rgb.float()
 
 
 def unit_mask(mask: Tensor, pixels: Tensor, owner: str) -> Tensor:

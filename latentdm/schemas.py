@@ -24,6 +24,8 @@ class LatentDataModule:
     layout: str = "CHW"
     keep_pixels: bool = False
     seed: int = 0
+    augment: Any = None
+    captions: Any = None
 
 
 @dataclass
@@ -70,6 +72,8 @@ class PretrainedVAE:
     encoder_only: bool = False
     config: str | None = None
     use_safetensors: bool = True
+    compile: bool | str = False
+    tiling: str = "never"
 
 
 @dataclass
@@ -81,6 +85,8 @@ class RandomVAE:
     config: Any = MISSING
     seed: int = 0
     dtype: str = "auto"
+    compile: bool | str = False
+    tiling: str = "never"
 
 
 @dataclass
@@ -138,6 +144,32 @@ class FeatheredMask:
     _target_: str = "latentdm.masks.FeatheredMask"
     source: Any = MISSING
     pixels: int = 8
+
+
+@dataclass
+class Augment:
+    """``augment=…``."""
+
+    _target_: str = "latentdm.Augment"
+    flip: float = 0.0
+    crop: list[float] | None = None
+    aspect: float = 4 / 3
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+
+@dataclass
+class Captions:
+    """``captions=…``."""
+
+    _target_: str = "latentdm.Captions"
+    dropout: float = 0.0
+    shuffle_tags: bool = False
+    keep_tags: int = 1
+    separator: str = ","
+    templates: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -247,6 +279,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "mixed": MixedMask,
         "feathered": FeatheredMask,
     },
+    "augment": {"standard": Augment},
+    "captions": {"standard": Captions},
     "pixels": {"samples": SamplesData, "folder": ImageFolderData},
 }
 """Group → name → schema."""

@@ -7,7 +7,8 @@ import torch
 from helpers import Photos, complains, images, masks, photo_columns
 
 from latentdm import InpaintEncoder, LatentDataModule, PlainEncoder
-from latentdm.batch import crop, unit_mask, unit_rgb
+from latentdm.autoencoders.views import View
+from latentdm.batch import crop, unit_mask
 
 RESULTS = {"latents", "masked_latents", "noise_mask", "latent_mask"}
 
@@ -238,13 +239,6 @@ def test_crop_is_centred_and_a_view(side, multiple):
     assert cropped.data_ptr() == row[..., (side % multiple) // 2 :].data_ptr()
 
 
-def test_unit_rgb_never_writes_into_the_batch():
-    for pixels in (images(2), images(2, channels=1), images(2) / 255):
-        before = pixels.clone()
-        unit_rgb(pixels)
-        assert torch.equal(pixels, before)
-
-
 def test_a_mask_is_resized_bilinearly_without_antialias():
     mask = torch.tensor([[[[0.0, 1.0]]]])
     resized = unit_mask(mask, images(1, 1, 8), "test")[0, 0, 0]
@@ -252,3 +246,10 @@ def test_a_mask_is_resized_bilinearly_without_antialias():
     assert resized.tolist() == [0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1]
     shrunk = unit_mask(torch.arange(8.0).view(1, 1, 1, 8) / 8, images(1, 1, 2), "test")[0, 0, 0]
     assert shrunk.tolist() == [1.5 / 8, 5.5 / 8]  # two neighbours, not the mean of four
+
+
+def test_a_view_never_writes_into_the_batch():
+    for pixels in (images(2), images(2, channels=1), images(2) / 255):
+        before = pixels.clone()
+        View(pixels, hole=torch.ones(1, 1, 32, 32, dtype=torch.bool)).unit()
+        assert torch.equal(pixels, before)

@@ -5,8 +5,8 @@ and ``t`` the temporal compression.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from os import PathLike
 from typing import Any, Literal, Self
@@ -14,17 +14,19 @@ from typing import Any, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from latentdm.autoencoders.chunks import Chunks
+from latentdm.autoencoders.compilation import Compilation, compile_mode, why_not_compiled
 from latentdm.autoencoders.families import family_of
 from latentdm.autoencoders.posterior import Posterior, latent_of
+from latentdm.autoencoders.views import View, prepare
 from latentdm.autoencoders.weights import DTYPES, cast_copy, computes_bfloat16, lay_out
 from latentdm.randomness import Draws
 
 POSTERIORS = ("sample", "mode")
 
 Rows = Callable[[slice], Tensor]
-"""Gives some rows of a batch: the images ``n 3 h w`` in 0…1, or noise ``n z h/r w/r``. Called a chunk at a time."""
+"""Gives some rows of noise, ``n z h/r w/r`` float32. Called a chunk at a time."""
 
 
 class FrozenVAE:
@@ -46,9 +48,16 @@ class FrozenVAE:
             changes it; latents and their statistics are float32 always. ``"float16"`` warns where the autoencoder's
             config sets ``force_upcast``.
         encoder_only: drop the decoder, about half of the weights. It is taken from the ``autoencoder`` itself.
+        compile: compile the encoder (its own ``.compile()``), once for each shape of a chunk; chunks then have one
+            size for each size of image, and the last is padded. True, or one of torch.compile's modes, of which
+            ``"reduce-overhead"`` replays CUDA graphs. Warns and runs eagerly where it cannot.
+        tiling: when memory runs out, chunks are halved, retried, and the limit is remembered. ``"last_resort"`` then
+            encodes single images that do not fit in tiles, which changes their latents; ``"always"`` does so from the
+            start, ``"never"`` raises.
 
     Raises:
-        ValueError: an unknown dtype, or a diffusers class that the table of families does not know.
+        ValueError: an unknown dtype, compile mode or tiling, an autoencoder without tiling, or a diffusers class that
+            the table of families does not know.
         TypeError: the module has no ``encode``.
 
     Example:
@@ -57,15 +66,26 @@ class FrozenVAE:
         torch.Size([2, 4, 64, 64])
     """
 
-    def __init__(self, autoencoder: nn.Module, dtype: str = "auto", encoder_only: bool = False) -> None:
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        dtype: str = "auto",
+        encoder_only: bool = False,
+        compile: bool | str = False,
+        tiling: str = "never",
+    ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"FrozenVAE: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        self._mode = compile_mode(compile)
+        if tiling != "never" and not hasattr(autoencoder, "use_tiling"):
+            raise ValueError(f"FrozenVAE: tiling={tiling}, but {type(autoencoder).__name__} has none; set never")
         self._family = family = family_of(autoencoder)
         self._original = autoencoder.requires_grad_(False).eval()
         self._dtype_name = dtype
         self._encoder_only = encoder_only
         self._module: nn.Module | None = None  # made for a device and dtype by `to`
         self._full: nn.Module | None = None  # the same in float32, made when a sample needs it
+        self._compilation: Compilation | None = None
         self._calls = count()
         self.class_name: str = type(autoencoder).__name__
         """Of the autoencoder."""
@@ -82,6 +102,7 @@ class FrozenVAE:
         self.reencoded = 0
         """How many samples were encoded again in float32 so far."""
         self._normalization = family.normalization(autoencoder).to("cpu")
+        self._chunks = Chunks(tiling, fixed=self._mode is not None, owner=self.class_name)
         self._patch = family.patch(autoencoder)
         self._image_channels = family.image_channels(autoencoder)
         if encoder_only:
@@ -95,6 +116,10 @@ class FrozenVAE:
                 "use bfloat16 or auto",
                 stacklevel=2,
             )
+        hindrance = why_not_compiled(autoencoder, family.frame_axis, tiling) if self._mode else None
+        if hindrance is not None:
+            self._mode = None
+            warnings.warn(f"FrozenVAE: compile={compile} has no effect: {hindrance}; set it to false", stacklevel=2)
 
     @classmethod
     def from_pretrained(
@@ -106,6 +131,8 @@ class FrozenVAE:
         encoder_only: bool = False,
         config: str | PathLike[str] | None = None,
         use_safetensors: bool = True,
+        compile: bool | str = False,
+        tiling: str = "never",
     ) -> Self:
         """Load an autoencoder: always the class that its config names, and only with weights that fit it key by key.
 
@@ -119,6 +146,8 @@ class FrozenVAE:
             encoder_only: as for the class.
             config: for a single file, the folder or JSON file of its config; by default ``config.json`` beside it.
             use_safetensors: False loads pickled weights (``.bin``) instead.
+            compile: as for the class.
+            tiling: as for the class.
 
         Raises:
             ValueError: nothing is there, or its weights do not fit the class that the config names.
@@ -128,20 +157,29 @@ class FrozenVAE:
         autoencoder = load_autoencoder(
             source, subfolder=subfolder, revision=revision, config=config, use_safetensors=use_safetensors
         )
-        return cls(autoencoder, dtype=dtype, encoder_only=encoder_only)
+        return cls(autoencoder, dtype=dtype, encoder_only=encoder_only, compile=compile, tiling=tiling)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | str | PathLike[str], seed: int = 0, dtype: str = "auto") -> Self:
+    def from_config(
+        cls,
+        config: Mapping[str, Any] | str | PathLike[str],
+        seed: int = 0,
+        dtype: str = "auto",
+        compile: bool | str = False,
+        tiling: str = "never",
+    ) -> Self:
         """Build an autoencoder with random weights, for tests and dry runs.
 
         Args:
             config: a diffusers config with its ``_class_name``, or a folder or JSON file that holds one.
             seed: of the weights; the global generator is left as it was.
             dtype: as for the class.
+            compile: as for the class.
+            tiling: as for the class.
         """
         from latentdm.autoencoders.loading import build_autoencoder
 
-        return cls(build_autoencoder(config, seed=seed), dtype=dtype)
+        return cls(build_autoencoder(config, seed=seed), dtype=dtype, compile=compile, tiling=tiling)
 
     # ---------------------------------------------------------------- where it lies
 
@@ -168,6 +206,12 @@ class FrozenVAE:
         """Whether the decoder is there."""
         return not self._encoder_only and callable(getattr(self._original, "decode", None))
 
+    @property
+    def retries(self) -> int:
+        """How often a chunk was run again, smaller or tiled, because memory ran out."""
+        return self._chunks.retries
+
+    @torch.inference_mode(False)  # inference tensors as weights would be compiled for apart
     def to(self, device: torch.device | str) -> Self:
         """Move it to a device; the first time, settle its dtype there."""
         device = torch.device(device)
@@ -179,6 +223,8 @@ class FrozenVAE:
                 lay_out(self._module, self._layout(dtype))
             else:
                 self._module = cast_copy(self._original, device, dtype, self._layout(dtype))
+            if self._mode is not None:
+                self._compilation = Compilation(self._module, self._mode)
         self._module = self._module.to(device)
         self._full = None
         self._normalization = self._normalization.to(device)
@@ -254,29 +300,30 @@ class FrozenVAE:
                 draws = Draws(0, 0, [f"call{next(self._calls)}.{i}" for i in range(b)])
                 noise = draws.normal("posterior", self.latent_shape(pixels.shape[2:]), self.device)
             noise_rows = noise.__getitem__
-        return self.encode_rows(pixels.__getitem__, b, noise=noise_rows)
+        return self.encode_rows([View(pixels)], noise=noise_rows)
 
+    @torch.inference_mode(False)  # no inference tensor may reach training, nor make a compiled encoder compile again
     def encode_rows(
         self,
-        pixels: Rows,
-        rows: int,
+        views: Sequence[View],
         noise: Rows | None,
         per_batch: int | None = None,
         progress: bool = False,
         name: Callable[[int], str] = "row {}".format,
     ) -> Tensor:
-        """Encode images that are made a chunk at a time: the one place of the library that encodes.
+        """Encode images that are prepared a chunk at a time: the one place of the library that encodes.
+
+        Where memory runs out, the chunk is run again with half as many images, and the limit is remembered for this
+        size of image. The bits of what was encoded before stay.
 
         After the last chunk one look (a single wait for the device) finds the rows whose latents are not finite. Each
         is encoded again alone in float32, from the weights as they came, with a warning that names it; `reencoded`
         counts them. The bits of all other rows stay. The float32 copy that this takes is kept for the next time.
 
         Args:
-            pixels: gives the rows of a slice, ``n 3 h w`` (or ``n 3 f h w``) in 0…1; asked once for each chunk, so
-                that no more than a chunk is ever prepared.
-            rows: how many images there are.
+            views: images of one size, one view behind the other; no more than a chunk is ever prepared.
             noise: gives the rows of a slice, ``n z h/r w/r`` float32; None takes the posterior's mean.
-            per_batch: images in a chunk; None takes all at once. The last chunk may be smaller.
+            per_batch: images in a chunk; None takes all at once. The last chunk may be smaller, or padded if compiled.
             progress: show a bar when the call lasts longer than two seconds.
             name: what to call a row in a warning or an error.
 
@@ -285,33 +332,37 @@ class FrozenVAE:
 
         Raises:
             ValueError: a row's latents are not finite even in float32.
+            torch.OutOfMemoryError: not even one image fits; it names the resolution, the need and the remedies.
         """
-        size = per_batch or rows
-        chunks = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-        self.chunks += len(chunks)
-        latents = []
-        for chunk in tqdm(
-            chunks, desc="encode", unit="chunk", delay=2, leave=False, disable=not progress or len(chunks) < 2
-        ):
-            latents.append(self._drawn(self.module, chunk, pixels, noise))
+
+        def encode(chunk: slice, size: int, tiled: bool) -> Tensor:
+            drawn = self._drawn(self.module, views, chunk, size, noise, tiled)
+            self.chunks += 1
+            return drawn
+
+        rows, shape = sum(map(len, views)), views[0].pixels.shape[2:]
+        latents = self._chunks.run(encode, rows, per_batch, shape, self.dtype, progress)
         joined = latents[0] if len(latents) == 1 else torch.cat(latents)
         finite = joined.isfinite().flatten(1).all(1)
         if not finite.all():
             for row in (~finite).nonzero().flatten().tolist():
-                joined[row] = self._again(slice(row, row + 1), pixels, noise, name(row))
+                joined[row] = self._again(slice(row, row + 1), views, noise, name(row))
         return joined
 
-    def _drawn(self, module: nn.Module, chunk: slice, pixels: Rows, noise: Rows | None) -> Tensor:
-        posterior = self._posterior(module, pixels(chunk))
+    def _drawn(
+        self, module: nn.Module, views: Sequence[View], chunk: slice, size: int, noise: Rows | None, tiled: bool = False
+    ) -> Tensor:
+        with _tiling(module) if tiled else nullcontext():
+            posterior = self._posterior(module, views, chunk, size)
         drawn = posterior.mean if noise is None or posterior.std is None else posterior.draw(noise(chunk))
         return self.normalize(drawn).contiguous()
 
-    def _again(self, row: slice, pixels: Rows, noise: Rows | None, name: str) -> Tensor:
+    def _again(self, row: slice, views: Sequence[View], noise: Rows | None, name: str) -> Tensor:
         """One row alone in float32: ``z h/r w/r``."""
         if self.dtype != torch.float32:
             if self._full is None:
                 self._full = cast_copy(self._original, self.device, torch.float32, torch.contiguous_format)
-            latents = self._drawn(self._full, row, pixels, noise)[0]
+            latents = self._drawn(self._full, views, row, 1, noise)[0]
             if latents.isfinite().all():
                 self.reencoded += 1
                 dtype = str(self.dtype).removeprefix("torch.")
@@ -327,21 +378,33 @@ class FrozenVAE:
 
     def posterior(self, pixels: Tensor) -> Posterior:
         """The distribution of the latents before normalisation, for ``b 3 h w`` or ``b 3 f h w`` in 0…1."""
-        return self._posterior(self.module, pixels)
+        return self._posterior(self.module, [View(pixels)], slice(0, len(pixels)), len(pixels))
 
     @torch.no_grad()
-    def _posterior(self, module: Any, pixels: Tensor) -> Posterior:
+    def _posterior(self, module: Any, views: Sequence[View], chunk: slice, size: int) -> Posterior:
+        """Of a chunk that is padded to ``size`` for the autoencoder."""
         family, parameter = self._family, next(module.parameters(), torch.empty(0))
-        low, high = family.pixel_range
-        ranged = pixels.to(parameter.device).mul(high - low).add_(low)
-        if self._image_channels == 4:
-            ranged = torch.cat([ranged, torch.full_like(ranged[:, :1], high)], dim=1)
-        one_frame = family.frame_axis and ranged.ndim == 4
+        images = prepare(
+            views,
+            chunk,
+            size,
+            family.pixel_range,
+            self._image_channels,
+            parameter.device,
+            parameter.dtype,
+            self._layout(parameter.dtype),
+        )
+        one_frame = family.frame_axis and images.ndim == 4
         if one_frame:
-            ranged = ranged.unsqueeze(2)
-        ranged = ranged.to(parameter.dtype, memory_format=self._layout(parameter.dtype))
-        with _no_autocast(ranged.device):
-            posterior = latent_of(module.encode(ranged))
+            images = images.unsqueeze(2)
+        compilation = self._compilation if module is self._module else None
+        with _no_autocast(images.device):
+            output = module.encode(images) if compilation is None else compilation.encode(module, images)
+        posterior = latent_of(output)
+        if size > chunk.stop - chunk.start:
+            posterior = posterior.map(lambda moment: moment[: chunk.stop - chunk.start])
+        if compilation is not None and compilation.replays:
+            posterior = posterior.map(torch.clone)  # the next chunk writes where these lie
         if one_frame:
             posterior = posterior.map(lambda moment: moment.squeeze(2))
         return posterior if self._patch == 1 else posterior.map(lambda moment: F.pixel_unshuffle(moment, self._patch))
@@ -394,3 +457,14 @@ def _no_autocast(device: torch.device) -> Any:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def _tiling(module: Any) -> Iterator[None]:
+    """Encode in tiles, for now."""
+    before = module.use_tiling
+    module.use_tiling = True
+    try:
+        yield
+    finally:
+        module.use_tiling = before

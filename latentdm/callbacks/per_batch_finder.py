@@ -138,7 +138,7 @@ def _seconds(vae: Any, images: Tensor, reserve: int) -> float | None:
             torch.cuda.reset_peak_memory_stats(images.device)
             torch.cuda.synchronize(images.device)
         began = perf_counter()
-        vae.encode_rows(images.__getitem__, len(images), noise=None)
+        vae.posterior(images)
         if on_gpu:
             torch.cuda.synchronize(images.device)
     except torch.OutOfMemoryError:

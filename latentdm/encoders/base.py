@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from latentdm.autoencoders.frozen import FrozenVAE, Rows, check_posterior
+from latentdm.autoencoders.frozen import FrozenVAE, check_posterior
+from latentdm.autoencoders.views import View, spans
 from latentdm.batch import INDEX, LATENTS, PIXELS, check_pixels, crop, sample_ids
 from latentdm.randomness import Draws
 
@@ -130,10 +131,10 @@ class Encoder(ABC):
         """
         self._check(batch)
         views, _ = self._views(batch)
-        return {key: rows(slice(0, len(batch[PIXELS]))) for key, rows in views.items()}
+        return {key: view.unit() for key, view in views.items()}
 
     @abstractmethod
-    def _views(self, batch: Mapping[str, Any]) -> tuple[dict[str, Rows], dict[str, Tensor]]:
+    def _views(self, batch: Mapping[str, Any]) -> tuple[dict[str, View], dict[str, Tensor]]:
         """The images to encode, by output key, and the outputs that need no autoencoder; for checked pixels."""
 
     def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
@@ -141,50 +142,38 @@ class Encoder(ABC):
         size = crop(batch[PIXELS], self.vae.spatial_compression).shape[2:]
         return self._latents(views, size, draws) | ready
 
-    def _latents(self, images: Mapping[str, Rows], size: Sequence[int], draws: Draws) -> dict[str, Tensor]:
+    def _latents(self, views: Mapping[str, View], size: Sequence[int], draws: Draws) -> dict[str, Tensor]:
         """Encode several views of the same ``b`` samples in one chunked pass.
 
         Args:
-            images: output key → gives the rows of a slice of the batch, ``n 3 h w`` or ``n 3 f h w`` in 0…1. The key
-                is also the purpose of the posterior's noise.
+            views: output key, which is also the purpose of the posterior's noise → the ``b`` images.
             size: ``h w`` or ``f h w``.
             draws: the batch's random numbers.
 
         Returns:
             Output key → ``b z h/r w/r`` float32 latents, of clips ``b z f' h/r w/r``.
         """
-        vae, b, keys = self.vae, len(draws.ids), list(images)
+        vae, b, keys = self.vae, len(draws.ids), list(views)
         shape = vae.latent_shape(size)
-        noise: dict[str, Rows] = {
-            key: lambda rows, key=key: draws[rows].normal(key, shape, vae.device)  # type: ignore[misc]
-            for key in images
-        }
+
+        def noise(chunk: slice) -> Tensor:
+            parts = [
+                draws[rows].normal(keys[view], shape, vae.device)
+                for view, rows, _ in spans([draws.ids] * len(keys), chunk)
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
         latents = vae.encode_rows(
-            _stacked(list(images.values()), b),
-            len(images) * b,
-            noise=_stacked(list(noise.values()), b) if self.posterior == "sample" else None,
+            list(views.values()),
+            noise=noise if self.posterior == "sample" and vae.has_posterior else None,
             per_batch=self.per_batch,
             progress=self.progress,
             name=lambda row: f"sample {draws.ids[row % b]} ({keys[row // b]})",
         )
-        return dict(zip(images, torch.split(latents, b), strict=True))
+        return dict(zip(views, torch.split(latents, b), strict=True))
 
 
 def _check_vae(vae: object, owner: str) -> FrozenVAE:
     if not isinstance(vae, FrozenVAE):
         raise ValueError(f"{owner}: vae must be a FrozenVAE, got {type(vae).__name__}; wrap it: FrozenVAE(autoencoder)")
     return vae
-
-
-def _stacked(sources: list[Rows], b: int) -> Rows:
-    """Several sources of ``b`` rows as one of ``len(sources) · b``, of which no more than the asked slice is made."""
-
-    def rows(chunk: slice) -> Tensor:
-        parts = []
-        for turn, source in enumerate(sources):
-            own = slice(max(chunk.start - turn * b, 0), min(chunk.stop - turn * b, b))
-            if own.start < own.stop:
-                parts.append(source(own))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    return rows

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentdm.autoencoders.frozen import FrozenVAE, Rows
+from latentdm.autoencoders.frozen import FrozenVAE
+from latentdm.autoencoders.views import View
 from latentdm.batch import (
     LATENT_MASK,
     LATENTS,
@@ -20,7 +21,6 @@ from latentdm.batch import (
     crop,
     describe,
     unit_mask,
-    unit_rgb,
 )
 from latentdm.encoders.base import Encoder
 from latentdm.masks.morphology import check_grow_mask_by, check_mask_offset, grow_mask, offset_mask, round_mask
@@ -104,7 +104,7 @@ class InpaintEncoder(Encoder):
                 "use encoder=plain, or yield the frames as images b c h w"
             )
 
-    def _views(self, batch: Mapping[str, Any]) -> tuple[dict[str, Rows], dict[str, Tensor]]:
+    def _views(self, batch: Mapping[str, Any]) -> tuple[dict[str, View], dict[str, Tensor]]:
         if MASK not in batch:
             raise ValueError(
                 f"InpaintEncoder: the batch has no {MASK!r}, only {', '.join(map(repr, batch))}; "
@@ -119,13 +119,9 @@ class InpaintEncoder(Encoder):
             assert self.grow_mask_by is not None
             filled, noise_mask = round_mask(mask), grow_mask(mask, self.grow_mask_by)
 
-        def clean(rows: slice) -> Tensor:
-            return unit_rgb(pixels[rows])
-
-        def masked(rows: slice) -> Tensor:
-            keep = 1 - (filled if len(filled) == 1 else filled[rows])
-            return (clean(rows) - 0.5) * keep + 0.5
-
         noise_mask = noise_mask.to(self.vae.device).expand(len(pixels), -1, -1, -1).contiguous()
         latent_mask = LATENT_MASKS[self.latent_mask](noise_mask, r)
-        return {LATENTS: clean, MASKED_LATENTS: masked}, {NOISE_MASK: noise_mask, LATENT_MASK: latent_mask}
+        return {LATENTS: View(pixels), MASKED_LATENTS: View(pixels, hole=filled.bool())}, {
+            NOISE_MASK: noise_mask,
+            LATENT_MASK: latent_mask,
+        }

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from latentdm.autoencoders.frozen import Rows
-from latentdm.batch import LATENTS, PIXELS, crop, unit_rgb
+from latentdm.autoencoders.views import View
+from latentdm.batch import LATENTS, PIXELS, crop
 from latentdm.encoders.base import Encoder
 
 
@@ -23,6 +23,5 @@ class PlainEncoder(Encoder):
         dict_keys(['caption', 'latents'])
     """
 
-    def _views(self, batch: Mapping[str, Any]) -> tuple[dict[str, Rows], dict[str, Tensor]]:
-        pixels = crop(batch[PIXELS], self.vae.spatial_compression)
-        return {LATENTS: lambda rows: unit_rgb(pixels[rows])}, {}
+    def _views(self, batch: Mapping[str, Any]) -> tuple[dict[str, View], dict[str, Tensor]]:
+        return {LATENTS: View(crop(batch[PIXELS], self.vae.spatial_compression))}, {}

@@ -1,0 +1,146 @@
+"""How many images go through an autoencoder at once, and what happens when memory runs out."""
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+TILINGS = ("never", "last_resort", "always")
+
+Encode = Callable[[slice, int, bool], Tensor]
+"""Encodes the rows of a chunk, given how many images to pad it to and whether to tile."""
+
+
+class Chunks:
+    """Runs rows through an autoencoder a chunk at a time. Out of memory, and only that, makes the chunks smaller.
+
+    Args:
+        tiling: ``"never"``, ``"last_resort"`` (when not even one image fits) or ``"always"``.
+        fixed: keep one chunk size for each size of image, as a compiled autoencoder wants it: smaller batches are
+            padded, larger ones split.
+        owner: the autoencoder's class, for messages.
+
+    Raises:
+        ValueError: an unknown tiling.
+
+    Attributes:
+        count: chunks that went through so far.
+        retries: how often a chunk was run again, smaller or tiled, because memory ran out.
+    """
+
+    def __init__(self, tiling: str, fixed: bool, owner: str) -> None:
+        if tiling not in TILINGS:
+            raise ValueError(f"FrozenVAE: tiling must be one of {', '.join(TILINGS)}, got {tiling!r}")
+        self.tiling = tiling
+        self.fixed = fixed
+        self.owner = owner
+        self.count = 0
+        self.retries = 0
+        self._limits: dict[Hashable, int] = {}
+        """Image shape and dtype → images that fit; 0: not one, unless it is tiled."""
+        self._sizes: dict[Hashable, int] = {}
+
+    def run(
+        self,
+        encode: Encode,
+        rows: int,
+        per_batch: int | None,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        progress: bool = False,
+    ) -> list[Tensor]:
+        """Encode all rows, in order.
+
+        Args:
+            encode: encodes a chunk.
+            rows: how many there are.
+            per_batch: at most so many at once; None: all.
+            shape: ``c h w`` of an image, on which with ``dtype`` a limit is remembered.
+            dtype: what the autoencoder computes in.
+            progress: show a bar when the call lasts longer than two seconds.
+
+        Raises:
+            torch.OutOfMemoryError: not even one image fits; it names the resolution, the need and the remedies.
+        """
+        key = (tuple(shape), dtype)
+        size, tiled = self._start(key, rows, per_batch)
+        limit, done, encoded = self._limits.get(key), 0, []
+        with tqdm(total=rows, desc="encode", unit="image", delay=2, leave=False, disable=not progress) as bar:
+            while done < rows:
+                chunk = slice(done, min(done + size, rows))
+                images = size if self.fixed else chunk.stop - chunk.start
+                failure = None
+                try:
+                    encoded.append(encode(chunk, images, tiled))
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    failure = " ".join(str(error).split())
+                if failure is not None:  # outside of the handler, whose traceback would keep the tensors alive
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
+                    if images == 1 and (tiled or self.tiling == "never"):
+                        raise torch.OutOfMemoryError(self._hopeless(shape, dtype, tiled, failure))
+                    self.retries += 1
+                    size, tiled = max(1, images // 2), tiled or images == 1
+                    self._limits[key] = 0 if tiled and self.tiling == "last_resort" else size
+                    continue
+                self.count += 1
+                done = chunk.stop
+                bar.update(chunk.stop - chunk.start)
+        if self._limits.get(key) != limit:
+            self._say(key, size, tiled)
+        return encoded
+
+    def _start(self, key: Hashable, rows: int, per_batch: int | None) -> tuple[int, bool]:
+        """Images in a chunk, and whether they are tiled."""
+        size = min(per_batch or rows, rows)
+        if self.fixed:
+            size = self._sizes.setdefault((key, per_batch), size)
+        limit = self._limits.get(key, size)
+        return max(1, min(size, limit)), self.tiling == "always" or limit == 0
+
+    def _say(self, key: tuple[tuple[int, ...], torch.dtype], size: int, tiled: bool) -> None:
+        shape, dtype = key
+        images = f"images of {_sides(shape)} in {_name(dtype)}"
+        if tiled and self.tiling == "last_resort":
+            text = (
+                f"out of memory with a single one of the {images}: they are tiled from now on (tiling=last_resort), "
+                "which changes their latents"
+            )
+        else:
+            text = f"out of memory: {images} are encoded {size} at a time from now on; set per_batch={size}"
+        warnings.warn(f"FrozenVAE: {text}", stacklevel=4)
+
+    def _hopeless(self, shape: Sequence[int], dtype: torch.dtype, tiled: bool, failure: str) -> str:
+        remedies = ["smaller images"]
+        if dtype == torch.float32:
+            remedies.append("dtype=bfloat16")
+        if not tiled:
+            remedies.append("tiling=last_resort (which changes the latents)")
+        return (
+            f"FrozenVAE: not even one image of {_sides(shape)} fits in memory for {self.owner} in {_name(dtype)}"
+            f"{', tiled' if tiled else ''}; use {' or '.join(remedies)}, or leave the autoencoder more room. "
+            f"What it needed: {failure}"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, and nothing else.
+
+    The allocator of the CPU raises a plain RuntimeError, known by its text alone.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return "DefaultCPUAllocator" in text and ("can't allocate memory" in text or "not enough memory" in text)
+
+
+def _sides(shape: Sequence[int]) -> str:
+    return "×".join(str(side) for side in shape)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

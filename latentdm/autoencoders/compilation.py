@@ -1,0 +1,87 @@
+"""`Compilation`: the encoder of an autoencoder under ``torch.compile``, in one graph for each shape of a chunk."""
+
+import inspect
+import logging
+import warnings
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""What torch.compile calls its modes; the second and third replay CUDA graphs."""
+
+SHAPES = 256
+"""How many shapes of a chunk may be compiled: torch's own limit of eight is soon reached with aspect buckets."""
+
+_log = logging.getLogger(__name__)
+
+
+class Compilation:
+    """Compiles ``autoencoder.encoder`` in its place, state-dict keys kept, and falls back to eager with a warning.
+
+    Shapes are never made dynamic: the first chunk of each shape compiles, and none after it. Its time is logged.
+
+    Args:
+        autoencoder: one with an ``encoder``.
+        mode: one of torch.compile's.
+    """
+
+    def __init__(self, autoencoder: nn.Module, mode: str) -> None:
+        self._encoder: nn.Module = autoencoder.encoder  # type: ignore[assignment]
+        self.replays = mode in ("reduce-overhead", "max-autotune")
+        """Whether CUDA graphs may run, which overwrite the last chunk's output."""
+        self._seen: set[tuple[Any, ...]] = set()
+        limit = {"recompile_limit": SHAPES} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+        self._encoder.compile(dynamic=False, mode=None if mode == "default" else mode, **limit)
+
+    def encode(self, autoencoder: Any, images: Tensor) -> Any:
+        """``autoencoder.encode(images)``, compiled where that works."""
+        from torch._dynamo.exc import TorchDynamoException
+
+        shape = (tuple(images.shape), images.dtype, images.device)
+        began = perf_counter()
+        try:
+            if self.replays and images.device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            output = autoencoder.encode(images)
+        except TorchDynamoException as error:
+            self._encoder._compiled_call_impl = None  # what .compile() sets; torch has no public way back
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(
+                f"FrozenVAE: compile has no effect, as torch.compile failed: {reason} The autoencoder runs eagerly; "
+                "install a C++ compiler, or set compile: false",
+                stacklevel=2,
+            )
+            return autoencoder.encode(images)
+        if shape not in self._seen:
+            self._seen.add(shape)
+            sides = "×".join(map(str, images.shape))
+            _log.info("FrozenVAE: compiled for %s and encoded, in %.1f s", sides, perf_counter() - began)
+        return output
+
+
+def compile_mode(setting: bool | str) -> str | None:
+    """The mode of torch.compile that a setting asks for, or None.
+
+    Raises:
+        ValueError: it is neither a bool nor one of torch's modes.
+    """
+    if isinstance(setting, bool):
+        return "default" if setting else None
+    if setting not in MODES:
+        raise ValueError(f"FrozenVAE: compile must be true, false or one of {', '.join(MODES)}, got {setting!r}")
+    return setting
+
+
+def why_not_compiled(autoencoder: nn.Module, frame_axis: bool, tiling: str) -> str | None:
+    """What keeps an autoencoder from being compiled; None if nothing does."""
+    name = type(autoencoder).__name__
+    if not isinstance(getattr(autoencoder, "encoder", None), nn.Module):
+        return f"{name} has no encoder of its own"
+    if frame_axis:
+        return f"the encoder of {name} keeps a cache between frames"
+    if tiling == "always":
+        return "tiles at the borders have shapes of their own"
+    return None

@@ -1,0 +1,95 @@
+"""What an autoencoder is given: images, some with a part at mid-gray, prepared a chunk at a time.
+
+Shapes: ``b`` batch, ``n`` images of a chunk, ``c`` channels, ``h w`` pixels; clips have an axis ``f`` before ``h w``.
+"""
+
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """Images as they lie in the batch, and what is to be hidden of them. Nothing is computed until it is written.
+
+    Args:
+        pixels: ``b c h w`` or ``b c f h w``, uint8 0…255 or float 0…1. Gray (c = 1) is repeated, alpha (c = 4) dropped.
+        hole: ``b 1 h w`` or ``1 1 h w`` bool, what becomes mid-gray.
+    """
+
+    pixels: Tensor
+    hole: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def unit(self) -> Tensor:
+        """All of it, ``b 3 h w`` float32 in 0…1, for people to look at."""
+        out = torch.empty((len(self), 3, *self.pixels.shape[2:]), device=self.pixels.device)
+        self.write(slice(0, len(self)), out, 0.0, 1.0)
+        return out
+
+    def write(self, rows: slice, out: Tensor, low: float, high: float) -> None:
+        """Write some rows into ``out``, ``n 3 h w`` float32, black as ``low`` and white as ``high``.
+
+        One pass casts, repeats gray, lays out and may cross to the device; one multiply-add makes the range.
+        """
+        out.copy_(self.pixels[rows, :3], non_blocking=True)
+        white = 255 if self.pixels.dtype == torch.uint8 else 1
+        torch.add(torch.tensor(low), out, alpha=(high - low) / white, out=out)
+        if self.hole is not None:
+            hole = self.hole if len(self.hole) == 1 else self.hole[rows]
+            out.masked_fill_(hole.to(out.device), (low + high) / 2)
+
+
+def prepare(
+    views: Sequence[View],
+    chunk: slice,
+    size: int,
+    pixel_range: tuple[float, float],
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+) -> Tensor:
+    """A chunk of several views in a row, as the autoencoder takes it.
+
+    Args:
+        views: all of one image size.
+        chunk: which rows of theirs.
+        size: images of the chunk, at least as many as there are rows; those beyond are zero.
+        pixel_range: black and white.
+        channels: 3, or 4 for an opaque alpha.
+        device: where to.
+        dtype: to what; the arithmetic is float32 in any case.
+        layout: of images; clips are contiguous.
+
+    Returns:
+        ``size channels h w`` (or ``size channels f h w``).
+    """
+    low, high = pixel_range
+    n = chunk.stop - chunk.start
+    images = torch.empty((size, channels, *views[0].pixels.shape[2:]), device=device, memory_format=layout)
+    for view, rows, place in spans(views, chunk):
+        views[view].write(rows, images[place, :3], low, high)
+    if channels == 4:
+        images[:n, 3].fill_(high)
+    if size > n:
+        images[n:].zero_()
+    return images.to(dtype)
+
+
+def spans(sources: Sequence[Sized], chunk: slice) -> Iterator[tuple[int, slice, slice]]:
+    """Where the rows of a chunk come from when sources lie one behind the other.
+
+    Returns:
+        The number of a source, its rows, and their place in the chunk.
+    """
+    start = 0
+    for number, source in enumerate(sources):
+        first, last = max(chunk.start, start), min(chunk.stop, start + len(source))
+        if first < last:
+            yield number, slice(first - start, last - start), slice(first - chunk.start, last - chunk.start)
+        start += len(source)
