@@ -59,14 +59,14 @@ def preview(
 def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> list[str]:
     """What a person should check in a preview, a sentence or two each; what is wrong begins with ``CHECK``."""
     vae, latents = encoder.vae, outputs[LATENTS]
-    name, dtype = type(vae.module).__name__, str(vae.dtype).removeprefix("torch.")
+    dtype = str(vae.dtype).removeprefix("torch.")
     whole, cropped, small = (
         f"{value.shape[-1]} by {value.shape[-2]}"
         for value in (inputs[PIXELS], crop(inputs[PIXELS], vae.spatial_compression), latents)
     )
     lines = [
         f"Images: {whole} pixels{'' if cropped == whole else f', cropped to {cropped},'} become {small} latents of "
-        f"{latents.shape[1]} channels, by {name} "
+        f"{latents.shape[1]} channels, by {vae.class_name} "
         f"(1/{vae.spatial_compression} of the side, {dtype} on {vae.device})."
     ]
     if vae.can_decode:
@@ -82,7 +82,8 @@ def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, 
     if NOISE_MASK in outputs:
         shares = outputs[NOISE_MASK].flatten(1).mean(1)
         lines.append(
-            f"Masks: white = repaint (red over the image, orange at latent resolution). They cover {float(shares.mean()):.0%} of the image "
+            "Masks: white = repaint (red over the image, orange at latent resolution). They cover "
+            f"{float(shares.mean()):.0%} of the image "
             f"({float(shares.min()):.0%} to {float(shares.max()):.0%}); is that the part which the model shall fill?"
         )
         low, high = MASK_RANGE
