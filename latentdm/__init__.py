@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentdm import callbacks, data, masks
+    from latentdm.augment import Augment
     from latentdm.autoencoders import FrozenVAE, register_family
+    from latentdm.captions import Captions
     from latentdm.datamodule import LatentDataModule
     from latentdm.encoders import InpaintEncoder, PlainEncoder
 
 __version__ = "0.1.0"
 __all__ = [
+    "Augment",
+    "Captions",
     "FrozenVAE",
     "InpaintEncoder",
     "LatentDataModule",
@@ -25,6 +29,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Augment": "latentdm.augment",
+    "Captions": "latentdm.captions",
     "FrozenVAE": "latentdm.autoencoders",
     "register_family": "latentdm.autoencoders",
     "InpaintEncoder": "latentdm.encoders",

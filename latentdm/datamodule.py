@@ -13,7 +13,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from latentdm.batch import INDEX, MASK, PIXELS, BatchKeys, Key, crop, describe, rebuild, sample_ids
+from latentdm.augment import GEOMETRY, Augment
+from latentdm.batch import CAPTION, INDEX, MASK, PIXELS, BatchKeys, Key, crop, describe, rebuild, sample_ids
+from latentdm.captions import Captions
 from latentdm.encoders.base import Encoder
 from latentdm.masks.sources import MaskSource
 from latentdm.randomness import Draws
@@ -40,6 +42,8 @@ class LatentDataModule(LightningDataModule):
         keep_pixels: leave the cropped ``pixels`` (``b c h w``) in the batch.
         seed: of everything random, together with epoch, ``index`` and purpose. Batches without ``index`` are keyed on
             rank, batch and place instead. Validation, test and predict draw as in epoch 0, so that figures compare.
+        augment: changes images, masks and label maps on the device, in training alone, before masks are made.
+        captions: changes the batch's captions on the host; it draws in training alone.
 
     Raises:
         ValueError: a value out of range.
@@ -59,6 +63,8 @@ class LatentDataModule(LightningDataModule):
         layout: str = "CHW",
         keep_pixels: bool = False,
         seed: int = 0,
+        augment: Augment | None = None,
+        captions: Captions | None = None,
     ) -> None:
         for name, value, kind in (("pixels", pixels, LightningDataModule), ("encoder", encoder, Encoder)):
             if not isinstance(value, kind):
@@ -70,6 +76,8 @@ class LatentDataModule(LightningDataModule):
         self.keys = BatchKeys(keys, layout)
         self.keep_pixels = keep_pixels
         self.seed = seed
+        self.augment = augment
+        self.captions = captions
         self.allow_zero_length_dataloader_with_multiple_devices = (
             pixels.allow_zero_length_dataloader_with_multiple_devices
         )
@@ -166,7 +174,7 @@ class LatentDataModule(LightningDataModule):
     # ---------------------------------------------------------------- the way of a batch
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """On the host: notes the samples' ids, so that no draw waits for the device. The batch stays as it is."""
+        """On the host: notes the samples' ids, so that no draw waits for the device; changes captions if asked to."""
         self._passes, self._noted = self._is_example(batch), None
         if self._passes:
             return batch
@@ -175,7 +183,20 @@ class LatentDataModule(LightningDataModule):
         if _is_batch(batch):
             index = self.keys.find(batch).get(INDEX)
             self._noted = index.flatten().tolist() if isinstance(index, Tensor) else None
+            batch = self._captioned(batch, dataloader_idx)
         return batch
+
+    def _captioned(self, batch: Any, dataloader_idx: int) -> Any:
+        if self.captions is None:
+            return batch
+        found = self.keys.find(batch)
+        if found.get(CAPTION) is None:
+            raise ValueError(self.keys.missing_caption(batch))
+        noted = self._noted
+        ids = self._ids({**found, PIXELS: found[CAPTION]}, dataloader_idx)
+        self._noted = noted
+        draws = Draws(self.seed, self._epoch, ids)
+        return self.keys.replace(batch, {CAPTION: self.captions(found[CAPTION], draws, self._training)})
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Delegates; Lightning's own copies pinned memory without blocking."""
@@ -208,6 +229,9 @@ class LatentDataModule(LightningDataModule):
         results = dict(outputs)
         if self.keep_pixels:
             results[PIXELS] = crop(inputs[PIXELS], self.encoder.vae.spatial_compression)
+        if self.augment is not None and self._training:  # what stays in the batch must lie where its image does
+            moved = {name: inputs[name] for name in GEOMETRY if name in inputs}
+            results = {name: value for name, value in moved.items() if name not in self.encoder.consumes} | results
         batch = self.keys.write(batch, results, drop=self.encoder.consumes)
         if self.trainer is not None:
             batch = self.trainer.precision_plugin.convert_input(batch)
@@ -237,6 +261,8 @@ class LatentDataModule(LightningDataModule):
         inputs = self.keys.read(batch)
         self._tell("on_encode_start", inputs)
         draws = Draws(self.seed, self._epoch, self._ids(inputs, dataloader_idx))
+        if self.augment is not None and self._training:
+            inputs = self.augment(inputs, draws)
         if MASK in self.encoder.consumes:
             if self.masks is not None:
                 inputs[MASK] = self.masks(inputs, draws)
@@ -252,8 +278,12 @@ class LatentDataModule(LightningDataModule):
                 getattr(callback, hook)(trainer, trainer.lightning_module, *observed)
 
     @property
+    def _training(self) -> bool:
+        return self.trainer is not None and self.trainer.training
+
+    @property
     def _epoch(self) -> int:
-        return self.trainer.current_epoch if self.trainer is not None and self.trainer.training else 0
+        return self.trainer.current_epoch if self.trainer is not None and self._training else 0
 
     def _ids(self, inputs: Mapping[str, Any], dataloader_idx: int) -> list[int | str]:
         """One id a sample: its index, or the place of this batch in its run."""

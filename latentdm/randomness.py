@@ -64,3 +64,10 @@ class Draws:
         generator = torch.Generator(device)
         for i in self.ids:
             yield generator.manual_seed(sample_seed(self.seed, self.epoch, i, purpose))
+
+
+def check_probability(owner: str, setting: str, value: float) -> float:
+    """``value``; ValueError, naming the class and the setting, unless it is a number in 0…1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{owner}: {setting} must be a probability in 0…1, got {value!r}")
+    return float(value)

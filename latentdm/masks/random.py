@@ -8,7 +8,7 @@ from torch import Tensor
 from latentdm.batch import PIXELS
 from latentdm.masks.shapes import Blobs, Borders, Boxes, Polygons, Shapes, Strokes
 from latentdm.masks.sources import MaskSource
-from latentdm.randomness import Draws
+from latentdm.randomness import Draws, check_probability
 
 SHAPES_LIMIT = 32
 """The most shapes a mask may have: each costs a pass over the batch."""
@@ -107,13 +107,6 @@ class RandomMask(MaskSource):
                 painted ^= numbers[:, 2].bool()[:, None, None]
             masks = painted if len(rows) == len(masks) else masks.index_copy_(0, numbers[:, 0].long(), painted)
         return masks[:, None]
-
-
-def check_probability(owner: str, setting: str, value: float) -> float:
-    """``value``; ValueError, naming the class and the setting, unless it is a number in 0…1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{owner}: {setting} must be a probability in 0…1, got {value!r}")
-    return float(value)
 
 
 def _counts(setting: str, values: Sequence[int], limit: int = SHAPES_LIMIT) -> tuple[int, int]:
