@@ -1,0 +1,188 @@
+"""``compile: true``: one graph for each shape of a chunk, whatever the stage, the epoch or the size of the last batch.
+
+Counted by torch itself, on autoencoders so small that compiling takes seconds.
+"""
+
+import shutil
+
+import pytest
+import torch
+from helpers import LatentModel, Photos, complains, images, no_warnings, photo_columns, quiet_trainer, tiny_kl
+from lightning.pytorch import LightningDataModule
+from torch import nn
+from torch.utils.data import DataLoader
+
+from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),
+    # torch's compiler imports modules of its own that still use TorchScript
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+]
+SIDES = (16, 24, 32)
+
+
+class Output:
+    def __init__(self, latents):
+        self.latents = latents
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 8, stride=8)
+
+    def forward(self, x):
+        return nn.functional.silu(self.convolution(x))
+
+
+class OneConvolution(nn.Module):
+    """As an autoencoder of diffusers: ``encode`` calls ``encoder``."""
+
+    spatial_compression = 8
+    latent_channels = 4
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Encoder()
+
+    def encode(self, x):
+        return Output(self.encoder(x))
+
+
+class Buckets(LightningDataModule):
+    """Batches of three sizes of image, the last of each with one image less."""
+
+    def train_dataloader(self):
+        batches = [
+            {"pixels": images(count, side, side, seed=side), "index": torch.arange(count)}
+            for side in SIDES
+            for count in (3, 2)
+        ]
+        return DataLoader(batches, batch_size=None)
+
+    val_dataloader = train_dataloader
+
+
+@pytest.fixture
+def graphs():
+    """How many graphs were compiled since the test began."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    return lambda: counters["stats"]["unique_graphs"]
+
+
+def one_convolution(**settings):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return FrozenVAE(OneConvolution(), **settings)
+
+
+def test_three_epochs_of_three_buckets_compile_once_a_shape(graphs):
+    vae = one_convolution(compile=True)
+    trainer, model = quiet_trainer(max_epochs=3), LatentModel()
+    trainer.fit(model, datamodule=LatentDataModule(Buckets(), PlainEncoder(vae)))
+    assert len(model.batches("train")) == len(model.batches("val")) == 3 * 6
+    trainer.validate(model, datamodule=LatentDataModule(Buckets(), PlainEncoder(vae)), verbose=False)
+    assert graphs() == len(SIDES)
+    assert vae.chunks == 4 * 6 + 3 * 6 + 2  # each batch one chunk, two of them in the sanity check
+
+    eager = PlainEncoder(one_convolution())
+    for batch, pixels in zip(model.batches("train"), 3 * list(Buckets().train_dataloader()), strict=True):
+        torch.testing.assert_close(batch["latents"], eager(pixels)["latents"], rtol=0, atol=1e-5)
+
+
+def test_the_last_chunk_is_padded_and_cut(graphs):
+    vae = one_convolution(compile=True)
+    sizes = []
+    vae.module.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    encoded = InpaintEncoder(vae, per_batch=4)({"pixels": images(5), "mask": torch.ones(1, 1, 32, 32)})
+    assert sizes == [4, 4, 4]
+    assert encoded["latents"].shape == encoded["masked_latents"].shape == (5, 4, 4, 4)
+    expected = InpaintEncoder(one_convolution())({"pixels": images(5), "mask": torch.ones(1, 1, 32, 32)})
+    for name in ("latents", "masked_latents"):
+        torch.testing.assert_close(encoded[name], expected[name], rtol=0, atol=1e-5)
+    assert graphs() == 1
+
+
+def test_more_shapes_than_torch_would_compile(graphs):
+    with torch._dynamo.config.patch(recompile_limit=2):  # 8 unless told
+        vae = one_convolution(compile=True)
+        for side in SIDES:
+            PlainEncoder(vae)({"pixels": images(3, side, side)})
+    assert graphs() == len(SIDES)
+
+
+def test_a_real_autoencoder_keeps_its_keys_and_says_how_long_it_took(graphs, caplog):
+    autoencoder = tiny_kl(
+        block_out_channels=(4,),
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        layers_per_block=1,
+        mid_block_add_attention=False,
+    )
+    keys = list(autoencoder.state_dict())
+    vae = FrozenVAE(autoencoder, dtype="float32", compile=True)
+    pixels = images(2, 8, 8) / 255
+    expected = FrozenVAE(autoencoder, dtype="float32").encode(pixels, posterior="mode")
+    with caplog.at_level("INFO", logger="latentdm"):
+        encoded = [vae.encode(pixels, posterior="mode") for _ in range(2)]
+    for latents in encoded:
+        torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+    assert list(vae.module.state_dict()) == keys
+    assert graphs() == 1
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("latentdm")]
+    assert said.startswith("FrozenVAE: compiled for 2×3×8×8 and encoded, in ")
+
+
+def test_memory_that_runs_out_shrinks_the_fixed_size(graphs):
+    vae = one_convolution(compile=True)
+    sizes = []
+
+    def narrow(module, args):
+        sizes.append(len(args[0]))
+        if len(args[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    vae.module.encoder.register_forward_pre_hook(narrow)
+    with pytest.warns(UserWarning, match="2 at a time"):
+        PlainEncoder(vae)({"pixels": images(5)})
+    assert sizes == [5, 2, 2, 2]
+
+
+# -------------------------------------------------------------------- where it cannot
+
+
+def test_without_a_compiler_it_runs_eagerly_and_says_so(graphs):
+    from torch._inductor import config
+
+    vae, expected = one_convolution(compile=True), one_convolution().encode(images(2) / 255)
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        with pytest.warns(UserWarning, match="FrozenVAE: compile has no effect.*install a C.. compiler"):
+            encoded = vae.encode(images(2) / 255)
+        with no_warnings():
+            assert torch.equal(vae.encode(images(2) / 255), encoded)
+    assert torch.equal(encoded, expected)
+
+
+def test_what_cannot_be_compiled_is_said_at_once():
+    class NoEncoder(nn.Module):
+        spatial_compression = 8
+        latent_channels = 4
+
+        def encode(self, x):
+            raise NotImplementedError
+
+    with pytest.warns(UserWarning, match="compile=True has no effect: NoEncoder has no encoder of its own"):
+        FrozenVAE(NoEncoder(), compile=True)
+    with pytest.warns(UserWarning, match="compile=True has no effect: tiles"):
+        FrozenVAE(tiny_kl(), compile=True, tiling="always")
+    with complains("FrozenVAE: compile must be true, false or one of default, reduce-overhead", "got 'fast'"):
+        FrozenVAE(tiny_kl(), compile="fast")
+
+
+def test_without_the_option_nothing_is_compiled(graphs):
+    LatentDataModule(Photos(photo_columns()), PlainEncoder(one_convolution())).encode({"pixels": images(2)})
+    assert graphs() == 0
