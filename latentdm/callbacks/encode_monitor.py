@@ -23,7 +23,8 @@ class EncodeMonitor(EncodeCallback):
     | ``encode/step_ms`` | milliseconds a batch from ``on_train_batch_start`` to ``on_train_batch_end`` |
     | ``encode/share_of_step_pct`` | batch_ms / (batch_ms + step_ms); loading and validating count as neither |
     | ``encode/chunks_per_batch`` | passes of the autoencoder a batch (see ``per_batch``) |
-    | ``encode/reencoded_samples`` | samples encoded again in float32 in this run |
+    | ``encode/reencoded_samples`` | samples encoded again in float32, in the life of the autoencoder |
+    | ``encode/oom_retries`` | chunks run again, smaller, because memory ran out, in the life of the autoencoder |
     | ``encode/peak_memory_gib`` | on a GPU: the most that this process had allocated so far, of anything |
 
     Loggers write rank 0's. A run's first batch warms up and is left out. On a GPU times come from CUDA events, which
@@ -83,7 +84,11 @@ class EncodeMonitor(EncodeCallback):
             self._warm, self._now = True, None
         if self._steps.reached(trainer) and self._window:
             costs = self._read()
-            metrics = costs.metrics() | {"encode/reencoded_samples": float(_vae(trainer).reencoded)}
+            vae = _vae(trainer)
+            metrics = costs.metrics() | {
+                "encode/reencoded_samples": float(vae.reencoded),
+                "encode/oom_retries": float(vae.retries),
+            }
             if pl_module.device.type == "cuda":
                 metrics["encode/peak_memory_gib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
             pl_module.log_dict(metrics, batch_size=1)

@@ -42,7 +42,7 @@ class VAEOffload(EncodeCallback):
         """Say where this cannot have an effect."""
         super().setup(trainer, pl_module, stage)
         self._home = None
-        if trainer.strategy.root_device.type == "cpu" and not self._warned:
+        if self._useless(trainer) and not self._warned:
             self._warned = True
             rank_zero_warn("VAEOffload: has no effect: the autoencoder computes on the CPU; remove the callback")
 
@@ -78,6 +78,10 @@ class VAEOffload(EncodeCallback):
                 f"VAEOffload: stages={list(self.stages)}, but such a stage encodes images; the autoencoder is back for "
                 "the rest of it. Leave that stage out"
             )
+
+    @staticmethod
+    def _useless(trainer: Trainer) -> bool:
+        return trainer.strategy.root_device.type == "cpu"
 
     def _leave(self, trainer: Trainer, stage: str) -> None:
         vae = encoder_of(trainer, "VAEOffload").vae
