@@ -142,7 +142,7 @@ def test_looking_costs_one_wait_for_the_device():
 
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_is_bfloat16_where_the_device_computes_in_it(native, monkeypatch):
-    monkeypatch.setattr("latentdm.autoencoders.frozen.computes_bfloat16", lambda device: native)
+    monkeypatch.setattr("latentdm.autoencoders.weights.computes_bfloat16", lambda device: native)
     assert FrozenVAE(tiny_kl()).dtype == (torch.bfloat16 if native else torch.float32)
     assert FrozenVAE(PlainModule()).dtype == torch.float32  # as it came
 

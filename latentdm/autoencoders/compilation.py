@@ -62,26 +62,24 @@ class Compilation:
         return output
 
 
-def compile_mode(setting: bool | str) -> str | None:
-    """The mode of torch.compile that a setting asks for, or None.
+def compile_mode(setting: bool | str, autoencoder: nn.Module, frame_axis: bool, tiling: str) -> str | None:
+    """The mode of torch.compile that a setting asks for, or None, with a warning where it can have no effect.
 
     Raises:
         ValueError: it is neither a bool nor one of torch's modes.
     """
-    if isinstance(setting, bool):
-        return "default" if setting else None
-    if setting not in MODES:
+    if setting is False:
+        return None
+    if setting is not True and setting not in MODES:
         raise ValueError(f"FrozenVAE: compile must be true, false or one of {', '.join(MODES)}, got {setting!r}")
-    return setting
-
-
-def why_not_compiled(autoencoder: nn.Module, frame_axis: bool, tiling: str) -> str | None:
-    """What keeps an autoencoder from being compiled; None if nothing does."""
     name = type(autoencoder).__name__
     if not isinstance(getattr(autoencoder, "encoder", None), nn.Module):
-        return f"{name} has no encoder of its own"
-    if frame_axis:
-        return f"the encoder of {name} keeps a cache between frames"
-    if tiling == "always":
-        return "tiles at the borders have shapes of their own"
+        hindrance = f"{name} has no encoder of its own"
+    elif frame_axis:
+        hindrance = f"the encoder of {name} keeps a cache between frames"
+    elif tiling == "always":
+        hindrance = "tiles at the borders have shapes of their own"
+    else:
+        return "default" if setting is True else setting
+    warnings.warn(f"FrozenVAE: compile={setting} has no effect: {hindrance}; set it to false", stacklevel=3)
     return None

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentdm.autoencoders.chunks import Chunks
-from latentdm.autoencoders.compilation import Compilation, compile_mode, why_not_compiled
+from latentdm.autoencoders.compilation import compile_mode
 from latentdm.autoencoders.families import family_of
 from latentdm.autoencoders.posterior import Posterior, latent_of
 from latentdm.autoencoders.views import View, prepare
-from latentdm.autoencoders.weights import DTYPES, cast_copy, computes_bfloat16, lay_out
+from latentdm.autoencoders.weights import DTYPES, NO_WEIGHT, Weights
 from latentdm.randomness import Draws
 
 POSTERIORS = ("sample", "mode")
@@ -76,16 +76,13 @@ class FrozenVAE:
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"FrozenVAE: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        self._mode = compile_mode(compile)
+        self._family = family = family_of(autoencoder)
+        mode = compile_mode(compile, autoencoder, family.frame_axis, tiling)
         if tiling != "never" and not hasattr(autoencoder, "use_tiling"):
             raise ValueError(f"FrozenVAE: tiling={tiling}, but {type(autoencoder).__name__} has none; set never")
-        self._family = family = family_of(autoencoder)
-        self._original = autoencoder.requires_grad_(False).eval()
-        self._dtype_name = dtype
+        autoencoder.requires_grad_(False).eval()
+        self._weights = Weights(autoencoder, dtype, channels_last=not family.frame_axis, mode=mode)
         self._encoder_only = encoder_only
-        self._module: nn.Module | None = None  # made for a device and dtype by `to`
-        self._full: nn.Module | None = None  # the same in float32, made when a sample needs it
-        self._compilation: Compilation | None = None
         self._calls = count()
         self.class_name: str = type(autoencoder).__name__
         """Of the autoencoder."""
@@ -102,7 +99,7 @@ class FrozenVAE:
         self.reencoded = 0
         """How many samples were encoded again in float32 so far."""
         self._normalization = family.normalization(autoencoder).to("cpu")
-        self._chunks = Chunks(tiling, fixed=self._mode is not None, owner=self.class_name)
+        self._chunks = Chunks(tiling, fixed=mode is not None, owner=self.class_name)
         self._patch = family.patch(autoencoder)
         self._image_channels = family.image_channels(autoencoder)
         if encoder_only:
@@ -116,10 +113,6 @@ class FrozenVAE:
                 "use bfloat16 or auto",
                 stacklevel=2,
             )
-        hindrance = why_not_compiled(autoencoder, family.frame_axis, tiling) if self._mode else None
-        if hindrance is not None:
-            self._mode = None
-            warnings.warn(f"FrozenVAE: compile={compile} has no effect: {hindrance}; set it to false", stacklevel=2)
 
     @classmethod
     def from_pretrained(
@@ -186,62 +179,33 @@ class FrozenVAE:
     @property
     def module(self) -> nn.Module:
         """The autoencoder as it computes: on its device, in its dtype and layout."""
-        if self._module is None:
-            self.to(next(self._original.parameters(), torch.empty(0)).device)
-        assert self._module is not None
-        return self._module
+        return self._weights.module
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return next(self.module.parameters(), torch.empty(0)).device
+        return self._weights.first.device
 
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in. ``"auto"`` is settled by the first device that it is put on, and stays."""
-        return next(self.module.parameters(), torch.empty(0)).dtype
+        return self._weights.first.dtype
 
     @property
     def can_decode(self) -> bool:
         """Whether the decoder is there."""
-        return not self._encoder_only and callable(getattr(self._original, "decode", None))
+        return not self._encoder_only and callable(getattr(self._weights.original, "decode", None))
 
     @property
     def retries(self) -> int:
         """How often a chunk was run again, smaller or tiled, because memory ran out."""
         return self._chunks.retries
 
-    @torch.inference_mode(False)  # inference tensors as weights would be compiled for apart
     def to(self, device: torch.device | str) -> Self:
         """Move it to a device; the first time, settle its dtype there."""
-        device = torch.device(device)
-        if self._module is None:
-            dtype = self._settle_dtype(device)
-            held = {parameter.dtype for parameter in self._original.parameters()}
-            if held <= {dtype}:
-                self._module = self._original.to(device)
-                lay_out(self._module, self._layout(dtype))
-            else:
-                self._module = cast_copy(self._original, device, dtype, self._layout(dtype))
-            if self._mode is not None:
-                self._compilation = Compilation(self._module, self._mode)
-        self._module = self._module.to(device)
-        self._full = None
+        self._weights.to(torch.device(device))
         self._normalization = self._normalization.to(device)
         return self
-
-    def _settle_dtype(self, device: torch.device) -> torch.dtype:
-        wanted = DTYPES[self._dtype_name]
-        if wanted is not None:
-            return wanted
-        if not hasattr(self._original, "config"):
-            return next(self._original.parameters(), torch.empty(0)).dtype
-        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
-
-    def _layout(self, dtype: torch.dtype) -> torch.memory_format:
-        """Channels-last is faster in half the bits; in float32 it is not, and rounds otherwise than the pipelines."""
-        half = dtype in (torch.bfloat16, torch.float16)
-        return torch.channels_last if half and not self._family.frame_axis else torch.contiguous_format
 
     # ---------------------------------------------------------------- pixels → latents
 
@@ -360,9 +324,7 @@ class FrozenVAE:
     def _again(self, row: slice, views: Sequence[View], noise: Rows | None, name: str) -> Tensor:
         """One row alone in float32: ``z h/r w/r``."""
         if self.dtype != torch.float32:
-            if self._full is None:
-                self._full = cast_copy(self._original, self.device, torch.float32, torch.contiguous_format)
-            latents = self._drawn(self._full, views, row, 1, noise)[0]
+            latents = self._drawn(self._weights.full, views, row, 1, noise)[0]
             if latents.isfinite().all():
                 self.reencoded += 1
                 dtype = str(self.dtype).removeprefix("torch.")
@@ -376,6 +338,7 @@ class FrozenVAE:
             f"autoencoder's weights ({self.class_name}) are finite"
         )
 
+    @torch.inference_mode(False)
     def posterior(self, pixels: Tensor) -> Posterior:
         """The distribution of the latents before normalisation, for ``b 3 h w`` or ``b 3 f h w`` in 0…1."""
         return self._posterior(self.module, [View(pixels)], slice(0, len(pixels)), len(pixels))
@@ -383,21 +346,21 @@ class FrozenVAE:
     @torch.no_grad()
     def _posterior(self, module: Any, views: Sequence[View], chunk: slice, size: int) -> Posterior:
         """Of a chunk that is padded to ``size`` for the autoencoder."""
-        family, parameter = self._family, next(module.parameters(), torch.empty(0))
+        family, like = self._family, next(module.parameters(), NO_WEIGHT)
         images = prepare(
             views,
             chunk,
             size,
             family.pixel_range,
             self._image_channels,
-            parameter.device,
-            parameter.dtype,
-            self._layout(parameter.dtype),
+            like.device,
+            like.dtype,
+            self._weights.layout(like.dtype),
         )
         one_frame = family.frame_axis and images.ndim == 4
         if one_frame:
             images = images.unsqueeze(2)
-        compilation = self._compilation if module is self._module else None
+        compilation = self._weights.compilation if module is self.module else None
         with _no_autocast(images.device):
             output = module.encode(images) if compilation is None else compilation.encode(module, images)
         posterior = latent_of(output)
@@ -433,7 +396,7 @@ class FrozenVAE:
         if one_frame:
             z = z.unsqueeze(2)
         with _no_autocast(z.device):
-            ranged = family.decode(self.module, z.to(self.dtype, memory_format=self._layout(self.dtype)))
+            ranged = family.decode(self.module, z.to(self.dtype, memory_format=self._weights.layout(self.dtype)))
         ranged = (ranged.squeeze(2) if one_frame else ranged)[:, :3].float()
         return ((ranged - low) / (high - low)).clamp_(0, 1)
 

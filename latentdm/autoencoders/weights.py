@@ -4,9 +4,85 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from latentdm.autoencoders.compilation import Compilation
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+NO_WEIGHT = torch.empty(0)
+"""Stands for the first weight of a module that has none."""
+
+
+class Weights:
+    """The weights of a frozen autoencoder, as they came and as they compute.
+
+    Args:
+        original: the autoencoder. It computes itself where its dtype is what is wanted; else a copy does.
+        dtype: a key of `DTYPES`.
+        channels_last: whether its layout may be so.
+        mode: of torch.compile; None does not compile.
+
+    Attributes:
+        original: as it came.
+        compilation: of `module`.
+    """
+
+    def __init__(self, original: nn.Module, dtype: str, channels_last: bool, mode: str | None) -> None:
+        self.original = original
+        self.compilation: Compilation | None = None
+        self._wanted = DTYPES[dtype]
+        self._channels_last = channels_last
+        self._mode = mode
+        self._module: nn.Module | None = None  # made for a device and dtype by `to`
+        self._full: nn.Module | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The autoencoder as it computes: on its device, in its dtype and layout."""
+        if self._module is None:
+            self.to(next(self.original.parameters(), NO_WEIGHT).device)
+        assert self._module is not None
+        return self._module
+
+    @property
+    def first(self) -> Tensor:
+        """A weight of `module`, for its device and dtype."""
+        return next(self.module.parameters(), NO_WEIGHT)
+
+    @property
+    def full(self) -> nn.Module:
+        """A float32 copy of the weights as they came, on the same device; made when it is first asked for."""
+        if self._full is None:
+            self._full = cast_copy(self.original, self.first.device, torch.float32, torch.contiguous_format)
+        return self._full
+
+    @torch.inference_mode(False)  # for inference tensors a compiled encoder would be compiled again
+    def to(self, device: torch.device) -> None:
+        """Move `module` to a device; the first time, settle its dtype there."""
+        if self._module is None:
+            dtype = self._settle_dtype(device)
+            if {parameter.dtype for parameter in self.original.parameters()} <= {dtype}:
+                self._module = self.original.to(device)
+                lay_out(self._module, self.layout(dtype))
+            else:
+                self._module = cast_copy(self.original, device, dtype, self.layout(dtype))
+            if self._mode is not None:
+                self.compilation = Compilation(self._module, self._mode)
+        self._module = self._module.to(device)
+        self._full = None
+
+    def layout(self, dtype: torch.dtype) -> torch.memory_format:
+        """Channels-last is faster in half the bits; in float32 it is not, and rounds otherwise than the pipelines."""
+        half = dtype in (torch.bfloat16, torch.float16)
+        return torch.channels_last if half and self._channels_last else torch.contiguous_format
+
+    def _settle_dtype(self, device: torch.device) -> torch.dtype:
+        if self._wanted is not None:
+            return self._wanted
+        if not hasattr(self.original, "config"):
+            return next(self.original.parameters(), NO_WEIGHT).dtype
+        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
 
 
 def computes_bfloat16(device: torch.device) -> bool:
