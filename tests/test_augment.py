@@ -87,6 +87,12 @@ def test_the_global_generator_is_left_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_nothing_waits_for_the_device():
+    # The meta device has no values: whatever looked at one would fail, as it would make an accelerator wait.
+    batch = {name: value.to("meta") for name, value in coordinates(4).items()}
+    assert Augment(**KINDS["all"])(batch, draws(range(4)))["pixels"].device.type == "meta"
+
+
 @pytest.mark.parametrize("colour", COLOURS)
 def test_each_colour_changes_images_and_nothing_else(colour):
     batch = coordinates(12)

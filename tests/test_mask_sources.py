@@ -367,3 +367,17 @@ def test_feathering_softens_edges_and_leaves_them_in_place():
         FeatheredMask("batch")
     with pytest.raises(ValueError, match=r"^MixedMask: sources.soft: BatchMask"):
         MixedMask({"soft": FeatheredMask(BatchMask())})(images(1), draws([0]))
+
+
+def test_no_source_waits_for_the_device():
+    # The meta device has no values: whatever looked at one would fail, as it would make an accelerator wait.
+    batch = {
+        "pixels": torch.zeros(20, 4, 256, 256, dtype=torch.uint8, device="meta"),
+        "mask": torch.zeros(20, 1, 256, 256, dtype=torch.uint8, device="meta"),
+        "segmentation": torch.zeros(20, 256, 256, dtype=torch.uint8, device="meta"),
+    }
+    random = RandomMask(ALL, complement=0.5, whole=0.2)
+    sources = {"own": BatchMask(), "alpha": AlphaMask(), "labels": SegmentationMask([1, 2]), "random": random}
+    mask = FeatheredMask(MixedMask(sources))(batch, draws(range(20)))
+    assert mask.device.type == "meta"
+    assert mask.shape == (20, 1, 256, 256)
