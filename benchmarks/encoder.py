@@ -1,0 +1,253 @@
+"""Encoding: images a second against the public ways, the accuracy of bfloat16, and the floor that arithmetic sets."""
+
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
+from statistics import median
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import models, peers
+from benchmarks.rows import interleaved, row
+from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
+from latentdm.encoders import Encoder
+
+ROUNDS = 5
+MODELS: dict[str, Callable[[], Any]] = {"sd": models.sd_size, "demo": models.demo}
+
+
+def hook(encoder: Encoder, batch: dict[str, Any]) -> Callable[[], Any]:
+    """The three hooks of the data module, as Lightning calls them for a batch; returns the batch of latents."""
+    module = LatentDataModule(LightningDataModule(), encoder)
+    device = encoder.vae.device
+
+    def transfer() -> Any:
+        taken = module.on_before_batch_transfer(batch, 0)
+        return module.on_after_batch_transfer(module.transfer_batch_to_device(taken, device, 0), 0)
+
+    return transfer
+
+
+def timed(function: Callable[[], Any]) -> Callable[[], None]:
+    """A function that returns when its work is done, and nothing."""
+
+    @torch.no_grad()
+    def run() -> None:
+        function()
+        if models.DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def times_faster(seconds: dict[str, list[float]], theirs: str, ours: str) -> float:
+    """The median over the rounds of how many times faster ours was in a round."""
+    return median(their / our for their, our in zip(seconds[theirs], seconds[ours], strict=True))
+
+
+@cache
+def rounds(model: str, view: str, side: int, count: int, ways: tuple[str, ...]) -> dict[str, list[float]]:
+    """Seconds of each way to encode the same batch, round for round; one round before them warms up."""
+    data, autoencoder = models.batch(count, side), MODELS[model]()
+    kind = PlainEncoder if view == "plain" else InpaintEncoder
+
+    def ours(dtype: str, **settings: Any) -> Callable[[], Any]:
+        # a copy, since a compiled encoder would be compiled for the peer as well
+        return hook(kind(FrozenVAE(deepcopy(autoencoder), dtype=dtype, **settings).to(models.DEVICE)), data)
+
+    makers: dict[str, Callable[[], Callable[[], Any]]] = {
+        "ours": lambda: ours("auto"),
+        "ours float32": lambda: ours("float32"),
+        "ours float32 compiled": lambda: ours("float32", compile=True),
+        "ours compiled": lambda: ours("auto", compile=True),
+        "diffusers": lambda: getattr(peers.InpaintScript(autoencoder, data), view),
+        "sliced": lambda: getattr(peers.Sliced(autoencoder, data), view),
+    }
+    functions = {way: timed(makers[way]()) for way in ways}
+    interleaved(functions, 1)
+    return interleaved(functions, ROUNDS)
+
+
+# ---------------------------------------------------------------- against the public ways
+
+
+def _versus(model: str, quick: bool, ways: tuple[str, ...]) -> dict[str, list[float]]:
+    count = {"sd": 1 if quick else 2, "demo": 4}[model]
+    return rounds(model, "inpaint", 256, count, ways)
+
+
+SD = ("diffusers", "ours", "ours float32")
+DEMO = ("diffusers", "sliced", "ours", "ours float32", "ours compiled", "ours float32 compiled")
+SCRIPT = "the diffusers inpaint script's way: float32, NCHW, two calls, eager; 256²"
+
+
+@row("encode_vs_diffusers_default", unit="times", versus=f"{SCRIPT}, SD-size encoder; ours in its defaults")
+def encode_vs_diffusers_default(quick: bool) -> float:
+    """Defaults against defaults."""
+    return times_faster(_versus("sd", quick, SD), "diffusers", "ours")
+
+
+@row("encode_vs_diffusers_fp32_eager_sd", unit="times", versus=f"{SCRIPT}, SD-size encoder; ours in float32, eager")
+def encode_vs_diffusers_fp32_eager_sd(quick: bool) -> float:
+    """At equal precision, where both spend their time in the same convolutions."""
+    return times_faster(_versus("sd", quick, SD), "diffusers", "ours float32")
+
+
+@row("encode_vs_diffusers_fp32", unit="times", versus=f"{SCRIPT}, demo VAE; ours in float32 with compile: true")
+def encode_vs_diffusers_fp32(quick: bool) -> float:
+    """At equal precision, compiled."""
+    return times_faster(_versus("demo", quick, DEMO), "diffusers", "ours float32 compiled")
+
+
+@row("encode_vs_diffusers_fp32_eager", unit="times", versus=f"{SCRIPT}, demo VAE; ours in float32, eager")
+def encode_vs_diffusers_fp32_eager(quick: bool) -> float:
+    """At equal precision, eager."""
+    return times_faster(_versus("demo", quick, DEMO), "diffusers", "ours float32")
+
+
+@row("encode_vs_diffusers_demo", unit="times", versus=f"{SCRIPT}, demo VAE; ours in its defaults")
+def encode_vs_diffusers_demo(quick: bool) -> float:
+    """Defaults against defaults, on a small encoder."""
+    return times_faster(_versus("demo", quick, DEMO), "diffusers", "ours")
+
+
+@row("encode_vs_diffusers_demo_compiled", unit="times", versus=f"{SCRIPT}, demo VAE; ours with compile: true")
+def encode_vs_diffusers_demo_compiled(quick: bool) -> float:
+    """Our fastest."""
+    return times_faster(_versus("demo", quick, DEMO), "diffusers", "ours compiled")
+
+
+@row(
+    "encode_vs_slicing", unit="times", versus="one image at a time (enable_slicing), demo VAE at 256²; ours in defaults"
+)
+def encode_vs_slicing(quick: bool) -> float:
+    """What people do to save memory."""
+    return times_faster(_versus("demo", quick, DEMO), "sliced", "ours")
+
+
+@row("accuracy_bf16_rel", unit="relative error", versus="float32 latents, demo VAE, eight real photographs at 256²")
+def accuracy_bf16_rel(quick: bool) -> float:
+    """What bfloat16 costs: norm of the difference over the norm."""
+    pixels = models.images(8, 256) / 255
+    exact, rounded = (
+        FrozenVAE(models.demo(), dtype=dtype).to(models.DEVICE).encode(pixels, posterior="mode")
+        for dtype in ("float32", "bfloat16")
+    )
+    return float((rounded - exact).norm() / exact.norm())
+
+
+# ---------------------------------------------------------------- images a second
+
+
+def _register(model: str, view: str, side: int) -> None:
+    name = {"sd": "an SD-size encoder", "demo": "the demo VAE"}[model]
+    views = 2 if view == "inpaint" else 1
+    count = {("sd", 256): 2, ("sd", 512): 1, ("demo", 256): 8, ("demo", 512): 4}[model, side]
+    if models.DEVICE.type == "cuda":
+        count = {256: 32, 512: 16}[side]
+
+    @row(f"images_per_s_{view}_{model}_{side}", unit="images/s", versus=f"{name}, {count} images, ours in its defaults")
+    def images_per_s(quick: bool) -> float | None:
+        if quick and model == "sd" and (side > 256 or view == "inpaint"):
+            return None  # which would take a quick run's time
+        return count / median(rounds(model, view, side, count, ("ours",))["ours"])
+
+    images_per_s.__doc__ = f"Each image encoded {views} times."
+
+
+for _model in MODELS:
+    for _view in ("plain", "inpaint"):
+        for _side in (256, 512):
+            _register(_model, _view, _side)
+
+
+# ---------------------------------------------------------------- the floor
+
+
+@cache
+def _work(side: int) -> tuple[float, float]:
+    """Operations of one image, and the bytes that its convolutions read and write in bfloat16 if nothing is cached."""
+    autoencoder, moved = models.sd_size(), 0
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        nonlocal moved
+        moved += 2 * (args[0].numel() + output.numel() + sum(weight.numel() for weight in module.parameters()))
+
+    handles = [
+        module.register_forward_hook(count)
+        for module in autoencoder.modules()
+        if not list(module.children()) and list(module.parameters())
+    ]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        autoencoder.encode(torch.zeros(1, 3, side, side, device=models.DEVICE))
+    for handle in handles:
+        handle.remove()
+    return float(counter.get_total_flops()), float(moved)
+
+
+@row(
+    "floor_gflop_256", unit="GFLOP an image", versus="SD-size encoder at 256², counted by torch; 512² takes four times"
+)
+def floor_gflop_256(quick: bool) -> float:
+    """Operations."""
+    return _work(256)[0] / 1e9
+
+
+@row(
+    "floor_gbytes_256",
+    unit="GB an image",
+    versus="SD-size encoder at 256² in bfloat16: layers' inputs, outputs, weights",
+)
+def floor_gbytes_256(quick: bool) -> float:
+    """Bytes."""
+    return _work(256)[1] / 1e9
+
+
+@row("share_of_matmul_peak_pct", unit="%", versus="a bfloat16 matrix product of 2048² on this device; SD-size, 256²")
+def share_of_matmul_peak_pct(quick: bool) -> float:
+    """How near the default comes to what the device multiplies at best."""
+    a = torch.randn(2048, 2048, device=models.DEVICE, dtype=torch.bfloat16)
+    peak = 2 * 2048**3 / min(interleaved({"peak": timed(lambda: a @ a)}, 10)["peak"])
+    count = 1 if quick else 2
+    seconds = median(_versus("sd", quick, SD)["ours"]) / (2 * count)
+    return 100 * _work(256)[0] / seconds / peak
+
+
+# ---------------------------------------------------------------- what the hook costs
+
+
+@cache
+def _overhead(model: str, quick: bool) -> dict[str, list[float]]:
+    """The hook against the raw ``encode`` in the same dtype and layout, of the same chunk."""
+    autoencoder = {"sd": models.sd_size, "trivial": models.Trivial}[model]()
+    vae = FrozenVAE(autoencoder).to(models.DEVICE)
+    data = models.batch(1, 256 if model == "sd" else 64)
+    data.pop("mask")
+    half = vae.dtype != torch.float32
+    ready = (data["pixels"].to(models.DEVICE) / 127.5 - 1).to(
+        vae.dtype, memory_format=torch.channels_last if half else torch.contiguous_format
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        through = hook(PlainEncoder(vae, posterior="mode"), data)
+    functions = {"hook": timed(through), "raw": timed(lambda: vae.module.encode(ready))}
+    interleaved(functions, 1 if model == "sd" else 100)
+    return interleaved(functions, 9 if model == "sd" else 1000)
+
+
+@row("hook_overhead_pct", unit="%", versus="raw vae.encode in its best setting, SD-size encoder, one image of 256²")
+def hook_overhead_pct(quick: bool) -> float:
+    """Of the raw call's time."""
+    seconds = _overhead("sd", quick)
+    return 100 * (median(ours / raw for ours, raw in zip(seconds["hook"], seconds["raw"], strict=True)) - 1)
+
+
+@row("hook_overhead_us", unit="µs", versus="raw encode of a trivial VAE, one image of 64²")
+def hook_overhead_us(quick: bool) -> float:
+    """The hook's own code."""
+    seconds = _overhead("trivial", quick)
+    return 1e6 * (median(seconds["hook"]) - median(seconds["raw"]))
