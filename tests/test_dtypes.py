@@ -1,6 +1,7 @@
 """In which dtype a frozen autoencoder computes, and what happens to a sample that does not fit in it."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -121,6 +122,24 @@ def test_a_sample_that_is_not_finite_in_float32_either_is_an_error_that_names_it
     assert vae.reencoded == 0
 
 
+@pytest.mark.parametrize(("dtype", "attempts"), [("float16", 2), ("float32", 1)])
+def test_float32_is_not_tried_twice(dtype, attempts):
+    model = overflowing()
+    model.encoder.conv_in.weight[0] = 1e38 / 2
+    sizes = []
+    encode = type(model).encode
+
+    class Counted(type(model)):
+        def encode(self, x):
+            sizes.append((len(x), x.dtype))
+            return encode(self, x)
+
+    model.__class__ = Counted
+    with complains("row 0"):
+        FrozenVAE(model, dtype=dtype).encode(torch.ones(1, 3, 32, 48))
+    assert sizes == [(1, getattr(torch, dtype)), (1, torch.float32)][:attempts]
+
+
 def test_looking_costs_one_wait_for_the_device():
     class Waits(TorchDispatchMode):
         count = 0
@@ -236,6 +255,24 @@ def test_the_copy_goes_to_the_device_and_the_weights_stay():
     assert vae.device.type == "meta"
     assert vae.dtype == torch.float16
     assert {weight.device.type for weight in model.parameters()} == {"cpu"}
+
+
+def test_no_whole_copy_lies_between_the_weights_and_the_device():
+    """Casting the module before moving it, or the other way round, would take its memory twice."""
+
+    class Copies(TorchDispatchMode):
+        devices: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default:
+                self.devices.append((result.device.type, result.dtype))
+            return result
+
+    vae = FrozenVAE(build(CONFIGS["kl"] | NO_UPCAST), dtype="float16")
+    with Copies() as copies:
+        vae.to("meta")
+    assert set(copies.devices) == {("meta", torch.float16)}
 
 
 @pytest.mark.parametrize("name", ["kl", "wan", "flux2"])

@@ -190,9 +190,10 @@ def test_a_single_file_of_another_family(name, tmp_path):
     assert same(load(save(name, tmp_path) / WEIGHTS), name)
 
 
+@pytest.mark.parametrize("names", [published, dict], ids=["original", "diffusers"])
 @pytest.mark.parametrize("prefix", ["", "first_stage_model.", "vae."])
-def test_a_single_file_as_it_was_published(prefix, folder, tmp_path):
-    weights = {prefix + key: weight for key, weight in published(build("kl").state_dict()).items()}
+def test_a_single_file_as_it_was_published(prefix, names, folder, tmp_path):
+    weights = {prefix + key: weight for key, weight in names(build("kl").state_dict()).items()}
     if prefix:
         weights["model.diffusion_model.out.2.weight"] = torch.zeros(3)
     file = tmp_path / "v1-5-pruned.safetensors"
