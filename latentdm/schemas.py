@@ -208,6 +208,8 @@ class ImageFolderData(_PixelData):
     max_skipped_share: float = 0.05
     max_pixels: int = 178_956_970
     index_dir: str | None = None
+    random_crop: bool = True
+    buckets: Any = None
 
 
 @dataclass

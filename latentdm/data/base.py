@@ -11,12 +11,15 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
+from latentdm.data.bucket_batches import BucketBatches, BucketLoader
 from latentdm.data.skips import SampleError, Skips
 from latentdm.randomness import sample_generator, sample_seed
 
@@ -33,9 +36,11 @@ class PixelDataset(Dataset[Sample], ABC):
 
     Attributes:
         skips: where a sample that cannot be read is written down while another takes its place; None: it is an error.
+        bucket_of: ``n``: the bucket of each sample, where samples differ in size; None: all are alike.
     """
 
     skips: Skips | None = None
+    bucket_of: npt.NDArray[np.int32] | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -63,7 +68,11 @@ class PixelDataset(Dataset[Sample], ABC):
 
     def replacement(self, place: int, epoch: int, attempt: int) -> int:
         """The place of the sample that is read instead of a broken one: drawn, and the same on every worker."""
-        return sample_seed(0, epoch, place, f"replacement/{attempt}") % len(self)
+        drawn = sample_seed(0, epoch, place, f"replacement/{attempt}")
+        if self.bucket_of is None:
+            return drawn % len(self)
+        alike = np.flatnonzero(self.bucket_of == self.bucket_of[place])  # the batch has their size
+        return int(alike[drawn % len(alike)])
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         """The sample at ``(place, epoch)``, or at ``place`` in epoch 0; IndexError past the end."""
@@ -89,6 +98,8 @@ class Joined(PixelDataset):
 
     def __init__(self, *parts: PixelDataset) -> None:
         self.parts = parts
+        buckets = [part.bucket_of for part in parts if part.bucket_of is not None]
+        self.bucket_of = np.concatenate(buckets) if len(buckets) == len(parts) else None
 
     def __len__(self) -> int:
         """All samples."""
@@ -167,6 +178,7 @@ class PixelDataModule(LightningDataModule):
     as convolutions are fastest.
 
     Training drops its last batch where that is incomplete and another is left; every rank has equally many batches.
+    Where samples differ in size, each batch is of one bucket: see `latentdm.data.bucket_batches.BucketBatches`.
     Validation keeps every sample, in order. On several ranks the first few are repeated until the number divides by
     the ranks, so a mean over them differs by those few from the mean on one device.
 
@@ -274,18 +286,19 @@ class PixelDataModule(LightningDataModule):
         ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         drop_last = training and len(dataset) // ranks["num_replicas"] >= self.batch_size
         dataset.skips = self._skips(ranks["num_replicas"], ranks["rank"])
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=EpochSampler(dataset, training, seed=self.seed, drop_last=drop_last, **ranks),
-            drop_last=drop_last,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+        settings: dict[str, Any] = {
+            "collate_fn": collate,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
             # Without one, each new iterator draws from the global generator, and validating changes the training.
-            generator=torch.Generator().manual_seed(sample_seed(self.seed, 0, "dataset", "workers")),
-        )
+            "generator": torch.Generator().manual_seed(sample_seed(self.seed, 0, "dataset", "workers")),
+        }
+        if dataset.bucket_of is not None:
+            batches = BucketBatches(dataset, dataset.bucket_of, self.batch_size, training, seed=self.seed, **ranks)
+            return BucketLoader(dataset, batch_sampler=batches, **settings)
+        sampler = EpochSampler(dataset, training, seed=self.seed, drop_last=drop_last, **ranks)
+        return DataLoader(dataset, batch_size=self.batch_size, sampler=sampler, drop_last=drop_last, **settings)
 
 
 def collate(samples: Sequence[Sample]) -> Sample:

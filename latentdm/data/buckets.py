@@ -117,12 +117,16 @@ class BucketPlan:
         self.merged = merged
         aspects = np.log([width / height for width, height in shapes])
         self._between = (aspects[1:] + aspects[:-1]) / 2
-        self.bucket_of: npt.NDArray[np.int32] = self._places(sizes[:, 0], sizes[:, 1]).astype(np.int32)
+        self.bucket_of = self.places(sizes)
         self.counts = np.bincount(self.bucket_of, minlength=len(shapes))
 
     def shape(self, width: int, height: int) -> Size:
         """The size to which an image of this size is cropped."""
-        return self.shapes[int(self._places(np.array(width), np.array(height)))]
+        return self.shapes[int(self.places(np.array([[width, height]]))[0])]
+
+    def places(self, sizes: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+        """The buckets of images of these sizes, ``n 2``: ``n``, places in ``shapes``."""
+        return np.searchsorted(self._between, np.log(sizes[:, 0] / sizes[:, 1])).astype(np.int32)
 
     def table(self, owner: str) -> str:
         """The number of images of each bucket, for a person to read."""
@@ -134,6 +138,3 @@ class BucketPlan:
         for (width, height), count in self.merged:
             lines.append(f"    {width:>5} × {height:<6}  {count:>8} too few: merged into the nearest bucket")
         return "\n".join(lines)
-
-    def _places(self, width: npt.NDArray[np.integer], height: npt.NDArray[np.integer]) -> npt.NDArray[np.intp]:
-        return np.asarray(np.searchsorted(self._between, np.log(width / height)))

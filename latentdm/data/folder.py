@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from lightning.pytorch.utilities import rank_zero_info
 
 from latentdm.data.base import Joined, PixelDataModule, PixelDataset, Sample, check_at_least, check_share
+from latentdm.data.bucket_crops import BucketCrops
+from latentdm.data.buckets import BucketPlan, Buckets
 from latentdm.data.files import Pairing, find_images, split_rows
 from latentdm.data.images import MAX_PIXELS
 from latentdm.data.index import FolderIndex, folder_index
@@ -116,9 +119,13 @@ class ImageFolderData(PixelDataModule):
 
     ``index`` is an image's place among all images of ``root``, sorted by name; those of ``val_root`` follow.
 
+    With ``buckets`` images keep their aspect ratio, as nearly as a bucket has it, and each batch is of one bucket. A
+    table of the images of each bucket is printed in ``setup``. Batches then hold ``original_size``, ``crop_top_left``
+    (in the resized image) and ``target_size`` as well: int64 ``b 2``, rows first, for SDXL's micro-conditioning.
+
     Args:
         root: the folder.
-        size: side of the square images in pixels.
+        size: side of the square images in pixels; without effect where there are ``buckets``.
         batch_size: images a batch, on each device.
         val_share: share of the images that validate, in 0…1; 0: no validation. A hash of its name decides for each
             image, so that it stays on its side when images are added. Without effect where ``val_root`` is given.
@@ -129,6 +136,8 @@ class ImageFolderData(PixelDataModule):
         alpha: keep transparency as a fourth channel of ``pixels`` (255 = opaque), for a mask source to read. It is
             resized like a mask.
         flip: mirror half of the training images, drawn for each sample and epoch.
+        random_crop: crop training images anywhere; otherwise in the centre, as all others.
+        buckets: settings of `latentdm.data.buckets.Buckets`: ``{area: 1048576, step: 64}``; None: squares.
         num_workers: processes that read images.
         seed: the order and the crops follow from it.
         on_error: ``"raise"`` or ``"skip"``, see `PixelDataModule`.
@@ -165,6 +174,8 @@ class ImageFolderData(PixelDataModule):
         max_skipped_share: float = 0.05,
         max_pixels: int = MAX_PIXELS,
         index_dir: str | Path | None = None,
+        random_crop: bool = True,
+        buckets: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, on_error, max_skipped_share)
         check_at_least("ImageFolderData", "size", size, 1)
@@ -182,6 +193,10 @@ class ImageFolderData(PixelDataModule):
         self.columns = dict(columns or {})
         self.alpha = alpha
         self.flip = flip
+        self.random_crop = random_crop
+        self.buckets = None if buckets is None else Buckets(**buckets)
+        self._plan: BucketPlan | None = None
+        self._sizes: dict[Path, npt.NDArray[np.int32]] = {}
         self.max_pixels = max_pixels
         self.index_dir = default_index_dir() if index_dir is None else Path(index_dir).expanduser()
 
@@ -193,6 +208,9 @@ class ImageFolderData(PixelDataModule):
         """
         index = self._index(self.root, skip=self.val_root)
         everything = np.arange(len(index))
+        if self.buckets is not None:
+            self._plan = self.buckets.plan(self._image_sizes(index))
+            rank_zero_info(self._plan.table("ImageFolderData"))
         if self.val_root is None:
             train, val = split_rows(index, self.val_share)
             self.val_set = self._dataset(index, val, training=False) if len(val) else None
@@ -217,13 +235,28 @@ class ImageFolderData(PixelDataModule):
         return folder_index(root, settings, build, self.index_dir, KEPT_FROM)
 
     def _dataset(self, index: FolderIndex, rows: npt.NDArray[np.int64], training: bool, first: int = 0) -> FolderImages:
-        squares = Squares(
-            "ImageFolderData", self.size, training, self.flip and training, self.alpha, self.seed, self.max_pixels
-        )
+        settings: dict[str, Any] = {
+            "owner": "ImageFolderData",
+            "random_crop": self.random_crop and training,
+            "flip": self.flip and training,
+            "alpha": self.alpha,
+            "seed": self.seed,
+            "max_pixels": self.max_pixels,
+        }
+        plan = self._plan
+        squares = Squares(size=self.size, **settings) if plan is None else BucketCrops(plan, **settings)
         required = self.captions == "require"
         captions = required or (self.captions == "auto" and index.captioned)
         masks = self.masks == "require" or index.masked
-        return FolderImages(index, rows, squares, first, masks, captions, required)
+        images = FolderImages(index, rows, squares, first, masks, captions, required)
+        images.bucket_of = None if plan is None else plan.places(self._image_sizes(index)[rows])
+        return images
+
+    def _image_sizes(self, index: FolderIndex) -> npt.NDArray[np.int32]:
+        """``n 2``, read once. A file that cannot be read counts as a square, and is replaced by one if at all."""
+        if index.root not in self._sizes:
+            self._sizes[index.root] = np.maximum(index.image_sizes("ImageFolderData"), 1)
+        return self._sizes[index.root]
 
 
 def default_index_dir() -> Path:

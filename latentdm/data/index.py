@@ -9,6 +9,7 @@ import json
 import os
 import random
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -125,7 +126,8 @@ class FolderIndex:
 
     def image_sizes(self, owner: str) -> npt.NDArray[np.int32]:
         """``n 2``: width and height of each image, from its head, in parallel; 0 where it cannot be read."""
-        with ThreadPoolExecutor(THREADS) as pool:
+        # Reading silences warnings, which threads do side by side: the last to end may leave them silent.
+        with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
             sizes = pool.map(partial(_image_size, self, owner), range(len(self)))
             return np.array(list(tqdm(sizes, "reading sizes", len(self), leave=False)), dtype=np.int32).reshape(-1, 2)
 

@@ -97,10 +97,19 @@ class Squares:
         self.max_pixels = max_pixels
         self.finish = finish
 
+    def target(self, width: int, height: int) -> tuple[int, int]:
+        """The width and height of what is kept of an image of this size."""
+        return self.size, self.size
+
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """What an image of this size is resized to: its short side to ``size``."""
-        scale = self.size / min(width, height)
-        return max(self.size, round(width * scale)), max(self.size, round(height * scale))
+        """What an image of this size is resized to, so that it just covers its target."""
+        across, down = self.target(width, height)
+        scale = max(across / width, down / height)
+        return max(across, round(width * scale)), max(down, round(height * scale))
+
+    def sizes(self, crop: Crop, width: int, height: int, mirrored: bool) -> Sample:
+        """What a sample tells of its geometry: nothing, since all squares are alike."""
+        return {}
 
     def __call__(self, record: Record, epoch: int) -> Sample:
         """Decode, resize, crop and mirror.
@@ -113,7 +122,7 @@ class Squares:
             SampleError: image or mask cannot be read, or do not belong together.
         """
         image, (width, height) = read_image(record.image, self.owner, record.name, self.resized, self.max_pixels)
-        crop = self._crop(*self.resized(width, height), record.index, epoch)
+        crop = self._crop(width, height, record.index, epoch)
         mirrored = self._mirrored(record.index, epoch)
         # Alpha is taken off first: Pillow resizes RGBA premultiplied, which blackens what transparency hides.
         kept = crop.of_image(image if image.mode == "RGB" else image.convert("RGB"))
@@ -123,6 +132,7 @@ class Squares:
             alpha = crop.of_mask(image_to_tensor(image.getchannel("A")) if image.mode == "RGBA" else opaque)
             pixels = torch.cat([pixels, alpha.flip(-1) if mirrored else alpha])
         sample: Sample = {**record.columns, "pixels": pixels, "index": record.index, "name": record.name}
+        sample |= self.sizes(crop, width, height, mirrored)
         if record.mask is not None:
             mask = read_mask(record.mask, self.owner, f"the mask of {record.name}", self.max_pixels)
             _check_aspect(mask, width, height, record, self.owner)
@@ -132,13 +142,14 @@ class Squares:
             sample["mask"] = mask.flip(-1) if mirrored else mask
         return sample if self.finish is None else self.finish(sample, epoch)
 
-    def _crop(self, full_width: int, full_height: int, index: int, epoch: int) -> Crop:
-        rooms = [full_height - self.size, full_width - self.size]
+    def _crop(self, width: int, height: int, index: int, epoch: int) -> Crop:
+        (full_width, full_height), (across, down) = self.resized(width, height), self.target(width, height)
+        rooms = [full_height - down, full_width - across]
         top, left = (room // 2 for room in rooms)
         if self.random_crop:
             generator = sample_generator(self.seed, epoch, index, "crop")
             top, left = (int(torch.randint(room + 1, (), generator=generator)) for room in rooms)
-        return Crop(full_width, full_height, left, top, self.size, self.size)
+        return Crop(full_width, full_height, left, top, across, down)
 
     def _mirrored(self, index: int, epoch: int) -> bool:
         return self.flip and bool(torch.rand((), generator=sample_generator(self.seed, epoch, index, "flip")) < 0.5)
