@@ -201,7 +201,7 @@ class ImageFolderData(_PixelData):
     val_root: str | None = None
     masks: str = "auto"
     captions: str = "auto"
-    columns: dict[str, str] | None = None
+    columns: Any = None
     alpha: bool = False
     flip: bool = False
     on_error: str = "raise"
@@ -210,6 +210,47 @@ class ImageFolderData(_PixelData):
     index_dir: str | None = None
     random_crop: bool = True
     buckets: Any = None
+
+
+@dataclass
+class HuggingFaceData(_PixelData):
+    """``pixels=huggingface``."""
+
+    _target_: str = "latentdm.data.HuggingFaceData"
+    path: str = MISSING
+    name: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    val_split: str | None = None
+    val_share: float = 0.1
+    columns: Any = None
+    streaming: bool = False
+    epoch_length: int = 1024
+    val_length: int = 64
+    shuffle_buffer: int = 256
+    alpha: bool = False
+    flip: bool = False
+    on_error: str = "raise"
+    max_skipped_share: float = 0.05
+    max_pixels: int = 178_956_970
+
+
+@dataclass
+class WebDatasetData(_PixelData):
+    """``pixels=webdataset``."""
+
+    _target_: str = "latentdm.data.WebDatasetData"
+    shards: Any = MISSING
+    epoch_length: int = 1024
+    val_shards: Any = None
+    val_length: int = 64
+    columns: Any = None
+    shuffle_buffer: int = 256
+    alpha: bool = False
+    flip: bool = False
+    on_error: str = "raise"
+    max_skipped_share: float = 0.05
+    max_pixels: int = 178_956_970
 
 
 @dataclass
@@ -283,7 +324,12 @@ SCHEMAS: dict[str, dict[str, type]] = {
     },
     "augment": {"standard": Augment},
     "captions": {"standard": Captions},
-    "pixels": {"samples": SamplesData, "folder": ImageFolderData},
+    "pixels": {
+        "samples": SamplesData,
+        "folder": ImageFolderData,
+        "huggingface": HuggingFaceData,
+        "webdataset": WebDatasetData,
+    },
 }
 """Group → name → schema."""
 

@@ -1,8 +1,12 @@
 """Running the example in this process, on a small scale, with images of the kinds that the commands ask for."""
 
+import io
+import json
 import os
 import subprocess
 import sys
+import tarfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -60,6 +64,66 @@ def write_cutouts(folder):
         photo = Image.fromarray(image[:150, :150])
         photo.putalpha(box_mask(photo.size).point(lambda level: 255 - level))
         photo.save(folder / f"{name}.png")
+
+
+def write_dataset(folder):
+    """The same photographs as a data set of the datasets package, with a caption and a mask column."""
+    import datasets
+
+    photos = [Image.fromarray(image[:150, :150]) for image in list(photographs("val").values())[:4]]
+    rows = {
+        "image": photos,
+        "mask": [box_mask(photo.size) for photo in photos],
+        "prompt": [f"photograph {number}" for number in range(4)],
+    }
+    features = datasets.Features(
+        {"image": datasets.Image(), "mask": datasets.Image(), "prompt": datasets.Value("string")}
+    )
+    with quiet_datasets():
+        datasets.Dataset.from_dict(rows, features).save_to_disk(folder)
+
+
+@contextmanager
+def quiet_datasets():
+    """Without progress bars."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def write_shards(folder):
+    """The same photographs in tar shards, unevenly filled: image, mask, caption and columns."""
+    folder.mkdir()
+    photos = list(photographs("val").items())[:6]
+    for shard, some in {"train-0000": photos[:1], "train-0001": photos[1:4], "train-0002": photos[:0]}.items():
+        write_shard(folder / f"{shard}.tar", some or photos[4:5])
+    write_shard(folder / "val.tar", photos[5:6])
+
+
+def write_shard(path, photos):
+    """One tar file of (name, array) photographs."""
+    with tarfile.open(path, "w") as tar:
+        for name, image in photos:
+            photo = Image.fromarray(image[:150, :150])
+            columns = {"width": photo.width, "license": "free"}
+            files = {"png": photo, "mask.png": box_mask(photo.size), "txt": f"a photograph: {name}", "json": columns}
+            for ending, content in files.items():
+                add_file(tar, f"{name}.{ending}", content)
+
+
+def add_file(tar, name, content):
+    """An image, a text or an object as a file of a tar."""
+    data = io.BytesIO()
+    if isinstance(content, Image.Image):
+        content.save(data, "PNG")
+    else:
+        data.write(content.encode() if isinstance(content, str) else json.dumps(content).encode())
+    info = tarfile.TarInfo(name)
+    info.size = data.tell()
+    data.seek(0)
+    tar.addfile(info, data)
 
 
 def box_mask(size):

@@ -37,9 +37,11 @@ class PixelDataset(Dataset[Sample], ABC):
     Attributes:
         skips: where a sample that cannot be read is written down while another takes its place; None: it is an error.
         bucket_of: ``n``: the bucket of each sample, where samples differ in size; None: all are alike.
+        ordered: places are asked for in order, in training too: the dataset shuffles by itself.
     """
 
     skips: Skips | None = None
+    ordered: bool = False
     bucket_of: npt.NDArray[np.int32] | None = None
 
     @abstractmethod
@@ -66,6 +68,13 @@ class PixelDataset(Dataset[Sample], ABC):
         """What the report calls a sample that cannot be read."""
         return f"sample {place}"
 
+    def distribute(self, rank: int, ranks: int, workers: int) -> None:  # few need to know
+        """Told before it is read where it is read: on this rank of so many, by so many workers (or none)."""
+
+    def passes(self, epoch: int) -> int:
+        """How often as many samples as it holds have been seen at the end of an epoch, counting new ones alone."""
+        return 1
+
     def replacement(self, place: int, epoch: int, attempt: int) -> int:
         """The place of the sample that is read instead of a broken one: drawn, and the same on every worker."""
         drawn = sample_seed(0, epoch, place, f"replacement/{attempt}")
@@ -86,7 +95,7 @@ class PixelDataset(Dataset[Sample], ABC):
             except SampleError as error:
                 if self.skips is None:
                     raise
-                self.skips.add(self.name(other), str(error))
+                self.skips.add(self.name(other), str(error), self.passes(epoch))
             other = self.replacement(place, epoch, attempt)
         raise RuntimeError(
             f"{type(self).__name__}: {REPLACEMENTS} samples in a row cannot be read; the report lists what is wrong"
@@ -161,7 +170,7 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         """This rank's ``(place, epoch)`` pairs."""
         count, epoch = len(self.dataset), self.epoch  # type: ignore[arg-type]  # Dataset declares no length
         order = torch.arange(count)
-        if self.training:
+        if self.training and not getattr(self.dataset, "ordered", False):
             order = torch.randperm(count, generator=sample_generator(self.seed, epoch, "dataset", "order"))
         mine = order[torch.arange(self.rank, self.total_size, self.num_replicas) % count]
         for some in torch.split(mine, 4096):  # a list of them all would take five times the memory
@@ -284,6 +293,7 @@ class PixelDataModule(LightningDataModule):
     def _loader(self, dataset: PixelDataset, training: bool) -> DataLoader[Sample]:
         # The strategy knows which ranks share the data: under tensor parallelism that is not every rank.
         ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        dataset.distribute(ranks["rank"], ranks["num_replicas"], self.num_workers)
         drop_last = training and len(dataset) // ranks["num_replicas"] >= self.batch_size
         dataset.skips = self._skips(ranks["num_replicas"], ranks["rank"])
         settings: dict[str, Any] = {

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from latentdm.data.images import EXTENSIONS
-from latentdm.data.index import THREADS, Entry, FolderIndex, stamp
+from latentdm.data.index import THREADS, Entry, stamp
 from latentdm.data.metadata import (
     CAPTION,
     CAPTION_COLUMNS,
@@ -169,18 +169,23 @@ def find_images(
     return entries, problems, listing.watched
 
 
-def split_rows(index: FolderIndex, val_share: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Split by a hash of each name, so that an image stays on its side when others are added.
+def split_hashes(
+    hashes: npt.NDArray[np.float64], val_share: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Split by a hash of each image, so that it stays on its side when others are added.
 
     So ``val_share`` is met on average. Neither side is left empty where there are two images and ``val_share`` is
     above 0: the image that comes nearest to the other side then goes there. One image alone is for training.
 
+    Args:
+        hashes: ``n``, in 0…1.
+        val_share: in 0…1.
+
     Returns:
         The rows of the training and of the validation images, each in order.
     """
-    hashes = index.hashes
     val = hashes < val_share
-    if val_share > 0 and len(index) > 1 and not val.any():
+    if val_share > 0 and len(hashes) > 1 and not val.any():
         val[hashes.argmin()] = True
     if val.all():
         val[hashes.argmax()] = False

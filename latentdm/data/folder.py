@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from latentdm.data.base import Joined, PixelDataModule, PixelDataset, Sample, check_at_least, check_share
 from latentdm.data.bucket_crops import BucketCrops
 from latentdm.data.buckets import BucketPlan, Buckets
-from latentdm.data.files import Pairing, find_images, split_rows
+from latentdm.data.files import Pairing, find_images, split_hashes
 from latentdm.data.images import MAX_PIXELS
 from latentdm.data.index import FolderIndex, folder_index
 from latentdm.data.metadata import CAPTION, read_sidecar
@@ -212,7 +212,7 @@ class ImageFolderData(PixelDataModule):
             self._plan = self.buckets.plan(self._image_sizes(index))
             rank_zero_info(self._plan.table("ImageFolderData"))
         if self.val_root is None:
-            train, val = split_rows(index, self.val_share)
+            train, val = split_hashes(index.hashes, self.val_share)
             self.val_set = self._dataset(index, val, training=False) if len(val) else None
         else:
             train = everything

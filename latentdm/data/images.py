@@ -27,8 +27,14 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 RESAMPLE = Image.Resampling.LANCZOS
 """How images are resized: Pillow's filters average when they shrink."""
 
+RESAMPLE_REDUCED = Image.Resampling.BICUBIC
+"""The same for one that the decoder reduced: at less than a half there is little left to average."""
+
 MAX_PIXELS = 178_956_970
 """The largest image that is decoded unless a user says otherwise: Pillow's own limit against decompression bombs."""
+
+TURNED = (5, 6, 7, 8)
+"""The EXIF orientations of an image that lies on its side."""
 
 Source = Path | bytes
 """A file, or what it holds."""
@@ -64,8 +70,10 @@ def read_image(
         SampleError: the image cannot be read; it names the file and says why.
     """
     image, size = _open(source, owner, name, resized, max_pixels)
-    # By way of RGBA: Pillow warns when it turns a palette with transparency into RGB.
-    return (image.convert("RGBA") if image.has_transparency_data else image.convert("RGB")), size
+    if image.mode != "RGB" or image.has_transparency_data:  # converting RGB to itself would copy it
+        # By way of RGBA: Pillow warns when it turns a palette with transparency into RGB.
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return image, size
 
 
 def read_mask(source: Source, owner: str, name: str = "", max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -90,7 +98,7 @@ def read_size(source: Source, owner: str, name: str = "") -> tuple[int, int]:
     """
     with _reading(source, owner, name) as file:
         width, height = file.size
-        return (height, width) if file.getexif().get(0x0112) in (5, 6, 7, 8) else (width, height)
+        return (height, width) if file.getexif().get(0x0112) in TURNED else (width, height)
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
@@ -142,8 +150,9 @@ class _reading:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         self.quiet.__exit__(None, None, None)
-        if hasattr(self, "image"):
-            self.image.close()
+        stream = getattr(getattr(self, "image", None), "fp", None)
+        if stream is not None:
+            stream.close()  # the file alone: the decoded image goes on
         if isinstance(error, Exception):
             unknown = type(error).__name__ == "UnidentifiedImageError"
             why = "its content is no image that Pillow knows" if unknown else error
@@ -158,15 +167,16 @@ def _open(
         width, height = file.size
         if width * height > max_pixels:
             raise ValueError(f"its {width} × {height} pixels exceed max_pixels={max_pixels}")
-        turned = file.getexif().get(0x0112) in (5, 6, 7, 8)
+        orientation = file.getexif().get(0x0112, 1)
+        turned = orientation in TURNED
         size = (height, width) if turned else (width, height)
         if resized is not None:
             wanted = resized(*size)
             file.draft(None, wanted[::-1] if turned else wanted)  # None keeps the mode
-        image = ImageOps.exif_transpose(file)
-        image.load()
+        file.load()
+        image = ImageOps.exif_transpose(file) if orientation != 1 else file
         image = _eight_bit(image)
-        if srgb and "icc_profile" in file.info:
+        if srgb and file.info.get("icc_profile"):
             image = _srgb(image, file.info["icc_profile"])
     return image, size
 

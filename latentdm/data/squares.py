@@ -12,7 +12,16 @@ from PIL import Image
 from torch import Tensor
 
 from latentdm.data.base import Sample
-from latentdm.data.images import MAX_PIXELS, RESAMPLE, Source, image_to_tensor, read_image, read_mask, resize_mask
+from latentdm.data.images import (
+    MAX_PIXELS,
+    RESAMPLE,
+    RESAMPLE_REDUCED,
+    Source,
+    image_to_tensor,
+    read_image,
+    read_mask,
+    resize_mask,
+)
 from latentdm.data.skips import SampleError
 from latentdm.randomness import sample_generator
 
@@ -47,7 +56,7 @@ class Crop:
     width: int
     height: int
 
-    def of_image(self, image: Image.Image, resample: Image.Resampling = RESAMPLE) -> Image.Image:
+    def of_image(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
         """Resize that part of the image which is kept; whatever lies outside costs nothing."""
         if image.size == (self.full_width, self.full_height):
             return image.crop((self.left, self.top, self.left + self.width, self.top + self.height))
@@ -125,7 +134,8 @@ class Squares:
         crop = self._crop(width, height, record.index, epoch)
         mirrored = self._mirrored(record.index, epoch)
         # Alpha is taken off first: Pillow resizes RGBA premultiplied, which blackens what transparency hides.
-        kept = crop.of_image(image if image.mode == "RGB" else image.convert("RGB"))
+        resample = RESAMPLE if image.size == (width, height) else RESAMPLE_REDUCED
+        kept = crop.of_image(image if image.mode == "RGB" else image.convert("RGB"), resample)
         pixels = image_to_tensor(kept.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else kept)
         if self.alpha:
             opaque = torch.full((1, height, width), 255, dtype=torch.uint8)

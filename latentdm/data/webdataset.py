@@ -1,0 +1,204 @@
+"""Tar shards of images, as webdataset writes them: local or remote, read as a stream.
+
+The package ``webdataset`` reads the shards; how they are split and repeated is `latentdm.data.stream`'s.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from random import Random
+from typing import Any
+
+from latentdm.data.base import PixelDataModule, check_at_least
+from latentdm.data.images import EXTENSIONS, MAX_PIXELS
+from latentdm.data.metadata import CAPTION, CAPTION_COLUMNS, rename
+from latentdm.data.skips import SampleError
+from latentdm.data.squares import Record, Squares
+from latentdm.data.stream import Item, StreamImages, own_share, stable_index
+from latentdm.extras import require
+
+IMAGES = tuple(ending[1:] for ending in EXTENSIONS)
+MASKS = tuple(f"mask.{ending}" for ending in IMAGES)
+
+
+class ShardImages(StreamImages):
+    """The images of tar shards.
+
+    Args:
+        shards: paths or URLs.
+        columns: our name → the ending of its files: ``{image: jpg, mask: mask.png, caption: txt}``.
+        squares: makes samples of them.
+        length: samples an epoch.
+        training: shuffle.
+        shuffle_buffer: records to draw from.
+        seed: the order follows from it.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        columns: Mapping[str, str],
+        squares: Squares,
+        length: int,
+        training: bool,
+        shuffle_buffer: int,
+        seed: int,
+    ) -> None:
+        super().__init__(squares, length, training, shuffle_buffer, seed)
+        self.shards = list(shards)
+        self.columns = dict(columns)
+
+    def items(self, part: int, parts: int, turn: int) -> Iterator[Item]:
+        """This part's records, shard after shard; a shard that cannot be read gives an error and no more records."""
+        shards = self.shards.copy()
+        if self.training:
+            Random(turn).shuffle(shards)
+        return own_share(shards, self._read, part, parts)
+
+    def _read(self, shard: str) -> Iterator[Item]:
+        try:
+            for files in _read_shard(shard):
+                yield self._record(shard, files)
+        except Exception as error:  # a file system, a network, a pipe or a broken tar: each has its own
+            # webdataset appends the stream it was reading, as an argument and in the text, with its address in memory.
+            text = error.strerror if isinstance(error, OSError) and error.strerror else next(iter(error.args), error)
+            why = str(text).split(" @ <")[0]
+            yield SampleError(f"{self.squares.owner}: cannot read the shard {shard}: {why}; replace or remove it")
+
+    def _record(self, shard: str, files: Mapping[str, Any]) -> Item:
+        key, owner = files["__key__"], self.squares.owner
+        name = f"{shard}/{key}"
+        image = self._find(files, "image", IMAGES)
+        mask = self._find(files, "mask", MASKS)
+        if image is None:
+            endings = ", ".join(ending for ending in files if not ending.startswith("__"))
+            wanted = self.columns.get("image", ", ".join(IMAGES))
+            return SampleError(f"{owner}: cannot read {name}: it has no image ({wanted}), only {endings}; remove it")
+        try:
+            columns = {}
+            if "json" in files and self.columns.get(CAPTION) != "json":
+                content = json.loads(files["json"].decode("utf-8"))
+                columns = rename(content, {}, CAPTION_COLUMNS, CAPTION) if isinstance(content, dict) else {}
+            caption = self._find(files, CAPTION, ("txt", "caption"))
+            if caption is not None:
+                columns[CAPTION] = caption.decode("utf-8").strip()
+            if "cls" in files:
+                columns["cls"] = int(files["cls"])
+        except ValueError as error:
+            return SampleError(f"{owner}: cannot read the texts of {name}: {error}; repair or remove it")
+        return Record(name, stable_index(key), image, mask, columns)
+
+    def _find(self, files: Mapping[str, Any], column: str, usual: Sequence[str]) -> bytes | None:
+        endings = [self.columns[column]] if column in self.columns else usual
+        return next((files[ending] for ending in endings if ending in files), None)
+
+
+class WebDatasetData(PixelDataModule):
+    """Tar shards of images, of masks and captions where there are some, and of their columns.
+
+    A sample is the files of one name: ``0001.jpg`` (or any other image ending), ``0001.mask.png``, ``0001.txt`` with
+    its caption, ``0001.json`` with its columns (``caption`` or ``text`` among them) and ``0001.cls`` with a number.
+    Other files are left out. Images are treated as by `latentdm.data.ImageFolderData`.
+
+    Each epoch has a set length, the same on every rank, however unevenly the shards are filled. Shards are shuffled
+    each epoch and split over ranks and workers; where there are fewer than workers, each reads them all and takes
+    every n-th sample. Validation
+    begins at the first shard each time. ``index`` is a hash of the name (of 63 bits), alike in every epoch and place.
+
+    Args:
+        shards: paths or URLs, with braces (``photos-{0000..0099}.tar``); several as a list. ``pipe:`` takes a command
+            that prints a shard; any other protocol is opened with fsspec (``s3://``, ``hf://``, ``https://``).
+        size: side of the square images in pixels.
+        batch_size: images a batch, on each device.
+        epoch_length: training images an epoch, on all devices together.
+        val_shards: shards to validate on; None: no validation.
+        val_length: validation images.
+        columns: our name → the ending of its files, where they are called otherwise: ``{mask: seg.png}``.
+        shuffle_buffer: images that each worker holds, as files, and draws from; 0: only shards are shuffled.
+        alpha: keep transparency as a fourth channel.
+        flip: mirror half of the training images, drawn for each sample and epoch.
+        num_workers: processes that read images.
+        seed: the order and the crops follow from it.
+        on_error: ``"raise"`` or ``"skip"``, see `PixelDataModule`; a shard that breaks off counts as one sample.
+        max_skipped_share: the share of broken samples that ``skip`` bears.
+        max_pixels: a larger image counts as broken, and is not decoded.
+
+    Raises:
+        ValueError: a setting is out of range; while reading: a broken shard or sample.
+        ImportError: in ``setup``: webdataset is missing; the message names the extra.
+
+    Example:
+        ``WebDatasetData("shards/photos-{0000..0099}.tar", size=512, epoch_length=100_000)``
+    """
+
+    def __init__(
+        self,
+        shards: str | Sequence[str],
+        size: int = 512,
+        batch_size: int = 16,
+        epoch_length: int = 1024,
+        val_shards: str | Sequence[str] | None = None,
+        val_length: int = 64,
+        columns: Mapping[str, str] | None = None,
+        shuffle_buffer: int = 256,
+        alpha: bool = False,
+        flip: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+        on_error: str = "raise",
+        max_skipped_share: float = 0.05,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, on_error, max_skipped_share)
+        for setting, value, least in (
+            ("size", size, 1),
+            ("epoch_length", epoch_length, 1),
+            ("val_length", val_length, 1),
+            ("shuffle_buffer", shuffle_buffer, 0),
+            ("max_pixels", max_pixels, 1),
+        ):
+            check_at_least("WebDatasetData", setting, value, least)
+        self.shards = shards
+        self.size = size
+        self.epoch_length = epoch_length
+        self.val_shards = val_shards
+        self.val_length = val_length
+        self.columns = dict(columns or {})
+        self.shuffle_buffer = shuffle_buffer
+        self.alpha = alpha
+        self.flip = flip
+        self.max_pixels = max_pixels
+
+    def setup(self, stage: str | None = None) -> None:
+        """Expand the braces and set the datasets, whatever the stage; no shard is opened.
+
+        Raises:
+            ValueError: there are no shards.
+            ImportError: webdataset is missing.
+        """
+        self.train_set = self._dataset(self.shards, self.epoch_length, training=True)
+        if self.val_shards is not None:
+            self.val_set = self._dataset(self.val_shards, self.val_length, training=False)
+            self.test_set = self.predict_set = self.val_set
+
+    def _dataset(self, shards: str | Sequence[str], length: int, training: bool) -> ShardImages:
+        webdataset = require("webdataset", extra="webdataset", needed_by="WebDatasetData")
+        names = [shards] if isinstance(shards, str) else list(shards)
+        expanded = [url for name in names for url in webdataset.shardlists.expand_urls(name)]
+        if not expanded:
+            raise ValueError(f"WebDatasetData: shards={shards!r} names no shard; give a path, with braces for many")
+        squares = Squares(
+            "WebDatasetData", self.size, training, self.flip and training, self.alpha, self.seed, self.max_pixels
+        )
+        return ShardImages(expanded, self.columns, squares, length, training, self.shuffle_buffer, self.seed)
+
+
+def _read_shard(url: str) -> Iterator[dict[str, Any]]:
+    """The samples of a shard: ending → content, and ``__key__``."""
+    webdataset = require("webdataset", extra="webdataset", needed_by="WebDatasetData")
+    if url.startswith("pipe:"):
+        opened = webdataset.gopen(url)
+    else:
+        opened = require("fsspec", extra="webdataset", needed_by="WebDatasetData").open(url, "rb")
+    with opened as stream:
+        source = [{"url": url, "stream": stream}]
+        yield from webdataset.tariterators.group_by_keys(webdataset.tariterators.tar_file_expander(source))
