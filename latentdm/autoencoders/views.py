@@ -37,8 +37,9 @@ class View:
         One pass casts, repeats gray, lays out and may cross to the device; one multiply-add makes the range.
         """
         out.copy_(self.pixels[rows, :3], non_blocking=True)
-        white = 255 if self.pixels.dtype == torch.uint8 else 1
-        torch.add(torch.tensor(low), out, alpha=(high - low) / white, out=out)
+        if self.pixels.dtype == torch.uint8:
+            out.div_(255)  # by itself: folded into the factor below it would round otherwise than the pipelines do
+        torch.add(torch.tensor(low), out, alpha=high - low, out=out)
         if self.hole is not None:
             hole = self.hole if len(self.hole) == 1 else self.hole[rows]
             out.masked_fill_(hole.to(out.device), (low + high) / 2)
