@@ -8,7 +8,7 @@ from typing import Any
 import hydra
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from latentdm.callbacks import EncodeMonitor, SamplePreview
 
 
 class LatentDiffusion(LightningModule):
@@ -46,11 +48,13 @@ class LatentDiffusion(LightningModule):
         # One stream a rank: after seed_everything the global generators of all ranks would draw the same noise.
         self.random = torch.Generator(self.device).manual_seed(self.global_rank)
 
+    def predict_noise(self, batch: dict[str, Any], noisy: Tensor, timesteps: Tensor) -> Tensor:
+        conditions = [batch[key] for key in ("latent_mask", "masked_latents") if key in batch]
+        return self.unet(torch.cat([noisy, *conditions], dim=1), timesteps).sample
+
     def loss(self, batch: dict[str, Any], noise: Tensor, timesteps: Tensor) -> Tensor:
         noisy = self.scheduler.add_noise(batch["latents"], noise, timesteps)
-        conditions = [batch[key] for key in ("latent_mask", "masked_latents") if key in batch]
-        predicted = self.unet(torch.cat([noisy, *conditions], dim=1), timesteps).sample
-        return F.mse_loss(predicted.float(), noise.float())
+        return F.mse_loss(self.predict_noise(batch, noisy, timesteps).float(), noise.float())
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         latents = batch["latents"]
@@ -69,6 +73,16 @@ class LatentDiffusion(LightningModule):
         last = self.scheduler.config.num_train_timesteps - 1
         timesteps = torch.arange(len(latents), device=latents.device) * last // max(len(latents) - 1, 1)
         self.log("val/loss", self.loss(batch, noise, timesteps), batch_size=len(latents), sync_dist=True)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Latents sampled from noise, for what the batch shows of its images."""
+        scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)
+        scheduler.set_timesteps(20)
+        fixed = torch.Generator(self.device).manual_seed(batch_idx)
+        latents = torch.empty_like(batch["latents"]).normal_(generator=fixed)
+        for timestep in scheduler.timesteps:
+            latents = scheduler.step(self.predict_noise(batch, latents, timestep), timestep, latents).prev_sample
+        return latents
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate)
@@ -96,21 +110,24 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 
 def print_summary(trainer: Trainer, first: float, last: float, images: int) -> None:
-    """The run in seven lines."""
-    [timer] = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
-    durations = trainer.profiler.recorded_durations
-    encoding = sum(durations["[LightningDataModule]LatentDataModule.on_after_batch_transfer"])
-    table = Table(title="latentdm example", show_header=False)
-    for name, value in {
+    """The run in a few lines."""
+    rows = {
         "images": f"{images}",
         "steps": f"{trainer.global_step}",
         "first validation loss": f"{first:.4f}",
         "last validation loss": f"{last:.4f} ({last / first:.0%} of the first)",
-        "images/s": f"{images / timer.time_elapsed('train'):.1f}",
-        "share of the step spent encoding": f"{encoding / (encoding + sum(durations['run_training_batch'])):.0%}",
-        "outputs": str(trainer.default_root_dir),
-    }.items():
-        table.add_row(name, value)
+    }
+    for callback in trainer.callbacks:
+        if isinstance(callback, Timer):
+            rows["images/s"] = f"{images / callback.time_elapsed('train'):.1f}"
+        elif isinstance(callback, EncodeMonitor):
+            rows["share of the step spent encoding"] = f"{callback.totals.share_of_step_pct:.0f}%"
+        elif isinstance(callback, SamplePreview):
+            rows["before and after"] = str(callback.latest)
+    rows["outputs"] = str(trainer.default_root_dir)
+    table = Table(title="latentdm example", show_header=False)
+    for row in rows.items():
+        table.add_row(*row)
     Console().print(table)
 
 

@@ -56,6 +56,39 @@ def preview(
     return Sheet(list(columns), (width, height)).draw(rows, titles, notes)
 
 
+def before_and_after(
+    encoder: Encoder,
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Tensor],
+    sampled: Tensor,
+    captions: Sequence[str] | None = None,
+) -> Image.Image:
+    """Draw what a model made: image, masked image, the sample, and the sample in the image's masked part.
+
+    Args:
+        encoder: as for `preview`.
+        inputs: as for `preview`.
+        outputs: as for `preview`.
+        sampled: ``b z h/r w/r`` latents of the first ``b`` samples.
+        captions: titles of the rows.
+
+    Returns:
+        An RGB picture; without masks, of images and samples alone.
+    """
+    b = len(sampled)
+    inputs, outputs = _first(inputs, b), _first(outputs, b)
+    images = {key: _frame(image) for key, image in encoder.images(inputs).items()}
+    columns = {"image": images[LATENTS], "sampled": _decoded(encoder, sampled)}
+    if MASKED_LATENTS in images:
+        hole = outputs[NOISE_MASK].to(columns["sampled"].device)
+        image = images[LATENTS].to(hole.device)
+        columns = {"image": image, "masked\nimage": images[MASKED_LATENTS], "sampled": columns["sampled"]}
+        columns["sampled,\nin the image"] = image * (1 - hole) + columns["sampled"] * hole
+    titles = [captions[row] if captions else f"sample {row}" for row in range(b)]
+    rows = [[column[row] for column in columns.values()] for row in range(b)]
+    return Sheet(list(columns), (images[LATENTS].shape[-1], images[LATENTS].shape[-2])).draw(rows, titles)
+
+
 def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> list[str]:
     """What a person should check in a preview, a sentence or two each; what is wrong begins with ``CHECK``."""
     vae, latents = encoder.vae, outputs[LATENTS]

@@ -282,6 +282,16 @@ class LatentPreview:
 
 
 @dataclass
+class SamplePreview:
+    """``callbacks=sample_preview``."""
+
+    _target_: str = "latentdm.callbacks.SamplePreview"
+    samples: int = 4
+    caption: Any = None
+    dirpath: str | None = None
+
+
+@dataclass
 class PerBatchFinder:
     """``callbacks=per_batch_finder``."""
 
@@ -311,6 +321,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "encode_monitor": EncodeMonitor,
         "latent_stats": LatentStats,
         "latent_preview": LatentPreview,
+        "sample_preview": SamplePreview,
         "per_batch_finder": PerBatchFinder,
         "vae_offload": VAEOffload,
     },

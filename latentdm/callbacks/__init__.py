@@ -5,6 +5,15 @@ from latentdm.callbacks.encode_monitor import EncodeMonitor
 from latentdm.callbacks.latent_preview import LatentPreview
 from latentdm.callbacks.latent_stats import LatentStats
 from latentdm.callbacks.per_batch_finder import PerBatchFinder
+from latentdm.callbacks.sample_preview import SamplePreview
 from latentdm.callbacks.vae_offload import VAEOffload
 
-__all__ = ["EncodeCallback", "EncodeMonitor", "LatentPreview", "LatentStats", "PerBatchFinder", "VAEOffload"]
+__all__ = [
+    "EncodeCallback",
+    "EncodeMonitor",
+    "LatentPreview",
+    "LatentStats",
+    "PerBatchFinder",
+    "SamplePreview",
+    "VAEOffload",
+]

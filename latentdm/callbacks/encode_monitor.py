@@ -19,7 +19,7 @@ class EncodeMonitor(EncodeCallback):
     | metric | meaning |
     |---|---|
     | ``encode/images_per_s`` | images encoded in a second of encoding, by this rank |
-    | ``encode/batch_ms`` | milliseconds a batch between the hooks of `EncodeCallback`: augmentation, masks, encoding, cast |
+    | ``encode/batch_ms`` | milliseconds a batch between the hooks of `EncodeCallback`: masks, encoding, … |
     | ``encode/step_ms`` | milliseconds a batch from ``on_train_batch_start`` to ``on_train_batch_end`` |
     | ``encode/share_of_step_pct`` | batch_ms / (batch_ms + step_ms); loading and validating count as neither |
     | ``encode/chunks_per_batch`` | passes of the autoencoder a batch (see ``per_batch``) |

@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
 from torch import Tensor
 
 from latentdm.batch import Key
 from latentdm.callbacks.base import EncodeCallback
+from latentdm.callbacks.images import folder_of, publish
 from latentdm.preview import captions_of, preview
 
 
@@ -58,8 +57,7 @@ class LatentPreview(EncodeCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle where the pictures go."""
         super().setup(trainer, pl_module, stage)
-        log_dir = trainer.log_dir  # asked on every rank: Lightning broadcasts it
-        self._folder = Path(self.dirpath) if self.dirpath is not None else Path(log_dir or ".") / "previews"
+        self._folder = folder_of(trainer, self.dirpath, "previews")
         self._drawn = None
 
     def on_encode_end(
@@ -83,16 +81,4 @@ class LatentPreview(EncodeCallback):
         except torch.OutOfMemoryError:
             rank_zero_warn(f"LatentPreview: no memory to decode a sample at step {step}; this picture is skipped")
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        picture.save(self._folder / f"step_{step:06d}.png")
-        _send(picture, trainer, step)
-
-
-def _send(picture: Image.Image, trainer: Trainer, step: int) -> None:
-    """To each logger that takes images."""
-    logger: Any
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_image"):
-            logger.log_image(key="preview", images=[picture], step=step)
-        elif hasattr(getattr(logger, "experiment", None), "add_image"):
-            logger.experiment.add_image("preview", np.asarray(picture), step, dataformats="HWC")
+        publish(picture, self._folder, "preview", trainer)
