@@ -68,15 +68,10 @@ class BatchKeys:
 
     def find(self, batch: Mapping[Any, Any] | Sequence[Any]) -> dict[str, Any]:
         """Our inputs under our names, as they lie in the batch; what is not there is left out."""
-        found = {}
-        for name in INPUTS + OPTIONAL:
-            key = self._key(name)
-            if isinstance(batch, Mapping):
-                if key in batch:
-                    found[name] = batch[key]
-            elif isinstance(key, int) and -len(batch) <= key < len(batch):
-                found[name] = batch[key]
-        return found
+        places = ((name, self._key(name)) for name in INPUTS + OPTIONAL)
+        if isinstance(batch, Mapping):
+            return {name: batch[key] for name, key in places if key in batch}
+        return {name: batch[key] for name, key in places if isinstance(key, int) and -len(batch) <= key < len(batch)}
 
     def read(self, batch: Mapping[Any, Any] | Sequence[Any]) -> dict[str, Tensor]:
         """Our inputs, under our names and channels first.
@@ -325,9 +320,12 @@ def _check_mask_range(mask: Tensor, owner: str) -> None:
 
 def crop(image: Tensor, multiple: int) -> Tensor:
     """The centred crop (a view) to the largest multiple that fits: offset ``(H mod multiple) // 2``."""
-    height, width = (side - side % multiple for side in image.shape[-2:])
-    top, left = (side % multiple // 2 for side in image.shape[-2:])
-    return image[..., top : top + height, left : left + width]
+    height, width = image.shape[-2:]
+    over, beside = height % multiple, width % multiple
+    if not over and not beside:
+        return image
+    top, left = over // 2, beside // 2
+    return image[..., top : top + height - over, left : left + width - beside]
 
 
 def describe(value: object) -> str:

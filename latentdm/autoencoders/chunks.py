@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +69,7 @@ class Chunks:
         key = (tuple(shape), dtype)
         size, tiled = self._start(key, rows, per_batch)
         limit, done, encoded = self._limits.get(key), 0, []
-        with tqdm(total=rows, desc="encode", unit="image", delay=2, leave=False, disable=not progress) as bar:
+        with self._bar(rows) if progress else nullcontext() as bar:
             while done < rows:
                 chunk = slice(done, min(done + size, rows))
                 images = size if self.fixed else chunk.stop - chunk.start
@@ -89,10 +91,14 @@ class Chunks:
                     continue
                 self.count += 1
                 done = chunk.stop
-                bar.update(chunk.stop - chunk.start)
+                if bar is not None:
+                    bar.update(chunk.stop - chunk.start)
         if self._limits.get(key) != limit:
             self._say(key, size, tiled)
         return encoded
+
+    def _bar(self, rows: int) -> Any:
+        return tqdm(total=rows, desc="encode", unit="image", delay=2, leave=False)
 
     def _start(self, key: Hashable, rows: int, per_batch: int | None) -> tuple[int, bool]:
         """Images in a chunk, and whether they are tiled."""

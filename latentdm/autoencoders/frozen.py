@@ -20,7 +20,7 @@ from latentdm.autoencoders.compilation import compile_mode
 from latentdm.autoencoders.families import family_of
 from latentdm.autoencoders.posterior import Posterior, latent_of
 from latentdm.autoencoders.views import View, prepare
-from latentdm.autoencoders.weights import DTYPES, NO_WEIGHT, Weights
+from latentdm.autoencoders.weights import DTYPES, Weights, first_weight
 from latentdm.randomness import Draws
 
 POSTERIORS = ("sample", "mode")
@@ -307,9 +307,8 @@ class FrozenVAE:
         rows, shape = sum(map(len, views)), views[0].pixels.shape[2:]
         latents = self._chunks.run(encode, rows, per_batch, shape, self.dtype, progress)
         joined = latents[0] if len(latents) == 1 else torch.cat(latents)
-        finite = joined.isfinite().flatten(1).all(1)
-        if not finite.all():
-            for row in (~finite).nonzero().flatten().tolist():
+        if (joined - joined).any():  # what is not finite gives NaN; half the work of isfinite
+            for row in (~joined.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
                 joined[row] = self._again(slice(row, row + 1), views, noise, name(row))
         return joined
 
@@ -346,7 +345,7 @@ class FrozenVAE:
     @torch.no_grad()
     def _posterior(self, module: Any, views: Sequence[View], chunk: slice, size: int) -> Posterior:
         """Of a chunk that is padded to ``size`` for the autoencoder."""
-        family, like = self._family, next(module.parameters(), NO_WEIGHT)
+        family, like = self._family, self._weights.first if module is self.module else first_weight(module)
         images = prepare(
             views,
             chunk,

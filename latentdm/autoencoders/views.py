@@ -5,6 +5,7 @@ Shapes: ``b`` batch, ``n`` images of a chunk, ``c`` channels, ``h w`` pixels; cl
 
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,13 +37,21 @@ class View:
 
         One pass casts, repeats gray, lays out and may cross to the device; one multiply-add makes the range.
         """
-        out.copy_(self.pixels[rows, :3], non_blocking=True)
+        pixels = self.pixels[rows]
+        out.copy_(pixels[:, :3] if pixels.shape[1] == 4 else pixels, non_blocking=True)
         if self.pixels.dtype == torch.uint8:
             out.div_(255)  # by itself: folded into the factor below it would round otherwise than the pipelines do
-        torch.add(torch.tensor(low), out, alpha=high - low, out=out)
+        torch.add(_scalar(low), out, alpha=high - low, out=out)
         if self.hole is not None:
             hole = self.hole if len(self.hole) == 1 else self.hole[rows]
             out.masked_fill_(hole.to(out.device), (low + high) / 2)
+
+
+@cache
+def _scalar(value: float) -> Tensor:
+    """On the CPU, from where every device takes a number without waiting."""
+    with torch.inference_mode(False):
+        return torch.tensor(value)
 
 
 def prepare(
@@ -74,7 +83,8 @@ def prepare(
     n = chunk.stop - chunk.start
     images = torch.empty((size, channels, *views[0].pixels.shape[2:]), device=device, memory_format=layout)
     for view, rows, place in spans(views, chunk):
-        views[view].write(rows, images[place, :3], low, high)
+        out = images[place]
+        views[view].write(rows, out[:, :3] if channels == 4 else out, low, high)
     if channels == 4:
         images[:n, 3].fill_(high)
     if size > n:

@@ -10,9 +10,6 @@ from latentdm.autoencoders.compilation import Compilation
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-NO_WEIGHT = torch.empty(0)
-"""Stands for the first weight of a module that has none."""
-
 
 class Weights:
     """The weights of a frozen autoencoder, as they came and as they compute.
@@ -36,19 +33,22 @@ class Weights:
         self._mode = mode
         self._module: nn.Module | None = None  # made for a device and dtype by `to`
         self._full: nn.Module | None = None
+        self._first: Tensor | None = None  # to look for it costs as much as all else that a small batch needs
 
     @property
     def module(self) -> nn.Module:
         """The autoencoder as it computes: on its device, in its dtype and layout."""
         if self._module is None:
-            self.to(next(self.original.parameters(), NO_WEIGHT).device)
+            self.to(first_weight(self.original).device)
         assert self._module is not None
         return self._module
 
     @property
     def first(self) -> Tensor:
         """A weight of `module`, for its device and dtype."""
-        return next(self.module.parameters(), NO_WEIGHT)
+        if self._first is None:
+            self._first = first_weight(self.module)
+        return self._first
 
     @property
     def full(self) -> nn.Module:
@@ -70,7 +70,7 @@ class Weights:
             if self._mode is not None:
                 self.compilation = Compilation(self._module, self._mode)
         self._module = self._module.to(device)
-        self._full = None
+        self._full = self._first = None
 
     def layout(self, dtype: torch.dtype) -> torch.memory_format:
         """Channels-last is faster in half the bits; in float32 it is not, and rounds otherwise than the pipelines."""
@@ -81,8 +81,13 @@ class Weights:
         if self._wanted is not None:
             return self._wanted
         if not hasattr(self.original, "config"):
-            return next(self.original.parameters(), NO_WEIGHT).dtype
+            return first_weight(self.original).dtype
         return torch.bfloat16 if computes_bfloat16(device) else torch.float32
+
+
+def first_weight(module: nn.Module) -> Tensor:
+    """Whose device and dtype are the module's; an empty tensor stands for that of a module without weights."""
+    return next(module.parameters(), torch.empty(0))
 
 
 def computes_bfloat16(device: torch.device) -> bool:

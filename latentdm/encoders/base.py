@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latentdm.autoencoders.frozen import FrozenVAE, check_posterior
 from latentdm.autoencoders.views import View, spans
-from latentdm.batch import INDEX, LATENTS, PIXELS, check_pixels, crop, sample_ids
+from latentdm.batch import INDEX, LATENTS, PIXELS, check_pixels, sample_ids
 from latentdm.randomness import Draws
 
 
@@ -139,22 +139,20 @@ class Encoder(ABC):
 
     def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
         views, ready = self._views(batch)
-        size = crop(batch[PIXELS], self.vae.spatial_compression).shape[2:]
-        return self._latents(views, size, draws) | ready
+        return self._latents(views, draws) | ready
 
-    def _latents(self, views: Mapping[str, View], size: Sequence[int], draws: Draws) -> dict[str, Tensor]:
+    def _latents(self, views: Mapping[str, View], draws: Draws) -> dict[str, Tensor]:
         """Encode several views of the same ``b`` samples in one chunked pass.
 
         Args:
             views: output key, which is also the purpose of the posterior's noise → the ``b`` images.
-            size: ``h w`` or ``f h w``.
             draws: the batch's random numbers.
 
         Returns:
             Output key → ``b z h/r w/r`` float32 latents, of clips ``b z f' h/r w/r``.
         """
         vae, b, keys = self.vae, len(draws.ids), list(views)
-        shape = vae.latent_shape(size)
+        shape = vae.latent_shape(next(iter(views.values())).pixels.shape[2:])
 
         def noise(chunk: slice) -> Tensor:
             parts = [
@@ -170,7 +168,7 @@ class Encoder(ABC):
             progress=self.progress,
             name=lambda row: f"sample {draws.ids[row % b]} ({keys[row // b]})",
         )
-        return dict(zip(views, torch.split(latents, b), strict=True))
+        return dict(zip(keys, torch.split(latents, b) if len(keys) > 1 else [latents], strict=True))
 
 
 def _check_vae(vae: object, owner: str) -> FrozenVAE:
