@@ -1,0 +1,52 @@
+"""The benchmarks' runner: rows found in every module, and how they are printed. What they measure takes minutes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from running import ROOT
+
+from benchmarks.rows import ROWS, Row, interleaved, row
+
+
+def run(*arguments):
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_rows_of_all_modules_are_found():
+    done = run("--list")
+    assert done.returncode == 0, done.stderr
+    assert "callbacks_overhead_pct" in done.stdout.splitlines()
+
+
+def test_an_unknown_row_is_answered_with_those_there_are():
+    done = run("--only", "speed")
+    assert done.returncode == 2
+    assert "no row 'speed'" in done.stderr
+    assert "callbacks_overhead_pct" in done.stderr
+
+
+def test_a_row_is_a_line_of_json():
+    line = Row("decode_ms", "ms", "the same in float32", lambda quick: 1.23456 if quick else 2.0).line(quick=True)
+    assert json.loads(line) == {"name": "decode_ms", "value": 1.235, "unit": "ms", "versus": "the same in float32"}
+    assert "\n" not in line
+
+
+def test_names_are_given_once(monkeypatch):
+    monkeypatch.setattr("benchmarks.rows.ROWS", rows := {})
+    register = row("one_ms", "ms", "nothing")
+    assert register(len) is len
+    assert list(rows) == ["one_ms"]
+    with pytest.raises(ValueError, match="two rows are called 'one_ms'"):
+        register(len)
+    assert "one_ms" not in ROWS
+
+
+def test_functions_take_turns():
+    order = []
+    seconds = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b") or 7.0}, rounds=3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert seconds["b"] == [7.0] * 3
+    assert all(0 <= second < 1 for second in seconds["a"])
