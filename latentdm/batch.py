@@ -234,6 +234,11 @@ def sample_ids(index: object, count: int, owner: str) -> list[int | str]:
     return list(ids)
 
 
+def is_batch(batch: object) -> bool:
+    """Whether something is a batch that can hold images: a dict, tuple or list."""
+    return isinstance(batch, Mapping | tuple | list)
+
+
 def check_pixels(pixels: object, multiple: int, owner: str) -> None:
     """Check images before they are encoded.
 

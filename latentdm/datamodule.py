@@ -1,22 +1,21 @@
 """`LatentDataModule`: any data module of pixel batches, turned into one of latents inside the batch-transfer hooks."""
 
 from collections.abc import Mapping
-from copy import copy
 from itertools import count
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from latentdm.augment import GEOMETRY, Augment
-from latentdm.batch import CAPTION, INDEX, MASK, PIXELS, BatchKeys, Key, crop, describe, rebuild, sample_ids
+from latentdm.batch import CAPTION, INDEX, MASK, PIXELS, BatchKeys, Key, crop, describe, is_batch, sample_ids
 from latentdm.captions import Captions
 from latentdm.encoders.base import Encoder
+from latentdm.float_images import ROUNDED, closing, opened
 from latentdm.masks.sources import MaskSource
 from latentdm.randomness import Draws
 
@@ -179,8 +178,8 @@ class LatentDataModule(LightningDataModule):
         if self._passes:
             return batch
         self._warn_if_rounded(batch)
-        batch = self.pixels.on_before_batch_transfer(_open(batch), dataloader_idx)
-        if _is_batch(batch):
+        batch = self.pixels.on_before_batch_transfer(opened(batch), dataloader_idx)
+        if is_batch(batch):
             index = self.keys.find(batch).get(INDEX)
             self._noted = index.flatten().tolist() if isinstance(index, Tensor) else None
             batch = self._captioned(batch, dataloader_idx)
@@ -222,7 +221,7 @@ class LatentDataModule(LightningDataModule):
         if passes:
             return batch
         batch = self.pixels.on_after_batch_transfer(batch, dataloader_idx)
-        if not _is_batch(batch):
+        if not is_batch(batch):
             self._warn_if_bare(batch)
             return batch
         inputs, outputs = self.encode(batch, dataloader_idx)
@@ -324,27 +323,13 @@ class LatentDataModule(LightningDataModule):
         return plain.dtype if self.trainer is None else self.trainer.precision_plugin.convert_input(plain).dtype
 
     def _whole(self, loaders: Any) -> Any:
-        """The loaders, hiding float images from a precision plugin that would round them before the hooks."""
-        if self._input_dtype not in _ROUNDED:
-            return loaders
-        if isinstance(loaders, DataLoader):
-            if isinstance(loaders.collate_fn, _ClosingCollate):
-                return loaders
-            loader = copy(loaders)  # the user's own stays as it is
-            loader.collate_fn = _ClosingCollate(loaders.collate_fn, self.keys)
-            return loader
-        if isinstance(loaders, CombinedLoader):
-            loaders.flattened = [self._whole(loader) for loader in loaders.flattened]
-        elif isinstance(loaders, Mapping):
-            return {name: self._whole(loader) for name, loader in loaders.items()}
-        elif isinstance(loaders, list | tuple):
-            return [self._whole(loader) for loader in loaders]
-        return loaders
+        """The loaders, with float images hidden from a trainer that would round them."""
+        return closing(loaders, self.keys) if self._input_dtype in ROUNDED else loaders
 
     def _warn_if_rounded(self, batch: Any) -> None:
         """Other loaders than torch's cannot be helped: say once what their images lose."""
         dtype = self._input_dtype
-        if self._warned or dtype not in _ROUNDED or not _is_batch(batch):
+        if self._warned or dtype not in ROUNDED or not is_batch(batch):
             return
         for name, value in self.keys.find(batch).items():
             if isinstance(value, Tensor) and value.dtype == dtype:
@@ -354,51 +339,6 @@ class LatentDataModule(LightningDataModule):
                     "of a loader that is no torch DataLoader before they are encoded; yield uint8 to keep every bit"
                 )
                 return
-
-
-_ROUNDED = (torch.float16, torch.bfloat16)
-
-
-class _Closed:
-    """A tensor that Lightning's conversion of inputs does not see; it can still be pinned."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def pin_memory(self, device: str | None = None) -> "_Closed":
-        return _Closed(self.tensor.pin_memory())
-
-
-class _ClosingCollate:
-    """A loader's own collate function, with float images and masks closed afterwards. Workers pickle it."""
-
-    def __init__(self, collate: Any, keys: BatchKeys) -> None:
-        self.collate = collate
-        self.keys = keys
-
-    def __call__(self, samples: Any) -> Any:
-        batch = self.collate(samples)
-        if not _is_batch(batch):
-            return batch
-        floats = {
-            name: _Closed(value)
-            for name, value in self.keys.find(batch).items()
-            if isinstance(value, Tensor) and value.is_floating_point()
-        }
-        return self.keys.replace(batch, floats) if floats else batch
-
-
-def _open(batch: Any) -> Any:
-    """The batch with its closed tensors opened."""
-    if not _is_batch(batch):
-        return batch
-    places = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
-    opened = {place: value.tensor for place, value in places if isinstance(value, _Closed)}
-    return rebuild(batch, opened) if opened else batch
-
-
-def _is_batch(batch: Any) -> bool:
-    return isinstance(batch, Mapping | tuple | list)
 
 
 def _check_model(model: LightningModule) -> None:
