@@ -134,7 +134,8 @@ class _reading:
     """
 
     def __init__(self, source: Source, owner: str, name: str) -> None:
-        self.file = source if isinstance(source, Path) else io.BytesIO(source)
+        self.source = source
+        self.file: io.BufferedReader | io.BytesIO | None = None  # ours: Pillow leaves some formats' files open
         self.what = f"{owner}: cannot read {source if isinstance(source, Path) else name or 'an image'}"
         self.quiet = warnings.catch_warnings()
 
@@ -142,17 +143,16 @@ class _reading:
         self.quiet.__enter__()
         warnings.simplefilter("ignore")
         try:
-            self.image = Image.open(self.file)
+            self.file = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source.open("rb")
+            return Image.open(self.file)
         except Exception as error:
             self.__exit__(type(error), error)
             raise AssertionError from error
-        return self.image
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         self.quiet.__exit__(None, None, None)
-        stream = getattr(getattr(self, "image", None), "fp", None)
-        if stream is not None:
-            stream.close()  # the file alone: the decoded image goes on
+        if self.file is not None:
+            self.file.close()
         if isinstance(error, Exception):
             unknown = type(error).__name__ == "UnidentifiedImageError"
             why = "its content is no image that Pillow knows" if unknown else error

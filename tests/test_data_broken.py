@@ -1,0 +1,281 @@
+"""Odd and broken files of every kind in one folder, in both modes: nothing crashes, everything bad is reported."""
+
+import io
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
+from torch import nn
+
+from latentdm.data import ImageFolderData, SampleError
+from latentdm.data.base import PixelDataModule, PixelDataset
+from latentdm.data.images import read_image
+
+SIZE = 8
+COLOUR = (200, 90, 30)
+
+
+def encoded(image, ending, **options):
+    file = io.BytesIO()
+    image.save(file, {"jpg": "JPEG", "tif": "TIFF"}.get(ending, ending.upper()), **options)
+    return file.getvalue()
+
+
+def flat(mode="RGB", size=(24, 20)):
+    return Image.new("RGB", size, COLOUR).convert(mode)
+
+
+def noise(size=(24, 20)):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def good_files():
+    """Name → (content, the colour that it shows)."""
+    gray = flat("L").getpixel((0, 0))
+    files = {}
+    for ending in ("png", "jpg", "webp", "bmp", "tif"):
+        options = {"quality": 100} if ending in ("jpg", "webp") else {}
+        for label, size in {"usual": (24, 20), "dot": (1, 1), "line": (1, 30), "wide": (300, 9)}.items():
+            files[f"{label}-{ending}.{ending}"] = encoded(flat(size=size), ending, **options), COLOUR
+    for ending in ("png", "jpg", "bmp", "tif"):
+        files[f"gray-{ending}.{ending}"] = encoded(flat("L"), ending), (gray,) * 3
+    for ending in ("png", "tif", "bmp"):
+        files[f"palette-{ending}.{ending}"] = encoded(flat().quantize(4), ending), COLOUR
+    for ending in ("png", "webp", "tif"):
+        files[f"alpha-{ending}.{ending}"] = encoded(flat("RGBA"), ending), COLOUR
+    files["gray-alpha.png"] = encoded(flat("LA"), "png"), (gray,) * 3
+    files["bits.png"] = encoded(Image.new("1", (9, 9), 1), "png"), (255,) * 3
+    files["deep.png"] = encoded(Image.fromarray(np.full((9, 9), 257 * 80, np.uint16)), "png"), (80,) * 3
+    files["deep.tif"] = encoded(Image.fromarray(np.full((9, 9), 257 * 80, np.uint16)), "tif"), (80,) * 3
+    files["cmyk.tif"] = encoded(Image.new("CMYK", (9, 9), (0, 255, 255, 0)), "tif"), (255, 0, 0)
+    files["cmyk.jpg"] = encoded(Image.new("CMYK", (9, 9), (0, 255, 255, 0)), "jpg", quality=100), (255, 0, 0)
+    frames = [flat(), Image.new("RGB", (24, 20))]
+    files["animated.webp"] = encoded(frames[0], "webp", save_all=True, append_images=frames[1:], lossless=True), COLOUR
+    files["animated.png"] = encoded(frames[0], "png", save_all=True, append_images=frames[1:]), COLOUR
+    files["pages.tif"] = encoded(frames[0], "tif", save_all=True, append_images=frames[1:]), COLOUR
+    files["progressive.jpg"] = encoded(flat(size=(64, 64)), "jpg", progressive=True, quality=100), COLOUR
+    files["half.jpg"] = encoded(flat(size=(400, 300)), "jpg", quality=100), COLOUR
+    files["misnamed.png"] = encoded(flat(), "jpg", quality=100), COLOUR
+    files["tail.jpg"] = encoded(flat(), "jpg", quality=100) + b"rubbish", COLOUR
+    files["odd-profile.png"] = encoded(flat(), "png", icc_profile=b"no profile"), COLOUR
+    files["odd-exif.jpg"] = encoded(flat(), "jpg", quality=100, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"), COLOUR
+    return files
+
+
+def bad_files():
+    """Name → content."""
+    files = {
+        "empty.png": b"", "text.jpg": b"not an image", "zeros.png": bytes(500), "html.webp": b"<html></html>",
+        "head.png": b"\x89PNG\r\n\x1a\n", "head.jpg": b"\xff\xd8\xff\xe0", "head.bmp": b"BM", "head.tif": b"II*\0",
+        "floats.tif": encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "tif"),
+        "huge.png": encoded(Image.new("1", (400, 400)), "png"),
+        "bomb.png": encoded(flat(), "png")[:16] + (10**6).to_bytes(4, "big") * 2 + encoded(flat(), "png")[24:],
+        "none.png": encoded(flat(), "png")[:16] + bytes(8) + encoded(flat(), "png")[24:],
+    }  # fmt: skip
+    for ending in ("png", "jpg", "webp", "bmp", "tif"):
+        content = encoded(noise((64, 64)), ending)
+        for share in (0.1, 0.5):
+            files[f"cut-{share}-{ending}.{ending}"] = content[: int(len(content) * share)]
+    return files
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """A folder with good and bad files, and links to nowhere and to themselves."""
+    root = tmp_path_factory.mktemp("zoo")
+    good, bad = good_files(), bad_files()
+    assert len(good) + len(bad) >= 60
+    for name, content in {**{name: content for name, (content, _) in good.items()}, **bad}.items():
+        (root / name).write_bytes(content)
+    (root / "self.png").symlink_to(root / "self.png")
+    (root / "nowhere.png").symlink_to(root / "not there.png")
+    (root / "around").symlink_to(root)
+    return root, {name: colour for name, (_, colour) in good.items()}, {*bad, "self.png", "nowhere.png"}
+
+
+def loaded(root, **settings):
+    defaults = {"size": SIZE, "batch_size": 7, "val_share": 0, "max_pixels": 150_000, "max_skipped_share": 1.0}
+    data = ImageFolderData(root, **{**defaults, **settings})
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_past_every_bad_file(zoo, workers):
+    root, good, bad = zoo
+    data = loaded(root, on_error="skip", num_workers=workers)
+    batches = list(data.predict_dataloader())
+    count = len(good) + len(bad)
+    assert [len(batch["index"]) for batch in batches] == [7] * (count // 7) + [count % 7] * (count % 7 > 0)
+    seen = {}
+    for batch in batches:
+        for name, pixels in zip(batch["name"], batch["pixels"], strict=True):
+            seen[name] = pixels
+            difference = (pixels.int() - torch.tensor(good[name])[:, None, None]).abs().max()
+            assert difference <= 6, name
+    assert set(seen) == set(good)
+    assert set(data.skips.read()) == bad
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_first_bad_file_ends_an_epoch_that_raises(zoo, workers):
+    root, _, bad = zoo
+    with pytest.raises(SampleError, match="ImageFolderData: cannot read") as caught:
+        list(loaded(root, num_workers=workers).predict_dataloader())
+    assert any(name in str(caught.value) for name in bad)
+
+
+def test_every_bad_file_is_named_and_every_good_one_read(zoo):
+    root, good, bad = zoo
+    data = loaded(root)
+    for place in range(len(data.predict_set)):
+        name = data.predict_set.name(place)
+        if name in bad:
+            with pytest.raises(SampleError, match=name):
+                data.predict_set[place]
+        elif name in good:
+            data.predict_set[place]
+
+
+def test_a_thousand_mutations_give_pixels_or_an_error():
+    random = np.random.default_rng(0)
+    kinds = [encoded(noise(), ending) for ending in ("png", "jpg", "webp", "bmp", "tif")]
+    outcomes = {"read": 0, "refused": 0}
+    for number in range(1000):
+        content = bytearray(kinds[number % 5])
+        for _ in range(random.integers(1, 6)):
+            place = random.integers(0, min(len(content), 200 if number % 2 else len(content)))
+            content[place] = random.integers(0, 256)
+        if number % 7 == 0:
+            content = content[: random.integers(0, len(content))]
+        try:
+            image, size = read_image(bytes(content), "Test", f"mutation {number}", max_pixels=10**6)
+        except SampleError:
+            outcomes["refused"] += 1
+        else:
+            assert image.mode in ("RGB", "RGBA")
+            assert image.size == size
+            outcomes["read"] += 1
+    assert min(outcomes.values()) > 150
+
+
+# What skipping promises
+
+
+@pytest.fixture
+def half_broken(tmp_path):
+    """Twelve pictures, three of which are broken."""
+    for number in range(12):
+        Image.new("RGB", (10, 10), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    for number in (3, 4, 9):
+        (tmp_path / f"{number:02}.png").write_bytes(b"broken")
+    return tmp_path
+
+
+def test_a_broken_sample_is_replaced_by_the_same_one_whatever_the_workers(half_broken):
+    def names(workers, epoch):
+        data = loaded(half_broken, on_error="skip", num_workers=workers)
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        return [name for batch in loader for name in batch["name"]]
+
+    assert names(0, 0) == names(2, 0) == names(0, 0)
+    assert len({tuple(names(0, epoch)) for epoch in range(4)}) == 4
+
+
+class Model(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def training_step(self, batch, _):
+        return self.layer(torch.ones(1, 1)).sum()
+
+    def validation_step(self, batch, _):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_run_ends_with_a_report(half_broken, tmp_path, workers):
+    (half_broken / "val").mkdir()
+    noise().save(half_broken / "val" / "1.png")
+    data = loaded(half_broken, on_error="skip", num_workers=workers, val_root=half_broken / "val")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_epochs=2, default_root_dir=tmp_path, enable_model_summary=False, **quiet)
+    with pytest.warns(
+        UserWarning, match=r"ImageFolderData: 3 of 13 samples could not be read .*skipped_samples"
+    ) as told:
+        trainer.fit(Model(), datamodule=data)
+    (report,) = [str(w.message) for w in told if "could not be read" in str(w.message)]
+    assert all(f"{number:02}.png: its content is no image" in report for number in (3, 4, 9))
+    assert len((tmp_path / "skipped_samples" / "rank0.jsonl").read_text().splitlines()) == 3
+
+
+def test_too_many_broken_samples_end_the_run(half_broken):
+    data = loaded(half_broken, on_error="skip", max_skipped_share=0.2)
+    with pytest.raises(
+        RuntimeError, match=r"^ImageFolderData: 3 of 12 samples cannot be read, .*max_skipped_share=0.2"
+    ):
+        list(data.predict_dataloader())
+    list(loaded(half_broken, on_error="skip", max_skipped_share=0.25).predict_dataloader())
+
+
+def test_captions_and_masks_that_are_wrong(tmp_path):
+    for number in range(6):
+        Image.new("RGB", (20, 10)).save(tmp_path / f"{number}.png")
+        Image.new("L", (20, 10)).save(tmp_path / f"{number}-mask.png")
+        (tmp_path / f"{number}.txt").write_text("fine", encoding="utf-8")
+    (tmp_path / "0.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "1-mask.png").unlink()
+    Image.new("L", (10, 20)).save(tmp_path / "2-mask.png")
+    (tmp_path / "3.txt").unlink()
+    (tmp_path / "3.json").write_text("{broken")
+    (tmp_path / "orphan-mask.png").write_bytes(encoded(flat("L"), "png"))
+    data = loaded(tmp_path, on_error="skip")
+    batches = list(data.predict_dataloader())
+    assert {name for batch in batches for name in batch["name"]} == {"4.png", "5.png"}
+    report = data.skips.report()
+    for text in (
+        "0.txt: it is not UTF-8",
+        "an image without a mask",
+        "10 × 20 pixels",
+        "3.json: it is no JSON",
+        "orphan",
+    ):
+        assert text in report
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "/etc/outside.png", "a/../../outside.png"])
+def test_metadata_that_leave_the_folder_are_refused(tmp_path, name):
+    root = tmp_path / "root"
+    root.mkdir()
+    flat().save(tmp_path / "outside.png")
+    flat().save(root / "1.png")
+    (root / "metadata.jsonl").write_text(f'{{"file_name": "{name}", "text": "x"}}\n')
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 1 names a file outside root="):
+        loaded(root)
+    data = loaded(root, on_error="skip")
+    assert [batch["name"] for batch in data.predict_dataloader()] == [["1.png"]]
+    assert "names a file outside" in data.skips.report()
+
+
+class Deadly(PixelDataset):
+    def __len__(self):
+        return 4
+
+    def sample(self, place, epoch):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_ends_the_run():
+    data = PixelDataModule(batch_size=1, num_workers=1, on_error="skip")
+    data.predict_set = Deadly()
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* (exited unexpectedly|killed)"):
+        list(data.predict_dataloader())
