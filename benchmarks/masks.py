@@ -1,5 +1,6 @@
 """Growing masks: eight of 512², against the convolution of the original nodes."""
 
+from collections.abc import Callable
 from functools import cache
 from statistics import median
 
@@ -15,16 +16,21 @@ COUNT, SIDE = 8, 512
 
 @cache
 def _seconds(grow_mask_by: int, quick: bool) -> dict[str, float]:
-    """Medians; at 64 the convolution takes seconds, and in a quick run is measured on two of the masks."""
+    """Medians; at 64 the convolution takes many seconds, and is measured on one or two of the masks."""
     masks = batch(COUNT, SIDE)["mask"].float()
-    part = 2 if quick and grow_mask_by > 16 else COUNT
+    part = COUNT if grow_mask_by <= 16 else 1 if quick else 2
     assert torch.equal(convolved(masks[:1], grow_mask_by), grow_mask(masks[:1], grow_mask_by))
     ways = {
-        "ours": lambda: _drop(grow_mask(masks, grow_mask_by)),
-        "theirs": lambda: _drop(convolved(masks[:part], grow_mask_by)),
+        "ours": lambda: _median_call(lambda: grow_mask(masks, grow_mask_by), 9),
+        "theirs": lambda: _median_call(lambda: convolved(masks[:part], grow_mask_by), 1),
     }
     seconds = {way: median(times) for way, times in interleaved(ways, 5).items()}
     return {"ours": seconds["ours"], "theirs": seconds["theirs"] * COUNT / part}
+
+
+def _median_call(function: Callable[[], torch.Tensor], calls: int) -> float:
+    """Seconds of a call: a few milliseconds are soon disturbed."""
+    return median(interleaved({"": lambda: _drop(function())}, calls)[""])
 
 
 def _drop(result: torch.Tensor) -> None:
