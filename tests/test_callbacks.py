@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from helpers import LatentModel, Photos, complains, images, photo_columns, quiet_trainer
+from helpers import LatentModel, Photos, complains, images, photo_columns, quiet_trainer, tiny_kl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.profilers import SimpleProfiler
@@ -17,6 +17,7 @@ from PIL import Image
 import latentdm.demo_vae
 from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
 from latentdm.callbacks import EncodeCallback, EncodeMonitor, LatentPreview, LatentStats, PerBatchFinder, VAEOffload
+from latentdm.callbacks.base import LogSteps
 from latentdm.callbacks.per_batch_finder import fastest
 from latentdm.data import SamplesData
 from latentdm.masks import MaskSource, RandomMask
@@ -111,7 +112,38 @@ def test_hooks_see_what_goes_in_and_what_comes_out(vae):
     ]
 
 
+def test_a_step_of_several_batches_is_logged_once():
+    trainer, steps = SimpleNamespace(log_every_n_steps=2, global_step=0), LogSteps()
+
+    def reached(step):
+        trainer.global_step = step
+        return steps.reached(trainer)
+
+    assert [reached(step) for step in (0, 0, 1, 1, 2, 2, 3, 4)] == [False] * 4 + [True, False, False, True]
+    trainer.log_every_n_steps = 0  # nothing is logged, but alarms shall ring
+    assert [reached(step) for step in (48, 49, 50, 50)] == [False, False, True, False]
+
+
 # -------------------------------------------------------------------- LatentPreview
+
+
+class Wandb(Logger):
+    """Takes images as Lightning's WandbLogger does."""
+
+    name = version = "fake"
+
+    def __init__(self):
+        super().__init__()
+        self.images = []
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_image(self, key, images, step=None):
+        self.images.append((key, [image.size for image in images], step))
 
 
 def drawn_steps(folder):
@@ -124,9 +156,10 @@ def test_preview_is_drawn_at_the_start_and_every_few_steps(vae, tmp_path):
 
 
 def test_preview_counts_optimizer_steps(vae, tmp_path):
-    preview = LatentPreview(every_n_steps=2, dirpath=tmp_path)
-    fit(inpainting(vae), preview, max_steps=4, accumulate_grad_batches=3)
+    preview, wandb = LatentPreview(every_n_steps=2, dirpath=tmp_path), Wandb()
+    fit(inpainting(vae), preview, max_steps=4, accumulate_grad_batches=3, logger=wandb)
     assert drawn_steps(tmp_path) == [0, 2]
+    assert [step for _, _, step in wandb.images] == [0, 2]
 
 
 def test_a_second_fit_is_drawn_from_its_start(vae, tmp_path):
@@ -138,22 +171,6 @@ def test_a_second_fit_is_drawn_from_its_start(vae, tmp_path):
 
 
 def test_preview_goes_to_the_log_folder_and_to_every_logger_that_takes_images(vae, tmp_path):
-    class Wandb(Logger):
-        name = version = "fake"
-
-        def __init__(self):
-            super().__init__()
-            self.images = []
-
-        def log_metrics(self, metrics, step=None):
-            pass
-
-        def log_hyperparams(self, *args, **kwargs):
-            pass
-
-        def log_image(self, key, images, step=None):
-            self.images.append((key, [image.size for image in images], step))
-
     wandb, tensorboard = Wandb(), TensorBoardLogger(tmp_path, name="tb", version="")
     loggers = [tensorboard, wandb, csv_logger(tmp_path / "csv")]
     fit(inpainting(vae), LatentPreview(every_n_steps=2, samples=1), max_steps=4, logger=loggers)
@@ -311,7 +328,9 @@ def test_real_latents_and_masks_are_logged_without_a_warning(demo, tmp_path):
 def test_figures_are_those_of_the_batches(vae, tmp_path):
     model = LatentModel()
     stats = LatentStats(std_range=(0, 99), per_channel=True)
-    fit(inpainting(vae, 6), stats, model=model, max_steps=3, log_every_n_steps=3, logger=csv_logger(tmp_path))
+    settings = {"limit_val_batches": 1, "num_sanity_val_steps": 1}  # which do not count
+    logger = csv_logger(tmp_path)
+    fit(inpainting(vae, 6), stats, model=model, max_steps=3, log_every_n_steps=3, logger=logger, **settings)
     [row] = logged(tmp_path)
     latents, noise = (model.column("train", key) for key in ("latents", "noise_mask"))
     std = latents.std(dim=(0, 2, 3), correction=0)
@@ -320,6 +339,15 @@ def test_figures_are_those_of_the_batches(vae, tmp_path):
     assert float(row["latents/channel_01_mean"]) == pytest.approx(float(latents[:, 1].mean()), abs=1e-5)
     assert float(row["latents/std"]) == pytest.approx(float(std.square().mean().sqrt()), rel=1e-4)
     assert float(row["masks/share_pct"]) == pytest.approx(100 * float(noise.mean()), rel=1e-4)
+
+
+def test_figures_start_anew_after_a_log_step(vae, tmp_path):
+    model, stats = LatentModel(), LatentStats(std_range=(0, 99))
+    fit(inpainting(vae, 32), stats, model=model, max_steps=16, log_every_n_steps=8, logger=csv_logger(tmp_path))
+    means = [float(row["latents/mean"]) for row in logged(tmp_path)]
+    first, second = model.column("train").chunk(2)
+    assert means == [pytest.approx(float(half.mean()), abs=1e-6) for half in (first, second)]
+    assert abs(means[0] - means[1]) > 1e-5
 
 
 def test_channels_can_be_left_out(vae, tmp_path):
@@ -442,8 +470,6 @@ def found(vae, finder, batch_size=5, **settings):
 
 
 def test_the_fastest_is_set_and_the_table_logged(clock, caplog):
-    from helpers import tiny_kl
-
     vae, finder = Fake(tiny_kl(), clock, COSTS), PerBatchFinder()
     with caplog.at_level(logging.INFO):
         assert found(vae, finder) == 4
@@ -458,9 +484,18 @@ def test_the_fastest_is_set_and_the_table_logged(clock, caplog):
     assert 1 not in [shape[0] for shape in vae.passes[10:]]
 
 
-def test_what_runs_out_of_memory_is_left_out(clock):
-    from helpers import tiny_kl
+def test_the_first_round_only_warms_up(clock):
+    class Warming(Fake):
+        def posterior(self, pixels):
+            self.clock.now += 0 if any(shape[0] == len(pixels) for shape in self.passes) else 100
+            super().posterior(pixels)
 
+    finder = PerBatchFinder(rounds=1)
+    found(Warming(tiny_kl(), clock, COSTS), finder)
+    assert finder.table == pytest.approx(COSTS)
+
+
+def test_what_runs_out_of_memory_is_left_out(clock):
     vae = Fake(tiny_kl(), clock, COSTS | {4: 2.0}, fits=4)
     finder = PerBatchFinder()
     assert found(vae, finder) == 2
@@ -474,30 +509,22 @@ def test_other_errors_are_not_swallowed(clock, vae):
         def posterior(self, pixels):
             raise RuntimeError("shapes do not match")
 
-    from helpers import tiny_kl
-
     with pytest.raises(RuntimeError, match="shapes do not match"):
         found(Broken(tiny_kl(), clock, COSTS), PerBatchFinder())
 
 
 def test_where_nothing_fits_the_error_says_what_to_do(clock):
-    from helpers import tiny_kl
-
     with complains("PerBatchFinder", "not even 1 of 32×32", "smaller images"):
         found(Fake(tiny_kl(), clock, COSTS, fits=0), PerBatchFinder())
 
 
 def test_candidates_are_those_that_were_asked_for(clock):
-    from helpers import tiny_kl
-
     vae = Fake(tiny_kl(), clock, COSTS)
     assert found(vae, PerBatchFinder(candidates=[8, 2])) == 8
     assert {shape[0] for shape in vae.passes} == {2, 8}
 
 
 def test_no_new_round_starts_when_time_is_over(clock):
-    from helpers import tiny_kl
-
     vae = Fake(tiny_kl(), clock, COSTS)
     found(vae, PerBatchFinder(rounds=9, max_seconds=1))
     assert len(vae.passes) == 10  # one round to warm up, and the one that is always needed
@@ -577,13 +604,12 @@ class Predicting(LatentModel):
 @pytest.fixture
 def offloaded(monkeypatch):
     """Runs `VAEOffload` in a stage as on a GPU, and gives the autoencoder's journeys."""
-    from helpers import tiny_kl
-
     monkeypatch.setattr(VAEOffload, "_useless", staticmethod(lambda trainer: False))
-    vae = Travelling(tiny_kl())
+    vae, offload = Travelling(tiny_kl()), VAEOffload()
 
     def run(stages, pixels, model, stage="predict"):
-        trainer = quiet_trainer(callbacks=[OnTheDevice(), VAEOffload(stages)])
+        offload.stages = tuple(stages)
+        trainer = quiet_trainer(callbacks=[OnTheDevice(), offload])
         getattr(trainer, stage)(
             model, datamodule=LatentDataModule(pixels(photo_columns(4)), PlainEncoder(vae, posterior="mode"))
         )
@@ -613,6 +639,16 @@ def test_it_comes_back_for_a_batch_of_images_with_a_warning(offloaded):
         journeys = offloaded(["predict"], Photos, model)
     assert model.place == "meta"
     assert journeys == ["meta", "cpu", "meta", "cpu"]
+
+
+def test_a_stage_that_failed_leaves_nothing_behind(offloaded):
+    class Failing(Predicting):
+        def predict_step(self, batch, batch_idx):
+            raise KeyError("prompt")
+
+    with pytest.raises(KeyError, match="prompt"):
+        offloaded(["predict"], NotImages, Failing())
+    offloaded(["predict"], Photos, LatentModel(), stage="test")  # warnings are errors
 
 
 def test_on_the_cpu_it_warns_that_it_has_no_effect(vae):

@@ -19,7 +19,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import latentdm.demo_vae
 from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule
-from latentdm.callbacks import EncodeMonitor, LatentPreview, LatentStats, PerBatchFinder
+from latentdm.callbacks import EncodeMonitor, LatentPreview, LatentStats, PerBatchFinder, latent_preview
+from latentdm.preview import preview
 
 torch.set_num_threads(1)
 folder = sys.argv[1]
@@ -41,11 +42,14 @@ def fit(name, **settings):
     )
     finder.candidates = [1] if trainer.global_rank else [2]
     datamodule = LatentDataModule(Photos(photo_columns(48, mask=True), batch_size=2), InpaintEncoder(vae))
+    drawn = []
+    latent_preview.preview = lambda *batch: drawn.append(trainer.global_step) or preview(*batch)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(LatentModel(), datamodule=datamodule)
     said = [str(warning.message) for warning in caught if "LatentStats" in str(warning.message)]
-    torch.save({"said": said, "per_batch": datamodule.encoder.per_batch}, f"{folder}/{name}{trainer.global_rank}.pt")
+    seen = {"said": said, "per_batch": datamodule.encoder.per_batch, "drawn": drawn}
+    torch.save(seen, f"{folder}/{name}{trainer.global_rank}.pt")
 
 
 fit("shared")
@@ -74,6 +78,7 @@ def seen(ranks, name):
 def test_pictures_are_written_once(ranks):
     written = sorted(path.relative_to(ranks).as_posix() for path in ranks.rglob("*.png"))
     assert written == [f"{name}/tb/previews/step_00000{step}.png" for name in ("same", "shared") for step in (0, 5)]
+    assert [rank["drawn"] for rank in seen(ranks, "shared")] == [[0, 5], []]
     assert len(list(ranks.rglob("events.out.tfevents.*"))) == 2
 
 

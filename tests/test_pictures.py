@@ -93,15 +93,16 @@ def test_tinting_colours_the_mask_and_nothing_else():
     assert torch.equal(out[1, :, 0, 0], torch.tensor([0.75, 0.25, 0.25]))
 
 
-def test_components_show_what_varies_most():
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("seed", range(8))
+def test_components_show_what_varies_most(seed):
+    generator = torch.Generator().manual_seed(seed)
     strong, weak = torch.randn(2, 3, 8, 8, generator=generator)
     latents = torch.stack([0.1 * weak, 5 * strong, torch.zeros_like(weak), 0.01 * weak], dim=1)  # 3 4 8 8
     colours = three_components(latents)
     assert colours.shape == (3, 3, 8, 8)
     assert 0 <= colours.min() < colours.max() <= 1
     red = torch.corrcoef(torch.stack([colours[:, 0].flatten(), strong.flatten()]))[0, 1]
-    assert abs(red) > 0.95
+    assert red > 0.95  # the sign as well: pictures of two steps compare
     assert torch.equal(colours, three_components(latents))
 
 

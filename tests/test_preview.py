@@ -233,6 +233,13 @@ def test_one_mask_serves_every_row(vae):
     assert picture.crop(sheet.box(2, 1)).tobytes() == alone.crop(sheet.box(2, 1)).tobytes()
 
 
+def test_an_unshuffled_latent_mask_lies_exactly_on_the_noise_mask(vae):
+    batch = {"pixels": images(1, 96, 96), "mask": masks(1, 96, 96)}
+    picture = drawn(InpaintEncoder(vae, latent_mask="unshuffle"), batch)
+    colours = np.asarray(picture.crop(Sheet(COLUMNS, (96, 96)).box(0, 5))).reshape(-1, 3)
+    assert len(np.unique(colours, axis=0)) == 2  # neither white nor dark orange sticks out
+
+
 def test_samples_limit_the_rows(vae):
     encoder = PlainEncoder(vae)
     batch = {"pixels": images(3)}
@@ -287,6 +294,26 @@ def test_samples_are_gathered_from_several_batches(vae):
     assert torch.equal(inputs["pixels"], columns["pixels"][:4])
     assert outputs["latents"].shape[0] == 4
     assert captions == ["a", "b", "c", "d"]
+
+
+def test_one_mask_a_batch_serves_its_images_alone(vae):
+    columns = photo_columns(4, mask=True)
+    datamodule = module(vae, columns, InpaintEncoder, batch_size=2)
+    found = datamodule.pixels.on_after_batch_transfer
+    datamodule.pixels.on_after_batch_transfer = lambda batch, idx: found(batch | {"mask": batch["mask"][:1]}, idx)
+    inputs, outputs, _ = first_samples(datamodule, 4, CPU)
+    assert torch.equal(inputs["mask"], columns["mask"][[0, 0, 2, 2]])
+    assert preview(datamodule.encoder, inputs, outputs).height > 4 * 96
+
+
+def test_samples_of_another_size_than_the_first_are_passed_over(vae):
+    datamodule = module(vae, photo_columns(1))
+    sizes = [(32, 32), (32, 48), (32, 32), (48, 32)]
+    batches = [{"pixels": images(1, *size, seed=seed)} for seed, size in enumerate(sizes)]
+    datamodule.pixels.train_dataloader = lambda: torch.utils.data.DataLoader(batches, batch_size=None)
+    inputs, outputs, _ = first_samples(datamodule, 9, CPU)
+    assert torch.equal(inputs["pixels"], torch.cat([batches[0]["pixels"], batches[2]["pixels"]]))
+    assert len(outputs["latents"]) == 2
 
 
 def test_fewer_samples_than_asked_for(vae):

@@ -89,7 +89,7 @@ class PerBatchFinder(EncodeCallback):
     def _measure(self, vae: Any, choices: list[int], shape: Sequence[int], reserve: int) -> dict[int, float]:
         """``per_batch`` → median seconds an image, of those that fit."""
         gray = torch.full((1, *shape), 0.5, device=vae.device)
-        counted, smallest, seconds = vae.chunks, choices[0], dict[int, list[float]]()
+        smallest, seconds = choices[0], dict[int, list[float]]()
         began = perf_counter()
         for turn in range(self.rounds + 1):
             if turn > 1 and perf_counter() - began > self.max_seconds:
@@ -109,7 +109,6 @@ class PerBatchFinder(EncodeCallback):
             if turn == 1:
                 best = min(seconds[choice][0] for choice in choices)
                 choices = [choice for choice in choices if seconds[choice][0] <= best * HOPELESS]
-        vae.chunks = counted
         if vae.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(vae.device)
         return {choice: median(times) for choice, times in sorted(seconds.items())}

@@ -67,7 +67,7 @@ class SamplePreview(EncodeCallback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the first batch."""
-        self._waits = not trainer.sanity_checking
+        self._waits = True
 
     def on_encode_end(
         self,
