@@ -442,6 +442,8 @@ def test_ranges_are_checked(bounds):
 class Fake(FrozenVAE):
     """Takes so many milliseconds for a pass and an image; more than ``fits`` images run out of memory."""
 
+    full = torch.OutOfMemoryError("full")
+
     def __init__(self, autoencoder, clock, costs, fits=99):
         super().__init__(autoencoder, dtype="float32")
         self.clock, self.costs, self.fits, self.passes = clock, costs, fits, []
@@ -449,7 +451,7 @@ class Fake(FrozenVAE):
     def posterior(self, pixels):
         self.passes.append(tuple(pixels.shape))
         if len(pixels) > self.fits:
-            raise torch.OutOfMemoryError("full")
+            raise self.full
         self.clock.now += self.costs[len(pixels)] * len(pixels)
 
 
@@ -495,7 +497,11 @@ def test_the_first_round_only_warms_up(clock):
     assert finder.table == pytest.approx(COSTS)
 
 
-def test_what_runs_out_of_memory_is_left_out(clock):
+@pytest.mark.parametrize(
+    "full", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_what_runs_out_of_memory_is_left_out(clock, monkeypatch, full):
+    monkeypatch.setattr(Fake, "full", full)
     vae = Fake(tiny_kl(), clock, COSTS | {4: 2.0}, fits=4)
     finder = PerBatchFinder()
     assert found(vae, finder) == 2

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from latentdm.autoencoders.chunks import is_out_of_memory
 from latentdm.batch import LATENTS, MASKED_LATENTS, PIXELS, crop
 from latentdm.callbacks.base import EncodeCallback
 
@@ -132,15 +133,19 @@ def fastest(table: Mapping[int, float]) -> int:
 def _seconds(vae: Any, images: Tensor, reserve: int) -> float | None:
     """How long one pass takes; None where it does not fit beside ``reserve`` bytes."""
     on_gpu = images.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(images.device)
+        torch.cuda.synchronize(images.device)
+    began, fits = perf_counter(), True
     try:
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(images.device)
-            torch.cuda.synchronize(images.device)
-        began = perf_counter()
         vae.posterior(images)
         if on_gpu:
             torch.cuda.synchronize(images.device)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fits = False
+    if not fits:  # outside of the handler, whose traceback would keep the tensors alive
         if on_gpu:
             torch.cuda.empty_cache()
         return None
