@@ -207,16 +207,6 @@ def floor_gbytes_256(quick: bool) -> float:
     return _work(256)[1] / 1e9
 
 
-@row("share_of_matmul_peak_pct", unit="%", versus="a bfloat16 matrix product of 2048² on this device; SD-size, 256²")
-def share_of_matmul_peak_pct(quick: bool) -> float:
-    """How near the default comes to what the device multiplies at best."""
-    a = torch.randn(2048, 2048, device=models.DEVICE, dtype=torch.bfloat16)
-    peak = 2 * 2048**3 / min(interleaved({"peak": timed(lambda: a @ a)}, 10)["peak"])
-    count = 1 if quick else 2
-    seconds = median(_versus("sd", quick, SD)["ours"]) / (2 * count)
-    return 100 * _work(256)[0] / seconds / peak
-
-
 # ---------------------------------------------------------------- what the hook costs
 
 

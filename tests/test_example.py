@@ -7,6 +7,8 @@ import pytest
 import torch
 from running import ROOT, run_example, run_script
 
+import latentdm.cli
+
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 
 
@@ -43,9 +45,13 @@ def test_second_command_is_what_ci_runs():
 
 @pytest.mark.parametrize("command", BLOCKS[2:])
 def test_recipe_runs(command, workplace):
-    program, script, *overrides = shlex.split(command)
-    assert (program, script) == ("python", "train_example.py")
-    run_example(overrides, workplace)
+    program, *arguments = shlex.split(command)
+    if program == "latentdm":
+        assert latentdm.cli.main(arguments) == 0
+        assert (workplace / "preview.png").exists()
+    else:
+        assert (program, arguments[0]) == ("python", "train_example.py")
+        run_example(arguments[1:], workplace)
 
 
 @pytest.mark.parametrize(
