@@ -65,13 +65,13 @@ class BatchKeys:
         if layout not in ("CHW", "HWC"):
             raise ValueError(f"LatentDataModule: layout must be 'CHW' or 'HWC', got {layout!r}")
         self.layout = layout
+        self._inputs = [(name, self._key(name)) for name in INPUTS + OPTIONAL]
 
     def find(self, batch: Mapping[Any, Any] | Sequence[Any]) -> dict[str, Any]:
         """Our inputs under our names, as they lie in the batch; what is not there is left out."""
-        places = ((name, self._key(name)) for name in INPUTS + OPTIONAL)
         if isinstance(batch, Mapping):
-            return {name: batch[key] for name, key in places if key in batch}
-        return {name: batch[key] for name, key in places if isinstance(key, int) and -len(batch) <= key < len(batch)}
+            return {name: batch[key] for name, key in self._inputs if key in batch}
+        return {name: batch[key] for name, key in self._inputs if isinstance(key, int) and key < len(batch)}
 
     def read(self, batch: Mapping[Any, Any] | Sequence[Any]) -> dict[str, Tensor]:
         """Our inputs, under our names and channels first.
@@ -115,7 +115,7 @@ class BatchKeys:
             ValueError: a result would overwrite something of the user's, or a tuple has no place for it.
         """
         leaving = {self._key(name) for name in drop}
-        free = leaving | {self._key(name) for name in INPUTS + OPTIONAL if name in results}
+        free = leaving | {key for name, key in self._inputs if name in results}
         placed: dict[Key, Any] = {}
         for name, value in results.items():
             if name in self.left_out:

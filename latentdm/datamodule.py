@@ -328,11 +328,10 @@ class LatentDataModule(LightningDataModule):
 
     def _warn_if_rounded(self, batch: Any) -> None:
         """Other loaders than torch's cannot be helped: say once what their images lose."""
-        dtype = self._input_dtype
-        if self._warned or dtype not in ROUNDED or not is_batch(batch):
+        if self._warned or not is_batch(batch):
             return
         for name, value in self.keys.find(batch).items():
-            if isinstance(value, Tensor) and value.dtype == dtype:
+            if isinstance(value, Tensor) and value.dtype in ROUNDED and value.dtype == self._input_dtype:
                 self._warned = True
                 rank_zero_warn(
                     f"LatentDataModule: {name} came as {describe(value)}: the trainer's precision rounds float images "
