@@ -250,7 +250,12 @@ def test_broken_shards_and_samples_are_named_or_skipped(shards, tmp_path):
     assert [len(batch["index"]) for batch in batches] == [3] * 4
     assert 50 in {level(pixels) for batch in batches for pixels in batch["pixels"]}
     report = data.skips.report()
-    for part in (r"cannot read the shard .*s-0.tar", "s-1.tar", "without: it has no image", "broken: its content is no"):
+    for part in (
+        r"cannot read the shard .*s-0.tar",
+        "s-1.tar",
+        "without: it has no image",
+        "broken: its content is no",
+    ):
         assert part.split(".*")[-1] in report
     for shard in ("s-0.tar", "s-1.tar", "s-2.tar"):
         with pytest.raises(SampleError, match=shard):
