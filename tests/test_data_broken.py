@@ -141,26 +141,66 @@ def test_every_bad_file_is_named_and_every_good_one_read(zoo):
             data.predict_set[place]
 
 
-def test_a_thousand_mutations_give_pixels_or_an_error():
+@pytest.fixture(scope="module")
+def mutated(tmp_path_factory):
+    """A thousand mutations of valid files, forty intact ones, and the names of those that our reader refuses."""
+    root = tmp_path_factory.mktemp("mutated")
     random = np.random.default_rng(0)
-    kinds = [encoded(noise(), ending) for ending in ("png", "jpg", "webp", "bmp", "tif")]
-    outcomes = {"read": 0, "refused": 0}
+    kinds = {ending: encoded(noise((SIZE, SIZE)), ending) for ending in ("png", "jpg", "webp", "bmp", "tif")}
     for number in range(1000):
-        content = bytearray(kinds[number % 5])
+        ending = list(kinds)[number % 5]
+        content = bytearray(kinds[ending])
         for _ in range(random.integers(1, 6)):
-            place = random.integers(0, min(len(content), 200 if number % 2 else len(content)))
-            content[place] = random.integers(0, 256)
+            content[random.integers(0, min(len(content), 200 if number % 2 else len(content)))] = random.integers(256)
         if number % 7 == 0:
             content = content[: random.integers(0, len(content))]
+        (root / f"{number:04}.{ending}").write_bytes(content)
+    for number in range(40):
+        Image.new("RGB", (SIZE, SIZE), (number, 255 - number, 9)).save(root / f"good{number:02}.png")
+    refused = set()
+    for path in sorted(root.iterdir()):
         try:
-            image, size = read_image(bytes(content), "Test", f"mutation {number}", max_pixels=10**6)
+            image, size = read_image(path, "Test", max_pixels=150_000)
         except SampleError:
-            outcomes["refused"] += 1
+            refused.add(path.name)
         else:
             assert image.mode in ("RGB", "RGBA")
             assert image.size == size
-            outcomes["read"] += 1
-    assert min(outcomes.values()) > 150
+    assert 300 < len(refused) < 800
+    return root, refused
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_of_a_thousand_mutations(mutated, workers):
+    root, refused = mutated
+    data = loaded(root, on_error="skip", num_workers=workers, batch_size=13)
+    seen = {}
+    for batch in data.predict_dataloader():
+        assert batch["pixels"].shape == (13, 3, SIZE, SIZE)
+        seen |= dict(zip(batch["name"], batch["pixels"], strict=True))
+    assert set(data.skips.read()) == refused
+    assert set(seen) == {path.name for path in root.iterdir()} - refused
+    exact = 0
+    for name, pixels in seen.items():
+        if name.startswith("good"):
+            number = int(name[4:6])
+            assert (pixels == torch.tensor([number, 255 - number, 9])[:, None, None]).all()
+            continue
+        image, _ = read_image(root / name, "Test")
+        if image.size == (SIZE, SIZE):  # nothing to resize or crop
+            exact += 1
+            assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(image.convert("RGB"))), name
+    assert exact > 150
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_first_of_a_thousand_mutations_is_named(mutated, workers):
+    root, refused = mutated
+    with pytest.raises(SampleError, match="ImageFolderData: cannot read") as caught:
+        list(loaded(root, num_workers=workers, batch_size=13).predict_dataloader())
+    named = next(name for name in sorted(path.name for path in root.iterdir()) if str(root / name) in str(caught.value))
+    assert named in refused
+    assert workers or named == min(refused)
 
 
 # What skipping promises
@@ -270,12 +310,29 @@ class Deadly(PixelDataset):
     def __len__(self):
         return 4
 
+    def name(self, place):
+        return f"photo {place}.png"
+
     def sample(self, place, epoch):
-        os.kill(os.getpid(), signal.SIGKILL)
+        if place == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"pixels": torch.zeros(3, 4, 4, dtype=torch.uint8), "index": place}
 
 
-def test_a_worker_that_dies_ends_the_run():
+@pytest.mark.parametrize("buckets", [None, np.zeros(4, dtype=np.int32)])
+def test_a_worker_that_dies_is_named_with_what_it_read_and_what_to_do(buckets):
     data = PixelDataModule(batch_size=1, num_workers=1, on_error="skip")
     data.predict_set = Deadly()
-    with pytest.raises(RuntimeError, match=r"DataLoader worker .* (exited unexpectedly|killed)"):
+    data.predict_set.bucket_of = buckets
+    what = r"^PixelDataModule: a process that reads images died while it read photo 2.png \(DataLoader worker .* "
+    with pytest.raises(RuntimeError, match=what + r"(exited unexpectedly|killed).*num_workers"):
         list(data.predict_dataloader())
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_step_is_explained():
+    data = PixelDataModule(batch_size=1, num_workers=1)
+    data.train_set = Deadly()
+    data.train_dataloader()
+    with pytest.warns(UserWarning, match=r"^PixelDataModule: a process that reads images died \(DataLoader worker"):
+        data.on_exception(RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. "))
+    data.on_exception(RuntimeError("another error"))

@@ -7,6 +7,7 @@ inside the dataset, so that no batch and no rank ever comes up short.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 
 from latentdm.data.bucket_batches import BucketBatches, BucketLoader
 from latentdm.data.skips import SampleError, Skips
+from latentdm.data.workers import Reading, WorkerLoader, explanation
 from latentdm.randomness import sample_generator, sample_seed
 
 Sample = dict[str, Any]
@@ -37,10 +39,12 @@ class PixelDataset(Dataset[Sample], ABC):
     Attributes:
         skips: where a sample that cannot be read is written down while another takes its place; None: it is an error.
         bucket_of: ``n``: the bucket of each sample, where samples differ in size; None: all are alike.
+        reading: what each worker reads, for the error of one that dies; None: there are no workers.
         ordered: places are asked for in order, in training too: the dataset shuffles by itself.
     """
 
     skips: Skips | None = None
+    reading: Reading | None = None
     ordered: bool = False
     bucket_of: npt.NDArray[np.int32] | None = None
 
@@ -91,7 +95,8 @@ class PixelDataset(Dataset[Sample], ABC):
         other = place
         for attempt in range(REPLACEMENTS):
             try:
-                return self.sample(other, epoch)
+                with self.reading.at(other) if self.reading else nullcontext():
+                    return self.sample(other, epoch)
             except SampleError as error:
                 if self.skips is None:
                     raise
@@ -263,7 +268,15 @@ class PixelDataModule(LightningDataModule):
         self._report()
 
     def on_exception(self, exception: BaseException) -> None:
-        """A run that fails reports what it had skipped until then."""
+        """A run that fails reports what it had skipped until then, and what to do where a worker died.
+
+        The loader says so itself; but PyTorch's error comes by a signal, and so in the middle of a step as well.
+        """
+        for dataset in (self.train_set, self.val_set, self.test_set, self.predict_set):
+            why = "" if dataset is None else explanation(exception, dataset.reading, dataset.name)
+            if why:
+                rank_zero_warn(why)
+                break
         self._report()
 
     def _report(self) -> None:
@@ -296,6 +309,8 @@ class PixelDataModule(LightningDataModule):
         dataset.distribute(ranks["rank"], ranks["num_replicas"], self.num_workers)
         drop_last = training and len(dataset) // ranks["num_replicas"] >= self.batch_size
         dataset.skips = self._skips(ranks["num_replicas"], ranks["rank"])
+        if self.num_workers > (dataset.reading.workers if dataset.reading else 0):
+            dataset.reading = Reading(type(self).__name__, self.num_workers)
         settings: dict[str, Any] = {
             "collate_fn": collate,
             "num_workers": self.num_workers,
@@ -308,7 +323,7 @@ class PixelDataModule(LightningDataModule):
             batches = BucketBatches(dataset, dataset.bucket_of, self.batch_size, training, seed=self.seed, **ranks)
             return BucketLoader(dataset, batch_sampler=batches, **settings)
         sampler = EpochSampler(dataset, training, seed=self.seed, drop_last=drop_last, **ranks)
-        return DataLoader(dataset, batch_size=self.batch_size, sampler=sampler, drop_last=drop_last, **settings)
+        return WorkerLoader(dataset, batch_size=self.batch_size, sampler=sampler, drop_last=drop_last, **settings)
 
 
 def collate(samples: Sequence[Sample]) -> Sample:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
+from latentdm.data.workers import WorkerLoader
 from latentdm.randomness import sample_generator
 
 
@@ -98,7 +99,7 @@ class BucketBatches(DistributedSampler[list[tuple[int, int]]]):
             yield [(place, epoch) for place in places[first + mine].tolist()]
 
 
-class BucketLoader(DataLoader[Any]):
+class BucketLoader(WorkerLoader):
     """A loader whose batch sampler is a `BucketBatches`; a checkpoint in the middle of an epoch holds its place."""
 
     _yielded = 0

@@ -230,7 +230,7 @@ class ImageFolderData(PixelDataModule):
 
     def _index(self, root: Path, skip: Path | None = None) -> FolderIndex:
         pairing = Pairing(self.masks, self.captions, self.columns, lenient=self.on_error == "skip")
-        settings = {**asdict(pairing), "skip": skip}
+        settings = {**asdict(pairing), "skip": skip and skip.resolve()}  # a relative one means another folder elsewhere
         build = lambda: find_images(root, "ImageFolderData", pairing, skip)  # noqa: E731
         return folder_index(root, settings, build, self.index_dir, KEPT_FROM)
 

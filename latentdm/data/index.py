@@ -2,7 +2,7 @@
 
 A Python object for each image would take a kilobyte, and every worker would get its own copy as soon as it counts
 references. The table lies in one piece, is shared by forked workers, and large ones are kept in a file that is mapped
-into memory: opening it reads nothing but what is asked for.
+into memory: but for a checksum, opening it reads nothing that is not asked for.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import random
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,17 +18,19 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
 from latentdm.data.images import read_size
 from latentdm.data.metadata import CAPTION
 from latentdm.data.skips import SampleError
 
-VERSION = 1
+VERSION = 2
 """Of the file's layout; another one is built anew."""
 
 SCHEMA = pa.schema(
@@ -47,6 +50,9 @@ SETTLED = 2.0
 
 CHECKED = 200
 """Files whose size and time are compared when an index is opened; each folder's are, and so a file come or gone."""
+
+SUM_BYTES = 4
+"""At the end of a kept file: the CRC-32 of all before it. Arrow trusts a file, and a broken one can end the process."""
 
 THREADS = 8
 """They wait for the file system, which may be a network's."""
@@ -89,10 +95,11 @@ class FolderIndex:
     def __init__(self, root: Path, table: pa.Table, file: Path | None = None) -> None:
         self.root = root
         self.file = file
-        self._columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+        columns = {name: table.column(name) for name in table.column_names}
+        # Combining copies, a single chunk as well, and what was mapped would be memory of this process.
         self._columns = {
-            name: column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-            for name, column in self._columns.items()
+            name: column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+            for name, column in columns.items()
         }
         self._metadata = table.schema.metadata
         self.problems: list[str] = json.loads(self._metadata[b"problems"])
@@ -110,8 +117,20 @@ class FolderIndex:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.file is not None:
-            return _mapped, (self.root, self.file)
+            return _again, (self.root, self.file, self.identity)
         return FolderIndex, (self.root, pa.table(self._columns).replace_schema_metadata(self._metadata))
+
+    @property
+    def identity(self) -> bytes:
+        """Of the build: tells an index from one that was built later."""
+        identity: bytes = self._metadata[b"id"]
+        return identity
+
+    @property
+    def watched(self) -> dict[str, list[int]]:
+        """What to watch for changes, as the build gave it."""
+        watched: dict[str, list[int]] = json.loads(self._metadata[b"watched"])
+        return watched
 
     @property
     def masked(self) -> bool:
@@ -152,22 +171,21 @@ def folder_index(
     root = root.resolve()
     key = json.dumps([VERSION, str(root), dict(settings)], sort_keys=True, default=str)
     file = cache / f"{blake2b(key.encode('utf-8', 'surrogateescape'), digest_size=16).hexdigest()}.arrow"
-    if file.is_file():
-        index = _mapped(root, file)
-        if index is not None and _is_true(index, file):
-            return index
+    index = _kept(root, file)
+    if index is not None and _is_true(index):
+        return index
     started = time.time_ns()
     entries, problems, watched = build()
     table = to_table(entries, problems, watched)
     settled = all(started - mtime > SETTLED * 1e9 for mtime, _ in watched.values())
     if len(entries) < least or not settled:
         return FolderIndex(root, table)
-    cache.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(f".{os.getpid()}")
-    with pa.OSFile(str(new), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
-        writer.write_table(table)
-    new.replace(file)  # at once: another rank may be opening it
-    return _mapped(root, file) or FolderIndex(root, table)
+    try:
+        _keep(table, file)
+    except OSError as error:
+        rank_zero_warn(f"cannot keep the index of {root} in {cache} ({error}): each run builds it anew; set index_dir")
+        return FolderIndex(root, table)
+    return _kept(root, file) or FolderIndex(root, table)
 
 
 def to_table(entries: Sequence[Entry], problems: Sequence[str], watched: Mapping[str, Sequence[int]]) -> pa.Table:
@@ -187,7 +205,7 @@ def to_table(entries: Sequence[Entry], problems: Sequence[str], watched: Mapping
         "hash": [unit_hash(entry.name) for entry in entries],
     }
     captioned = any(entry.caption is not None or CAPTION in (entry.columns or {}) for entry in entries)
-    facts = {"problems": list(problems), "watched": dict(watched), "captioned": captioned}
+    facts = {"problems": list(problems), "watched": dict(watched), "captioned": captioned, "id": uuid4().hex}
     metadata = {name: json.dumps(fact) for name, fact in facts.items()}
     arrays = [pa.array(data[name], SCHEMA.field(name).type) for name in SCHEMA.names]
     return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
@@ -198,21 +216,66 @@ def unit_hash(name: str) -> float:
     return int.from_bytes(blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") / 2**64
 
 
-def _mapped(root: Path, file: Path) -> FolderIndex | None:
-    """The index in a file; None where it is broken."""
+def _keep(table: pa.Table, file: Path) -> None:
+    """Write an index beside its place and move it there at once: another process may be opening or writing it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(f".{uuid4().hex}")
     try:
-        return FolderIndex(root, pa.ipc.open_file(pa.memory_map(str(file))).read_all(), file)
-    except (pa.ArrowInvalid, OSError, KeyError, ValueError):
+        with pa.OSFile(str(new), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
+            writer.write_table(table)
+        checksum = _checksum(new, new.stat().st_size)
+        with new.open("ab") as out:
+            out.write(checksum)
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _kept(root: Path, file: Path) -> FolderIndex | None:
+    """The index in a file; None where there is none or it is broken."""
+    try:
+        size = file.stat().st_size - SUM_BYTES
+        with file.open("rb") as content:
+            content.seek(max(size, 0))
+            if size <= 0 or content.read() != _checksum(file, size):
+                return None
+        return _mapped(root, file)
+    except OSError:
         return None
 
 
-def _is_true(index: FolderIndex, file: Path) -> bool:
+def _mapped(root: Path, file: Path) -> FolderIndex:
+    """The index in a file that is whole."""
+    content = pa.memory_map(str(file)).read_buffer()
+    return FolderIndex(root, pa.ipc.open_file(content.slice(0, content.size - SUM_BYTES)).read_all(), file)
+
+
+def _again(root: Path, file: Path, identity: bytes) -> FolderIndex:
+    """The index that another process has opened."""
+    try:
+        index = _mapped(root, file)
+    except OSError as error:
+        raise RuntimeError(f"the index of {root} is gone from {file} ({error}); start the run again") from error
+    if index.identity != identity:
+        raise RuntimeError(f"{root} has changed and its index {file} was built anew meanwhile; start the run again")
+    return index
+
+
+def _checksum(file: Path, size: int) -> bytes:
+    """Of the first ``size`` bytes: read piece by piece, since mapped ones would count as this process's memory."""
+    total = 0
+    with file.open("rb") as content:
+        while size > 0 and (piece := content.read(min(size, 1 << 20))):
+            total = zlib.crc32(piece, total)
+            size -= len(piece)
+    return total.to_bytes(SUM_BYTES, "big")
+
+
+def _is_true(index: FolderIndex) -> bool:
     """Whether folders, metadata files and some of the images still are what they were."""
-    schema = pa.ipc.open_file(pa.memory_map(str(file))).schema
-    watched = json.loads(schema.metadata[b"watched"])
     rows = random.Random().sample(range(len(index)), min(CHECKED, len(index)))
     images = {entry.name: (entry.mtime, entry.size) for entry in map(index.__getitem__, rows)}
-    return all(list(stamp(index.root / name)) == list(then) for name, then in {**watched, **images}.items())
+    return all(list(stamp(index.root / name)) == list(then) for name, then in {**index.watched, **images}.items())
 
 
 def stamp(path: Path | str) -> tuple[int, int]:

@@ -1,0 +1,89 @@
+"""Workers that die: which sample each one is reading, so that the error can say so.
+
+A process that is killed tells nobody why. Each worker notes in shared memory what it reads, which takes microseconds;
+PyTorch's error holds the ids of the processes that died, and so the note can be found.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, get_worker_info
+
+DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
+"""How PyTorch's error begins."""
+
+NOTHING = -1
+
+
+class Reading:
+    """What each worker reads.
+
+    Args:
+        owner: the class that an error names.
+        workers: the most that there are.
+    """
+
+    def __init__(self, owner: str, workers: int) -> None:
+        self.owner = owner
+        self.workers = workers
+        now = torch.full((workers, 2), NOTHING, dtype=torch.int64)  # process, place
+        self._now: torch.Tensor = now.share_memory_()  # type: ignore[no-untyped-call]  # torch does not annotate it
+
+    @contextmanager
+    def at(self, place: int) -> Iterator[None]:
+        """Note that this worker reads a sample; without effect outside workers."""
+        info = get_worker_info()
+        if info is None:
+            yield
+            return
+        now = self._now[info.id]
+        now[0], now[1] = os.getpid(), place
+        try:
+            yield
+        finally:
+            now[1] = NOTHING
+
+    def places(self, processes: set[int]) -> list[int]:
+        """What workers were reading when they died."""
+        return [place for process, place in self._now.tolist() if process in processes and place != NOTHING]
+
+
+class WorkerLoader(DataLoader[Any]):
+    """A loader that says what to do when a worker dies."""
+
+    def __iter__(self) -> Any:
+        """The batches; RuntimeError where a worker died, which names the sample that it was reading."""
+        return self._explained(super().__iter__())
+
+    def _explained(self, batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from batches
+        except RuntimeError as error:
+            why = explanation(error, getattr(self.dataset, "reading", None), getattr(self.dataset, "name", str))
+            if why:
+                raise RuntimeError(why) from error
+            raise
+
+
+def explanation(error: BaseException, reading: Reading | None, name: Callable[[int], str]) -> str:
+    """What to do about an error that says that a worker died; empty for any other one.
+
+    Args:
+        error: what was raised.
+        reading: what the workers were reading.
+        name: a sample's name, from its place.
+    """
+    died = DIED.match(str(error)) if isinstance(error, RuntimeError) and reading is not None else None
+    if died is None or reading is None:
+        return ""
+    names = [name(place) for place in reading.places(set(map(int, died[1].split(","))))]
+    what = f" while it read {', '.join(names)}" if any(names) else ""  # a stream's samples have names where it is read
+    return (
+        f"{reading.owner}: a process that reads images died{what} ({str(error).strip()}). Most often memory ran out: "
+        "set a smaller num_workers or batch_size, or give the machine or its /dev/shm more. With num_workers=0 a file "
+        "that ends the process every time is found out"
+    )
