@@ -14,7 +14,7 @@ from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from latentdm.callbacks import EncodeMonitor, SamplePreview
@@ -125,7 +125,7 @@ def print_summary(trainer: Trainer, first: float, last: float, images: int) -> N
         elif isinstance(callback, SamplePreview):
             rows["before and after"] = str(callback.latest)
     rows["outputs"] = str(trainer.default_root_dir)
-    table = Table(title="latentdm example", show_header=False)
+    table = Table("", Column(overflow="fold"), title="latentdm example", show_header=False)
     for row in rows.items():
         table.add_row(*row)
     Console().print(table)

@@ -271,9 +271,10 @@ def check_pixels(pixels: object, multiple: int, owner: str) -> None:
         raise ValueError(f"{owner}: {PIXELS}: expected uint8 in 0…255 or float in 0…1, got {describe(pixels)}")
     low, high = (float(bound) for bound in pixels.aminmax())
     if not (low >= 0 and high <= 1):
+        remedy = "divide by 255" if low >= 0 else "undo the normalisation (for −1…1: (x + 1) / 2)"
         raise ValueError(
             f"{owner}: {PIXELS}: float images must lie in 0…1, got {low:.4g}…{high:.4g} ({describe(pixels)}); "
-            "undo the normalisation (for −1…1: (x + 1) / 2), or yield uint8"
+            f"{remedy}, or yield uint8"
         )
 
 

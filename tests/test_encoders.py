@@ -360,3 +360,13 @@ def test_a_wrong_index_is_named(case, vae):
     index, parts = WRONG_INDICES[case]
     with complains("PlainEncoder: index: ", *parts):
         PlainEncoder(vae)({"pixels": images(2), "index": index})
+
+
+def test_a_bare_tensor_is_no_batch(vae):
+    with complains("PlainEncoder: expected a dict, as in {'pixels': images}", "got (2, 3, 32, 32) uint8"):
+        PlainEncoder(vae)(images(2))
+
+
+def test_floats_of_bytes_are_told_to_be_divided(vae):
+    with complains("got 0…255", "divide by 255, or yield uint8"):
+        PlainEncoder(vae)({"pixels": torch.linspace(0, 255, 3 * 32 * 32).reshape(1, 3, 32, 32)})

@@ -69,8 +69,8 @@ def test_hydra_app_of_a_third_party_composes_our_groups(wheel, tmp_path):
         "defaults: [/schema/encoder/plain@_here_, _self_]\nvae: ${vae}\nper_batch: 5\n", encoding="utf-8"
     )
     (app / "conf" / "config.yaml").write_text(
-        "defaults: [{pixels: samples}, {vae: tiny}, {encoder: batched}, {masks: batch}, {datamodule: latent}, _self_]\n"
-        "seed: 0\npixels: {size: 64, batch_size: 2}\n",
+        "defaults: [{pixels: samples}, {vae: tiny}, {encoder: batched}, {datamodule: latent}, _self_]\n"
+        "pixels: {size: 64, batch_size: 2}\n",
         encoding="utf-8",
     )
     (app / "app.py").write_text(APP, encoding="utf-8")

@@ -121,10 +121,13 @@ def _read_config(
             except OSError:
                 pass  # the first error says more
         place = f"{source}/{subfolder}" if subfolder else f"{source}"
-        raise ValueError(
-            f"{_OWNER}: no autoencoder at {place!r}: {_one_line(error)} "
-            "Give a hub id, a folder with config.json or a vae/ folder in it, or a .safetensors file"
-        ) from error
+        advice = "Give a hub id, a folder with config.json or a vae/ folder in it, or a .safetensors file"
+        if not Path(source).exists():  # what diffusers says of a hub that it cannot reach sounds like a wrong id
+            advice = (
+                "There is no such folder here, and the hub gave nothing: offline and not in its cache, a repository "
+                f"that wants a login (hf auth login), or a wrong id. {advice}"
+            )
+        raise ValueError(f"{_OWNER}: no autoencoder at {place!r}: {_one_line(error)} {advice}") from error
 
 
 def _refuse_pickles(folder: Path, use_safetensors: bool) -> None:

@@ -77,7 +77,7 @@ class InpaintEncoder(Encoder):
         if grow_mask_by is not None and mask_offset is not None:
             raise ValueError(
                 f"InpaintEncoder: grow_mask_by={grow_mask_by} and mask_offset={mask_offset} exclude each other; "
-                "set one of them to null"
+                "set one of them to null (encoder=inpaint has the one, encoder=inpaint_offset the other)"
             )
         if grow_mask_by is not None:
             check_grow_mask_by(grow_mask_by, "InpaintEncoder")
