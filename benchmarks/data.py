@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -224,15 +223,12 @@ def index_growth(quick: bool) -> float:
     """A tenth of that in a quick run."""
     small, large = (10_000, 100_000) if quick else (10_000, 1_000_000)
 
-    def seconds(count: int, rounds: int) -> float:
-        entries, times = _entries(count), []
-        for _ in range(rounds):
-            began = perf_counter()
-            to_table(entries, [], {})
-            times.append(perf_counter() - began)
-        return median(times)
-
-    return seconds(large, 1 if not quick else 3) / (large / small * seconds(small, 9))
+    counts = {"small": small, "large": large}
+    tables = {count: _entries(count) for count in counts.values()}
+    rounds = interleaved(
+        {name: lambda count=count: _drop(to_table(tables[count], [], {})) for name, count in counts.items()}, 7
+    )
+    return median(rounds["large"]) / (large / small * median(rounds["small"]))
 
 
 def _private_bytes() -> int:
