@@ -19,7 +19,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import latentdm.demo_vae
 from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule
-from latentdm.callbacks import EncodeMonitor, LatentPreview, LatentStats, PerBatchFinder, latent_preview
+from latentdm.callbacks import EncodeMonitor, LatentPreview, LatentStats, PerBatchFinder, SamplePreview, VAEOffload
+from latentdm.callbacks import latent_preview
 from latentdm.preview import preview
 
 torch.set_num_threads(1)
@@ -52,8 +53,34 @@ def fit(name, **settings):
     torch.save(seen, f"{folder}/{name}{trainer.global_rank}.pt")
 
 
+class Sampler(LatentModel):
+    def predict_step(self, batch, batch_idx):
+        return batch["latents"]
+
+
+def fit_and_validate(name):
+    trainer = quiet_trainer(
+        strategy="ddp",
+        devices=2,
+        max_steps=2,
+        max_epochs=-1,
+        val_check_interval=1,
+        num_sanity_val_steps=0,
+        limit_val_batches=1,
+        logger=TensorBoardLogger(folder, name=name, version="tb"),
+        callbacks=[SamplePreview(samples=2), VAEOffload(stages=["test"])],
+    )
+    datamodule = LatentDataModule(Photos(photo_columns(48, mask=True), batch_size=2), InpaintEncoder(vae))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Sampler(), datamodule=datamodule)
+    said = [str(warning.message) for warning in caught if "VAEOffload" in str(warning.message)]
+    torch.save({"said": said}, f"{folder}/{name}{trainer.global_rank}.pt")
+
+
 fit("shared")
 fit("same", use_distributed_sampler=False)
+fit_and_validate("others")
 """
 
 
@@ -76,10 +103,18 @@ def seen(ranks, name):
 
 
 def test_pictures_are_written_once(ranks):
-    written = sorted(path.relative_to(ranks).as_posix() for path in ranks.rglob("*.png"))
+    written = sorted(path.relative_to(ranks).as_posix() for path in ranks.rglob("previews/*.png"))
     assert written == [f"{name}/tb/previews/step_00000{step}.png" for name in ("same", "shared") for step in (0, 5)]
     assert [rank["drawn"] for rank in seen(ranks, "shared")] == [[0, 5], []]
-    assert len(list(ranks.rglob("events.out.tfevents.*"))) == 2
+    assert len(list(ranks.rglob("events.out.tfevents.*"))) == 3
+
+
+def test_samples_are_written_once_and_offloading_speaks_once(ranks):
+    written = sorted(path.name for path in (ranks / "others").rglob("samples/*.png"))
+    assert written == ["step_000001.png", "step_000002.png"]
+    said = [rank["said"] for rank in seen(ranks, "others")]
+    assert [len(messages) for messages in said] == [1, 0]
+    assert "has no effect" in said[0][0]
 
 
 def test_log_rows_are_written_once(ranks):
