@@ -14,6 +14,7 @@ from torch import nn
 from latentdm.data import ImageFolderData, SampleError
 from latentdm.data.base import PixelDataModule, PixelDataset
 from latentdm.data.images import read_image
+from latentdm.data.workers import Reading, explanation
 
 SIZE = 8
 COLOUR = (200, 90, 30)
@@ -327,6 +328,15 @@ def test_a_worker_that_dies_is_named_with_what_it_read_and_what_to_do(buckets):
     what = r"^PixelDataModule: a process that reads images died while it read photo 2.png \(DataLoader worker .* "
     with pytest.raises(RuntimeError, match=what + r"(exited unexpectedly|killed).*num_workers"):
         list(data.predict_dataloader())
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_explained(error):
+    reading = Reading("PixelDataModule", 1)
+    reading._now[0, 1] = 2  # as the worker noted before it died
+    said = explanation(error, reading, Deadly().name)
+    assert said.startswith("PixelDataModule: a process that reads images died while it read photo 2.png (DataLoader ")
+    assert "num_workers" in said
 
 
 def test_a_worker_that_dies_in_the_middle_of_a_step_is_explained():

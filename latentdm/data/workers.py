@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader, get_worker_info
 DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 """How PyTorch's error begins."""
 
+LOST = (ConnectionError, EOFError)
+"""What PyTorch lets through when a worker dies while it hands over a batch: it does not say which one."""
+
 NOTHING = -1
 
 
@@ -47,9 +50,10 @@ class Reading:
         finally:
             now[1] = NOTHING
 
-    def places(self, processes: set[int]) -> list[int]:
-        """What workers were reading when they died."""
-        return [place for process, place in self._now.tolist() if process in processes and place != NOTHING]
+    def places(self, processes: set[int] | None) -> list[int]:
+        """What workers were reading when they died; None: any of them."""
+        notes = self._now.tolist()
+        return [place for process, place in notes if place != NOTHING and (processes is None or process in processes)]
 
 
 class WorkerLoader(DataLoader[Any]):
@@ -62,7 +66,7 @@ class WorkerLoader(DataLoader[Any]):
     def _explained(self, batches: Iterator[Any]) -> Iterator[Any]:
         try:
             yield from batches
-        except RuntimeError as error:
+        except (RuntimeError, *LOST) as error:
             why = explanation(error, getattr(self.dataset, "reading", None), getattr(self.dataset, "name", str))
             if why:
                 raise RuntimeError(why) from error
@@ -77,13 +81,19 @@ def explanation(error: BaseException, reading: Reading | None, name: Callable[[i
         reading: what the workers were reading.
         name: a sample's name, from its place.
     """
-    died = DIED.match(str(error)) if isinstance(error, RuntimeError) and reading is not None else None
-    if died is None or reading is None:
+    said = str(error).strip()
+    if reading is None:
         return ""
-    names = [name(place) for place in reading.places(set(map(int, died[1].split(","))))]
+    if isinstance(error, LOST):
+        processes, said = None, f"DataLoader worker exited unexpectedly: {said}"
+    elif isinstance(error, RuntimeError) and (died := DIED.match(said)):
+        processes = set(map(int, died[1].split(",")))
+    else:
+        return ""
+    names = [name(place) for place in reading.places(processes)]
     what = f" while it read {', '.join(names)}" if any(names) else ""  # a stream's samples have names where it is read
     return (
-        f"{reading.owner}: a process that reads images died{what} ({str(error).strip()}). Most often memory ran out: "
+        f"{reading.owner}: a process that reads images died{what} ({said}). Most often memory ran out: "
         "set a smaller num_workers or batch_size, or give the machine or its /dev/shm more. With num_workers=0 a file "
         "that ends the process every time is found out"
     )
