@@ -18,6 +18,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from latentdm.callbacks import EncodeMonitor, SamplePreview
+from latentdm.errors import plain_errors
 
 
 class LatentDiffusion(LightningModule):
@@ -91,7 +92,8 @@ class LatentDiffusion(LightningModule):
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry point."""
-    train(cfg)
+    with plain_errors(cfg):
+        train(cfg)
 
 
 def train(cfg: DictConfig) -> dict[str, float]:

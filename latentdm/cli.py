@@ -1,5 +1,6 @@
 """The command ``latentdm``: ``latentdm preview`` shows what a model would see, without training one."""
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -7,10 +8,11 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+
+from latentdm.errors import plain_errors
 
 USAGE = "latentdm preview [options] [overrides]\n\nlatentdm preview --help says more"
 
@@ -23,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 where the settings or the data are wrong, 2 where there is no such command.
+
+    Raises:
+        Exception: a bug; with ``HYDRA_FULL_ERROR=1`` what is wrong with the settings or the data as well.
     """
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if command not in COMMANDS:
@@ -31,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if asked else 2
     try:
         COMMANDS[command](rest)
-    except (HydraException, OmegaConfBaseException, ValueError, ImportError) as error:
-        said = error.__cause__ if isinstance(error.__cause__, ValueError) else error  # Hydra wraps what a class says
-        print(f"latentdm {command}: {said}", file=sys.stderr)
+    except HydraException as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"latentdm {command}: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -52,7 +58,43 @@ def preview_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", help="where to encode (default: cuda if there is one, else cpu)")
     settings = _parsed(parser, arguments)
     cfg = composed(settings)
+    with plain_errors(cfg):
+        _draw(cfg, settings)
 
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"preview": preview_command}
+
+
+def composed(settings: Namespace) -> DictConfig:
+    """The config that the options and overrides of a command ask for.
+
+    Raises:
+        HydraException: a choice, a key or a value is wrong, or it holds no data module.
+    """
+    folder = settings.config_dir
+    where = (
+        initialize_config_module("latentdm.conf", version_base="1.3")
+        if folder is None
+        else initialize_config_dir(str(Path(folder).resolve()), version_base="1.3")
+    )
+    with where:
+        try:
+            cfg = compose(settings.config_name, overrides=settings.overrides, return_hydra_config=True)
+        except ValueError as error:  # Hydra's answer to masks=null
+            raise ConfigCompositionException(f"{error}; to leave a group out: ~masks instead of masks=null") from error
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = str(Path.cwd())
+    HydraConfig.instance().set_config(cfg)  # so that ${hydra:…} resolves
+    if OmegaConf.is_missing(cfg, "datamodule") or cfg.get("datamodule") is None:
+        raise ConfigCompositionException(
+            f"the config {settings.config_name!r} has no datamodule; add '- datamodule: latent' to its defaults, with "
+            "pixels, vae, encoder and masks"
+        )
+    return cfg
+
+
+def _draw(cfg: DictConfig, settings: Namespace) -> None:
+    """Write the picture, and print where it is and what to check."""
     import torch  # late, as composing says sooner what is wrong
 
     from latentdm.preview import describe, first_samples, preview
@@ -68,35 +110,6 @@ def preview_command(arguments: Sequence[str]) -> None:
     print(settings.output.resolve())
     for note in notes:
         print(f"  {note}")
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"preview": preview_command}
-
-
-def composed(settings: Namespace) -> DictConfig:
-    """The config that the options and overrides of a command ask for.
-
-    Raises:
-        HydraException: a choice, a key or a value is wrong.
-        ValueError: it holds no data module.
-    """
-    folder = settings.config_dir
-    where = (
-        initialize_config_module("latentdm.conf", version_base="1.3")
-        if folder is None
-        else initialize_config_dir(str(Path(folder).resolve()), version_base="1.3")
-    )
-    with where:
-        cfg = compose(settings.config_name, overrides=settings.overrides, return_hydra_config=True)
-    with open_dict(cfg):
-        cfg.hydra.runtime.output_dir = str(Path.cwd())
-    HydraConfig.instance().set_config(cfg)  # so that ${hydra:…} resolves
-    if OmegaConf.is_missing(cfg, "datamodule") or cfg.get("datamodule") is None:
-        raise ValueError(
-            f"the config {settings.config_name!r} has no datamodule; add '- datamodule: latent' to its defaults, with "
-            "pixels, vae, encoder and masks"
-        )
-    return cfg
 
 
 def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:

@@ -158,6 +158,8 @@ def test_what_is_wrong_is_said_without_a_traceback(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     assert "inpaint_offset" in fails(capsys, "encoder=outpaint")
     assert "'encoder.grow_mask'" in fails(capsys, "encoder=inpaint", "encoder.grow_mask=3")
+    assert fails(capsys, "pixels=folder").endswith("preview: pixels.root has no value; give it one: pixels.root=…\n")
+    assert "~masks instead of masks=null" in fails(capsys, "masks=null")
     said = fails(capsys, "pixels=folder", "pixels.root=nowhere")
     assert said.startswith("latentdm preview: ImageFolderData: root='nowhere' does not exist")
     assert said.count("\n") == 1
