@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
+from latentdm.data.skips import SampleError
+
 DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 """How PyTorch's error begins."""
 
@@ -57,15 +59,25 @@ class Reading:
 
 
 class WorkerLoader(DataLoader[Any]):
-    """A loader that says what to do when a worker dies."""
+    """A loader that says what to do when a worker dies, and of a broken sample no more than what is wrong with it."""
 
     def __iter__(self) -> Any:
-        """The batches; RuntimeError where a worker died, which names the sample that it was reading."""
+        """The batches.
+
+        Raises:
+            RuntimeError: a worker died; it names the sample that it was reading.
+            SampleError: a sample cannot be read; in the words of the worker, without its traceback.
+        """
         return self._explained(super().__iter__())
 
     def _explained(self, batches: Iterator[Any]) -> Iterator[Any]:
         try:
             yield from batches
+        except SampleError as error:
+            said = str(error).rpartition(f"{SampleError.__name__}: ")[2].strip()  # torch puts a traceback before it
+            if said != str(error):
+                raise SampleError(said) from error
+            raise
         except (RuntimeError, *LOST) as error:
             why = explanation(error, getattr(self.dataset, "reading", None), getattr(self.dataset, "name", str))
             if why:
