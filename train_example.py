@@ -122,7 +122,7 @@ def print_summary(trainer: Trainer, first: float, last: float, images: int) -> N
     for callback in trainer.callbacks:
         if isinstance(callback, Timer):
             rows["images/s"] = f"{images / callback.time_elapsed('train'):.1f}"
-        elif isinstance(callback, EncodeMonitor):
+        elif isinstance(callback, EncodeMonitor) and callback.totals.batches:  # it leaves the first batch out
             rows["share of the step spent encoding"] = f"{callback.totals.share_of_step_pct:.0f}%"
         elif isinstance(callback, SamplePreview):
             rows["before and after"] = str(callback.latest)

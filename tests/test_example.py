@@ -67,6 +67,17 @@ def test_other_settings_run(overrides, workplace):
     run_example(overrides, workplace)
 
 
+def test_a_single_step_has_no_share_of_encoding_to_show(workplace, capsys):
+    run_example([], workplace)
+    printed = capsys.readouterr().out
+    assert "images/s" in printed
+    assert "share of the step" not in printed
+
+
+def test_a_group_is_left_out_as_the_config_says(workplace):
+    run_example(["~masks", "pixels=folder", "pixels.root=photos"], workplace)
+
+
 def test_the_same_seed_gives_the_same_losses(tmp_path):
     first, again = (run_example(["trainer.max_steps=3"], tmp_path / name) for name in ("first", "again"))
     assert first == again
