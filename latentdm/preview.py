@@ -119,6 +119,12 @@ def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, 
             f"{float(shares.mean()):.0%} of the image "
             f"({float(shares.min()):.0%} to {float(shares.max()):.0%}); is that the part which the model shall fill?"
         )
+        if getattr(encoder, "latent_mask", None) == "nearest":
+            side = vae.spatial_compression
+            lines.append(
+                f"latent_mask=nearest takes the top left pixel of each {side} by {side} block, as in Stable Diffusion: "
+                "orange should lie half a block further right and down than white, on average."
+            )
         low, high = MASK_RANGE
         alarms.append(mask_alarm(float((shares < low).float().mean()), float((shares > high).float().mean())))
     return lines + [f"CHECK: {alarm}." for alarm in alarms if alarm]

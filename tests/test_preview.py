@@ -242,6 +242,21 @@ def test_an_unshuffled_latent_mask_lies_exactly_on_the_noise_mask(vae):
     assert len(np.unique(colours, axis=0)) == 2  # neither white nor dark orange sticks out
 
 
+@pytest.mark.parametrize("latent_mask", ["nearest", "area", "max", "unshuffle"])
+def test_the_offset_of_the_nearest_latent_mask_is_explained(latent_mask, vae):
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 4:12, 4:12] = 1
+    batch = {"pixels": images(1), "mask": mask}
+    encoder = InpaintEncoder(vae, grow_mask_by=0, latent_mask=latent_mask)
+    outputs = encoder(batch)
+    notes = [note for note in describe(encoder, batch, outputs) if "half a block further right and down" in note]
+    assert len(notes) == (latent_mask == "nearest")
+    if notes:
+        assert "top left pixel of each 8 by 8 block" in notes[0]
+        [place] = outputs["latent_mask"][0, 0].nonzero().tolist()
+        assert place == [1, 1]  # 8…16, where the mask is 4…12
+
+
 def test_samples_limit_the_rows(vae):
     encoder = PlainEncoder(vae)
     batch = {"pixels": images(3)}
