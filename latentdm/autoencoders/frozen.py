@@ -5,22 +5,22 @@ and ``t`` the temporal compression.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from os import PathLike
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentdm.autoencoders.chunks import Chunks
 from latentdm.autoencoders.compilation import compile_mode
 from latentdm.autoencoders.families import family_of
-from latentdm.autoencoders.posterior import Posterior, latent_of
-from latentdm.autoencoders.views import View, prepare
-from latentdm.autoencoders.weights import DTYPES, Weights, first_weight
+from latentdm.autoencoders.finite import finite_later
+from latentdm.autoencoders.network import Network
+from latentdm.autoencoders.posterior import Posterior
+from latentdm.autoencoders.views import View
+from latentdm.autoencoders.weights import DTYPES, Weights
 from latentdm.randomness import Draws
 
 POSTERIORS = ("sample", "mode")
@@ -76,7 +76,7 @@ class FrozenVAE:
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"FrozenVAE: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        self._family = family = family_of(autoencoder)
+        family = family_of(autoencoder)
         mode = compile_mode(compile, autoencoder, family.frame_axis, tiling)
         if tiling != "never" and not hasattr(autoencoder, "use_tiling"):
             raise ValueError(f"FrozenVAE: tiling={tiling}, but {type(autoencoder).__name__} has none; set never")
@@ -100,8 +100,7 @@ class FrozenVAE:
         """How many samples were encoded again in float32 so far."""
         self._normalization = family.normalization(autoencoder).to("cpu")
         self._chunks = Chunks(tiling, fixed=mode is not None, owner=self.class_name)
-        self._patch = family.patch(autoencoder)
-        self._image_channels = family.image_channels(autoencoder)
+        self._network = Network(autoencoder, family, self._weights)
         if encoder_only:
             for part in family.decoder_parts:
                 if isinstance(getattr(autoencoder, part, None), nn.Module):
@@ -266,7 +265,6 @@ class FrozenVAE:
             noise_rows = noise.__getitem__
         return self.encode_rows([View(pixels)], noise=noise_rows)
 
-    @torch.inference_mode(False)  # no inference tensor may reach training, nor make a compiled encoder compile again
     def encode_rows(
         self,
         views: Sequence[View],
@@ -275,14 +273,27 @@ class FrozenVAE:
         progress: bool = False,
         name: Callable[[int], str] = "row {}".format,
     ) -> Tensor:
+        """What `start_rows` starts, finished: ``rows z h/r w/r`` float32 normalised latents."""
+        return self.start_rows(views, noise, per_batch=per_batch, progress=progress, name=name)()
+
+    @torch.inference_mode(False)  # no inference tensor may reach training, nor make a compiled encoder compile again
+    def start_rows(
+        self,
+        views: Sequence[View],
+        noise: Rows | None,
+        per_batch: int | None = None,
+        progress: bool = False,
+        name: Callable[[int], str] = "row {}".format,
+    ) -> Callable[[], Tensor]:
         """Encode images that are prepared a chunk at a time: the one place of the library that encodes.
 
         Where memory runs out, the chunk is run again with half as many images, and the limit is remembered for this
         size of image. The bits of what was encoded before stay.
 
-        After the last chunk one look (a single wait for the device) finds the rows whose latents are not finite. Each
-        is encoded again alone in float32, from the weights as they came, with a warning that names it; `reencoded`
-        counts them. The bits of all other rows stay. The float32 copy that this takes is kept for the next time.
+        On a GPU the work is queued when this returns. What it returns waits for it, the only wait, to look whether
+        all latents are finite. Each row that is not is encoded again alone in float32, from the weights as they came,
+        with a warning that names it; `reencoded` counts them. The bits of all other rows stay. The float32 copy that
+        this takes is kept for the next time.
 
         Args:
             views: images of one size, one view behind the other; no more than a chunk is ever prepared.
@@ -292,88 +303,60 @@ class FrozenVAE:
             name: what to call a row in a warning or an error.
 
         Returns:
-            ``rows z h/r w/r`` float32 normalised latents.
+            A function that gives the ``rows z h/r w/r`` float32 normalised latents. It raises ValueError where those
+            of a row are not finite even in float32.
 
         Raises:
-            ValueError: a row's latents are not finite even in float32.
             torch.OutOfMemoryError: not even one image fits; it names the resolution, the need and the remedies.
         """
 
         def encode(chunk: slice, size: int, tiled: bool) -> Tensor:
-            drawn = self._drawn(self.module, views, chunk, size, noise, tiled)
+            drawn = self._draw(self._network.moments(views, chunk, size, tiled), noise, chunk)
             self.chunks += 1
             return drawn
 
         rows, shape = sum(map(len, views)), views[0].pixels.shape[2:]
         latents = self._chunks.run(encode, rows, per_batch, shape, self.dtype, progress)
         joined = latents[0] if len(latents) == 1 else torch.cat(latents)
-        if (joined - joined).any():  # what is not finite gives NaN; half the work of isfinite
-            for row in (~joined.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
-                joined[row] = self._again(slice(row, row + 1), views, noise, name(row))
-        return joined
+        all_finite = finite_later(joined)
 
-    def _drawn(
-        self, module: nn.Module, views: Sequence[View], chunk: slice, size: int, noise: Rows | None, tiled: bool = False
-    ) -> Tensor:
-        with _tiling(module) if tiled else nullcontext():
-            posterior = self._posterior(module, views, chunk, size)
+        def finish() -> Tensor:
+            if not all_finite():
+                self._mend(joined, views, noise, name)
+            return joined
+
+        return finish
+
+    def _draw(self, posterior: Posterior, noise: Rows | None, chunk: slice) -> Tensor:
         drawn = posterior.mean if noise is None or posterior.std is None else posterior.draw(noise(chunk))
-        return self.normalize(drawn).contiguous()
+        return self._normalization.apply(drawn).contiguous()
 
-    def _again(self, row: slice, views: Sequence[View], noise: Rows | None, name: str) -> Tensor:
-        """One row alone in float32: ``z h/r w/r``."""
-        if self.dtype != torch.float32:
-            latents = self._drawn(self._weights.full, views, row, 1, noise)[0]
-            if latents.isfinite().all():
-                self.reencoded += 1
-                dtype = str(self.dtype).removeprefix("torch.")
-                warnings.warn(
-                    f"FrozenVAE: the latents of {name} are not finite in {dtype}; encoded again in float32",
-                    stacklevel=3,
+    @torch.inference_mode(False)
+    def _mend(self, latents: Tensor, views: Sequence[View], noise: Rows | None, name: Callable[[int], str]) -> None:
+        """Encode rows that are not finite again, each alone in float32."""
+        for row in (~latents.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+            if self.dtype != torch.float32:
+                chunk = slice(row, row + 1)
+                latents[row] = self._draw(self._network.moments(views, chunk, 1, full=True), noise, chunk)[0]
+            if not latents[row].isfinite().all():
+                raise ValueError(
+                    f"FrozenVAE: the latents of {name(row)} are not finite in float32 either; look at that image, and "
+                    f"whether the autoencoder's weights ({self.class_name}) are finite"
                 )
-                return latents
-        raise ValueError(
-            f"FrozenVAE: the latents of {name} are not finite in float32 either; look at that image, and whether the "
-            f"autoencoder's weights ({self.class_name}) are finite"
-        )
+            self.reencoded += 1
+            dtype = str(self.dtype).removeprefix("torch.")
+            warnings.warn(
+                f"FrozenVAE: the latents of {name(row)} are not finite in {dtype}; encoded again in float32",
+                stacklevel=3,
+            )
 
     @torch.inference_mode(False)
     def posterior(self, pixels: Tensor) -> Posterior:
         """The distribution of the latents before normalisation, for ``b 3 h w`` or ``b 3 f h w`` in 0…1."""
-        return self._posterior(self.module, [View(pixels)], slice(0, len(pixels)), len(pixels))
-
-    @torch.no_grad()
-    def _posterior(self, module: Any, views: Sequence[View], chunk: slice, size: int) -> Posterior:
-        """Of a chunk that is padded to ``size`` for the autoencoder."""
-        family, like = self._family, self._weights.first if module is self.module else first_weight(module)
-        images = prepare(
-            views,
-            chunk,
-            size,
-            family.pixel_range,
-            self._image_channels,
-            like.device,
-            like.dtype,
-            self._weights.layout(like.dtype),
-        )
-        one_frame = family.frame_axis and images.ndim == 4
-        if one_frame:
-            images = images.unsqueeze(2)
-        compilation = self._weights.compilation if module is self.module else None
-        with _no_autocast(images.device):
-            output = module.encode(images) if compilation is None else compilation.encode(module, images)
-        posterior = latent_of(output)
-        if size > chunk.stop - chunk.start:
-            posterior = posterior.map(lambda moment: moment[: chunk.stop - chunk.start])
-        if compilation is not None and compilation.replays:
-            posterior = posterior.map(torch.clone)  # the next chunk writes where these lie
-        if one_frame:
-            posterior = posterior.map(lambda moment: moment.squeeze(2))
-        return posterior if self._patch == 1 else posterior.map(lambda moment: F.pixel_unshuffle(moment, self._patch))
+        return self._network.moments([View(pixels)], slice(0, len(pixels)), len(pixels))
 
     # ---------------------------------------------------------------- latents → pixels
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode, for previews.
 
@@ -388,16 +371,7 @@ class FrozenVAE:
         """
         if self._encoder_only:
             raise ValueError("FrozenVAE.decode: the decoder was dropped; set encoder_only: false to keep it")
-        family, (low, high) = self._family, self._family.pixel_range
-        z = self.denormalize(latents.to(self.device))
-        z = z if self._patch == 1 else F.pixel_shuffle(z, self._patch)
-        one_frame = family.frame_axis and z.ndim == 4
-        if one_frame:
-            z = z.unsqueeze(2)
-        with _no_autocast(z.device):
-            ranged = family.decode(self.module, z.to(self.dtype, memory_format=self._weights.layout(self.dtype)))
-        ranged = (ranged.squeeze(2) if one_frame else ranged)[:, :3].float()
-        return ((ranged - low) / (high - low)).clamp_(0, 1)
+        return self._network.decode(self.denormalize(latents.to(self.device)))
 
     def normalize(self, z: Tensor) -> Tensor:
         """What `posterior` gives → what the family's models train on: ``(z − mean) · scale / std`` in float32."""
@@ -412,21 +386,3 @@ def check_posterior(posterior: str, owner: str) -> None:
     """Raise ValueError unless ``posterior`` is ``"sample"`` or ``"mode"``."""
     if posterior not in POSTERIORS:
         raise ValueError(f"{owner}: posterior must be one of {', '.join(POSTERIORS)}, got {posterior!r}")
-
-
-def _no_autocast(device: torch.device) -> Any:
-    """The trainer's autocast must not override the autoencoder's own dtype."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-@contextmanager
-def _tiling(module: Any) -> Iterator[None]:
-    """Encode in tiles, for now."""
-    before = module.use_tiling
-    module.use_tiling = True
-    try:
-        yield
-    finally:
-        module.use_tiling = before

@@ -1,0 +1,106 @@
+"""`Network`: an autoencoder of any family behind one pair of functions, prepared images → moments and latents → images.
+
+Shapes: ``n`` images of a chunk, ``f h w`` frames and pixels (``h w`` multiples of ``r``), ``z`` latent channels, ``r``
+the spatial compression.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentdm.autoencoders.families import Family
+from latentdm.autoencoders.posterior import Posterior, latent_of
+from latentdm.autoencoders.views import View, prepare
+from latentdm.autoencoders.weights import Weights, first_weight
+
+
+class Network:
+    """Runs the weights, and hides what sets the families apart: a frame axis, a fourth channel, patches, the range.
+
+    Args:
+        autoencoder: as it came, whose config sets the shapes.
+        family: of its class.
+        weights: its weights, where and as they compute.
+    """
+
+    def __init__(self, autoencoder: nn.Module, family: Family, weights: Weights) -> None:
+        self._family = family
+        self._weights = weights
+        self._patch = family.patch(autoencoder)
+        self._image_channels = family.image_channels(autoencoder)
+
+    def moments(
+        self, views: Sequence[View], chunk: slice, size: int, tiled: bool = False, full: bool = False
+    ) -> Posterior:
+        """Encode some rows of views that lie one behind the other.
+
+        Args:
+            views: images of one size.
+            chunk: which rows of theirs.
+            size: images that the autoencoder is given, at least as many as there are rows; the rest is zero.
+            tiled: encode in tiles.
+            full: in float32, from the weights as they came, and never compiled.
+
+        Returns:
+            ``n z h/r w/r`` (clips ``n z f' h/r w/r``), before normalisation.
+        """
+        family, weights, n = self._family, self._weights, chunk.stop - chunk.start
+        module: Any = weights.full if full else weights.module
+        like = first_weight(module) if full else weights.first
+        compilation = None if full else weights.compilation
+        layout = weights.layout(like.dtype)
+        with torch.no_grad():
+            images = prepare(
+                views, chunk, size, family.pixel_range, self._image_channels, like.device, like.dtype, layout
+            )
+            one_frame = family.frame_axis and images.ndim == 4
+            if one_frame:
+                images = images.unsqueeze(2)
+            with _no_autocast(images.device), _tiling(module) if tiled else nullcontext():
+                output = module.encode(images) if compilation is None else compilation.encode(module, images)
+            posterior = latent_of(output)
+            if size > n:
+                posterior = posterior.map(lambda moment: moment[:n])
+            if compilation is not None and compilation.replays:
+                posterior = posterior.map(torch.clone)  # the next chunk writes where these lie
+            if one_frame:
+                posterior = posterior.map(lambda moment: moment.squeeze(2))
+            if self._patch != 1:
+                posterior = posterior.map(lambda moment: F.pixel_unshuffle(moment, self._patch))
+            return posterior
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """``n z h/r w/r`` (clips ``n z f' h/r w/r``) without normalisation → ``n 3 h w`` float32 in 0…1, clamped."""
+        family, weights, (low, high) = self._family, self._weights, self._family.pixel_range
+        dtype = weights.first.dtype
+        z = z if self._patch == 1 else F.pixel_shuffle(z, self._patch)
+        one_frame = family.frame_axis and z.ndim == 4
+        if one_frame:
+            z = z.unsqueeze(2)
+        with _no_autocast(z.device):
+            ranged = family.decode(weights.module, z.to(dtype, memory_format=weights.layout(dtype)))
+        ranged = (ranged.squeeze(2) if one_frame else ranged)[:, :3].float()
+        return ((ranged - low) / (high - low)).clamp_(0, 1)
+
+
+def _no_autocast(device: torch.device) -> Any:
+    """The trainer's autocast must not override the autoencoder's own dtype."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+@contextmanager
+def _tiling(module: Any) -> Iterator[None]:
+    """Encode in tiles, for now."""
+    before = module.use_tiling
+    module.use_tiling = True
+    try:
+        yield
+    finally:
+        module.use_tiling = before
