@@ -330,6 +330,19 @@ def test_the_example_trains_on_two_ranks(source, workplace):
     run_example([*source, "pixels.size=64", "pixels.batch_size=1", "masks=batch", "trainer=ddp"], workplace)
 
 
+@pytest.mark.parametrize("make", [HuggingFaceData, WebDatasetData])
+@pytest.mark.parametrize(
+    ("setting", "least"),
+    [("size", 1), ("max_pixels", 1), ("epoch_length", 1), ("val_length", 1), ("shuffle_buffer", 0), ("batch_size", 1)],
+)
+def test_settings_out_of_range_are_named(setting, least, make):
+    make("rows", **{setting: least})
+    with pytest.raises(ValueError, match=f"^{make.__name__}: {setting} must be at least {least}, got {least - 1}$"):
+        make("rows", **{setting: least - 1})
+    with pytest.raises(ValueError, match=f"^{make.__name__}: {setting} must be an integer, got '8'; set it to {least}"):
+        make("rows", **{setting: "8"})
+
+
 @pytest.mark.parametrize(("module", "make"), [("datasets", "huggingface"), ("webdataset", "webdataset")])
 def test_a_missing_package_is_answered_with_its_extra(module, make, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)

@@ -229,9 +229,8 @@ class PixelDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        check_at_least(owner, "batch_size", batch_size, 1)
-        check_at_least(owner, "num_workers", num_workers, 0)
-        check_at_least(owner, "seed", seed, 0)
+        check_at_least(1, owner, batch_size=batch_size)
+        check_at_least(0, owner, num_workers=num_workers, seed=seed)
         if on_error not in ON_ERROR:
             raise ValueError(f"{owner}: on_error must be one of {', '.join(ON_ERROR)}, got {on_error!r}")
         if not isinstance(max_skipped_share, int | float) or not 0 <= max_skipped_share <= 1:
@@ -351,12 +350,13 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     return torch.stack([tensor.permute(1, 2, 0) for tensor in tensors]).permute(0, 3, 1, 2)
 
 
-def check_at_least(owner: str, setting: str, value: object, least: int) -> None:
-    """Raise ValueError, naming the class and the setting, unless ``value`` is an integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{owner}: {setting} must be an integer, got {value!r}; set it to {least} or more")
-    if value < least:
-        raise ValueError(f"{owner}: {setting} must be at least {least}, got {value}")
+def check_at_least(least: int, owner: str, **settings: object) -> None:
+    """Raise ValueError, naming the class and the setting, unless each is an integer of at least ``least``."""
+    for setting, value in settings.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{owner}: {setting} must be an integer, got {value!r}; set it to {least} or more")
+        if value < least:
+            raise ValueError(f"{owner}: {setting} must be at least {least}, got {value}")
 
 
 def check_share(owner: str, val_share: object) -> None:

@@ -42,11 +42,9 @@ class Buckets:
         max_side: int | None = None,
         min_images: int = 1,
     ) -> None:
-        for setting, value in (("area", area), ("step", step), ("min_images", min_images)):
-            check_at_least("Buckets", setting, value, 1)
-        for setting, side in (("min_side", min_side), ("max_side", max_side)):
-            if side is not None:
-                check_at_least("Buckets", setting, side, 1)
+        check_at_least(1, "Buckets", area=area, step=step, min_images=min_images)
+        sides = {"min_side": min_side, "max_side": max_side}
+        check_at_least(1, "Buckets", **{setting: side for setting, side in sides.items() if side is not None})
         self.area = area
         self.step = step
         self.min_side = math.isqrt(area) // 2 if min_side is None else min_side

@@ -178,8 +178,7 @@ class ImageFolderData(PixelDataModule):
         buckets: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, on_error, max_skipped_share)
-        check_at_least("ImageFolderData", "size", size, 1)
-        check_at_least("ImageFolderData", "max_pixels", max_pixels, 1)
+        check_at_least(1, "ImageFolderData", size=size, max_pixels=max_pixels)
         check_share("ImageFolderData", val_share)
         for setting, value in (("masks", masks), ("captions", captions)):
             if value not in CHOICES:

@@ -91,9 +91,8 @@ class SamplesData(PixelDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        check_at_least("SamplesData", "size", size, 1)
-        check_at_least("SamplesData", "epoch_length", epoch_length, 1)
-        check_at_least("SamplesData", "val_length", val_length, 0)
+        check_at_least(1, "SamplesData", size=size, epoch_length=epoch_length)
+        check_at_least(0, "SamplesData", val_length=val_length)
         self.size = size
         self.epoch_length = epoch_length
         self.val_length = val_length

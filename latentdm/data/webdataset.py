@@ -149,14 +149,10 @@ class WebDatasetData(PixelDataModule):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, on_error, max_skipped_share)
-        for setting, value, least in (
-            ("size", size, 1),
-            ("epoch_length", epoch_length, 1),
-            ("val_length", val_length, 1),
-            ("shuffle_buffer", shuffle_buffer, 0),
-            ("max_pixels", max_pixels, 1),
-        ):
-            check_at_least("WebDatasetData", setting, value, least)
+        check_at_least(
+            1, "WebDatasetData", size=size, max_pixels=max_pixels, epoch_length=epoch_length, val_length=val_length
+        )
+        check_at_least(0, "WebDatasetData", shuffle_buffer=shuffle_buffer)
         self.shards = shards
         self.size = size
         self.epoch_length = epoch_length
