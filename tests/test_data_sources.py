@@ -104,6 +104,31 @@ def test_a_local_imagefolder(tmp_path, monkeypatch):
     ]
 
 
+def test_a_data_set_that_is_nowhere_is_answered_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    message = r"^HuggingFaceData: cannot load split 'train' of path='rows': .*no such folder here.*HF_HUB_OFFLINE=1"
+    with pytest.raises(ValueError, match=message):
+        HuggingFaceData("rows").prepare_data()
+    (tmp_path / "rows").mkdir()
+    with pytest.raises(ValueError, match=r"of path='rows': The directory at .*rows doesn't contain any data files\Z"):
+        hub("rows")
+    picture(0).save(tmp_path / "rows" / "0.png")
+    with quiet_datasets(), pytest.raises(ValueError, match=r"cannot load split 'held' of path='rows': Unknown split"):
+        hub("rows", split="held")
+
+
+def test_a_folder_of_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "mine").mkdir()
+    picture(7).save(tmp_path / "mine" / "0.png")
+    with quiet_datasets():
+        data = hub("~/mine", columns={}, val_share=0)
+    assert level(data.predict_set[0]["pixels"]) == 7
+
+
 def test_masks_may_be_left_out_and_missing_columns_are_named(rows):
     assert "mask" not in hub(rows, columns={"image": "photo", "mask": None}).train_set[0]
     message = r"^HuggingFaceData: no column 'image' for image in .*; it has photo, mask, text, depth, score: say which"

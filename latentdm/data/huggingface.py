@@ -154,7 +154,9 @@ class HuggingFaceData(PixelDataModule):
         max_pixels: a larger image counts as broken, and is not decoded.
 
     Raises:
-        ValueError: a setting is out of range; in ``setup``: no such column; while reading: a broken image.
+        ValueError: a setting is out of range; in ``prepare_data`` or ``setup``: no such data set, split or column (of a
+            hub out of reach after half a minute of retries, or at once with ``HF_HUB_OFFLINE=1`` in the environment);
+            while reading: a broken image.
         ImportError: in ``prepare_data`` or ``setup``: datasets is missing; the message names the extra.
 
     Example:
@@ -211,7 +213,7 @@ class HuggingFaceData(PixelDataModule):
         self.max_pixels = max_pixels
 
     def prepare_data(self) -> None:
-        """Download, on one process of each node."""
+        """Download, on one process of each node; ValueError where there is no such data set or split."""
         self._load(self.split)
         if self.val_split is not None:
             self._load(self.val_split)
@@ -220,7 +222,7 @@ class HuggingFaceData(PixelDataModule):
         """Open the data set and set the datasets, whatever the stage.
 
         Raises:
-            ValueError: a column is missing; it names those that are there.
+            ValueError: there is no such data set or split, or a column is missing; it names those that are there.
             ImportError: datasets is missing.
         """
         dataset, columns = self._open(self.split)
@@ -259,9 +261,19 @@ class HuggingFaceData(PixelDataModule):
                     raise ValueError(f"{OWNER}: there is no split {split!r} in {folder}; it has {', '.join(loaded)}")
                 loaded = loaded[split]
             return loaded.to_iterable_dataset() if self.streaming else loaded
-        return datasets.load_dataset(
-            self.path, self.name, split=split, revision=self.revision, streaming=self.streaming
-        )
+        path = str(folder) if folder.is_dir() else self.path
+        try:
+            return datasets.load_dataset(path, self.name, split=split, revision=self.revision, streaming=self.streaming)
+        except (OSError, ValueError) as error:
+            said = " ".join(str(error).split()).rstrip(".")
+            why = f"{OWNER}: cannot load split {split!r} of path={self.path!r}: {said}"
+            if isinstance(error, ConnectionError | FileNotFoundError) and not folder.is_dir():
+                why += (
+                    "; there is no such folder here, and the hub gave nothing: out of reach and not in its cache, a data "
+                    "set that wants a login (hf auth login), or a wrong id. Without a network, HF_HUB_OFFLINE=1 in the "
+                    "environment asks the cache alone, without retries"
+                )
+            raise ValueError(why) from error
 
     def _open(self, split: str) -> tuple[Any, dict[str, str]]:
         """The rows, with their images as files, and our name → the column that holds it."""
