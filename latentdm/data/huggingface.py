@@ -269,9 +269,9 @@ class HuggingFaceData(PixelDataModule):
             why = f"{OWNER}: cannot load split {split!r} of path={self.path!r}: {said}"
             if isinstance(error, ConnectionError | FileNotFoundError) and not folder.is_dir():
                 why += (
-                    "; there is no such folder here, and the hub gave nothing: out of reach and not in its cache, a data "
-                    "set that wants a login (hf auth login), or a wrong id. Without a network, HF_HUB_OFFLINE=1 in the "
-                    "environment asks the cache alone, without retries"
+                    "; there is no such folder here, and the hub gave nothing: out of reach and not in its cache, a "
+                    "data set that wants a login (hf auth login), or a wrong id. Without a network HF_HUB_OFFLINE=1 in "
+                    "the environment asks the cache alone, without retries"
                 )
             raise ValueError(why) from error
 
