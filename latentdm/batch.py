@@ -28,6 +28,9 @@ OPTIONAL = (SEGMENTATION, CAPTION)
 
 Key = str | int
 
+MAPPINGS = (dict, Mapping)
+"""What a dict batch may be. A plain dict is known at once, where the abstract class alone would take its time."""
+
 
 class BatchKeys:
     """Finds our keys in a user's batch and puts the results where the user wants them.
@@ -69,7 +72,7 @@ class BatchKeys:
 
     def find(self, batch: Mapping[Any, Any] | Sequence[Any]) -> dict[str, Any]:
         """Our inputs under our names, as they lie in the batch; what is not there is left out."""
-        if isinstance(batch, Mapping):
+        if isinstance(batch, MAPPINGS):
             return {name: batch[key] for name, key in self._inputs if key in batch}
         return {name: batch[key] for name, key in self._inputs if isinstance(key, int) and key < len(batch)}
 
@@ -122,7 +125,7 @@ class BatchKeys:
                 continue
             self._check_place(name, self._key(name), batch, free, placed)
             placed[self._key(name)] = value
-        if isinstance(batch, Mapping):
+        if isinstance(batch, MAPPINGS):
             return rebuild(batch, placed, leaving)
         position = self.keys[PIXELS]
         if PIXELS in drop and position not in placed:
@@ -134,7 +137,7 @@ class BatchKeys:
 
     def missing_mask(self, batch: Mapping[Any, Any] | Sequence[Any]) -> str:
         """What to tell a user whose encoder needs a mask that the batch does not hold."""
-        if isinstance(batch, Mapping):
+        if isinstance(batch, MAPPINGS):
             held, example = f"only {_listed(batch)}", "masks"
         else:
             held, example = f"being a {type(batch).__name__} of {len(batch)}", "1"
@@ -145,7 +148,7 @@ class BatchKeys:
 
     def missing_caption(self, batch: Mapping[Any, Any] | Sequence[Any]) -> str:
         """What to tell a user who asks for changes of captions that the batch does not hold."""
-        held = f"only {_listed(batch)}" if isinstance(batch, Mapping) else f"being a {type(batch).__name__}"
+        held = f"only {_listed(batch)}" if isinstance(batch, MAPPINGS) else f"being a {type(batch).__name__}"
         return (
             f"LatentDataModule: the batch has no {self._key(CAPTION)!r}, {held}; name the captions with keys, as in "
             "keys={caption: text}, or leave out the captions' settings (captions=null)"
@@ -159,7 +162,7 @@ class BatchKeys:
             raise ValueError(
                 f"LatentDataModule: keys: {name!r} and another result both go to {key!r}; give each a place of its own"
             )
-        if isinstance(batch, Mapping):
+        if isinstance(batch, MAPPINGS):
             if key in batch and key not in free:
                 raise ValueError(
                     f"LatentDataModule: the batch already has {key!r} ({describe(batch[key])}), which the encoder's "
@@ -178,7 +181,7 @@ class BatchKeys:
 
     def _no_pixels(self, batch: Mapping[Any, Any] | Sequence[Any]) -> str:
         key = self._key(PIXELS)
-        if isinstance(batch, Mapping):
+        if isinstance(batch, MAPPINGS):
             return (
                 f"LatentDataModule: the batch has no {key!r}, only {_listed(batch)}; "
                 "name the images with keys, as in keys={pixels: image}"
@@ -194,7 +197,7 @@ def rebuild(batch: Any, placed: Mapping[Any, Any], leaving: Set[Any] = frozenset
 
     A named tuple that grows becomes a plain one.
     """
-    if isinstance(batch, Mapping):
+    if isinstance(batch, MAPPINGS):
         rebuilt = copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
         for key in leaving & batch.keys():
             del rebuilt[key]
@@ -224,7 +227,7 @@ def sample_ids(index: object, count: int, owner: str) -> list[int | str]:
         ValueError: it holds something else, or not one an image.
     """
     ids = index.flatten().tolist() if isinstance(index, Tensor) else index
-    if not isinstance(ids, list | tuple) or not all(isinstance(i, int | str) and not isinstance(i, bool) for i in ids):
+    if not isinstance(ids, (list, tuple)) or not (_plain(ids) or all(map(_is_id, ids))):
         raise ValueError(
             f"{owner}: {INDEX}: expected one integer an image, got {describe(index)}; "
             "name another key with keys={index: …}"
@@ -234,9 +237,18 @@ def sample_ids(index: object, count: int, owner: str) -> list[int | str]:
     return list(ids)
 
 
+def _plain(ids: Sequence[object]) -> bool:
+    """What nearly all batches hold, seen at a glance."""
+    return set(map(type, ids)) == {int}
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
 def is_batch(batch: object) -> bool:
     """Whether something is a batch that can hold images: a dict, tuple or list."""
-    return isinstance(batch, Mapping | tuple | list)
+    return isinstance(batch, _BATCHES)
 
 
 def check_pixels(pixels: object, multiple: int, owner: str) -> None:
@@ -345,4 +357,5 @@ def _listed(batch: Mapping[Any, Any]) -> str:
     return ", ".join(map(repr, batch)) or "nothing"
 
 
+_BATCHES = (tuple, list, *MAPPINGS)
 _LAYOUTS = {"CHW": "b c H W", "HWC": "b H W c"}

@@ -84,6 +84,7 @@ class LatentDataModule(LightningDataModule):
         self._noted: list[int | str] | None = None  # ids of the batch between its first and its last hook
         self._passes = False
         self._warned = False
+        self._rounding = False  # whether a trainer rounds float inputs
         self._calls = count()
         if pixels.hparams:
             self.save_hyperparameters(dict(pixels.hparams))
@@ -177,8 +178,10 @@ class LatentDataModule(LightningDataModule):
         self._passes, self._noted = self._is_example(batch), None
         if self._passes:
             return batch
-        self._warn_if_rounded(batch)
-        batch = self.pixels.on_before_batch_transfer(opened(batch), dataloader_idx)
+        if self._rounding:
+            self._warn_if_rounded(batch)
+            batch = opened(batch)
+        batch = self.pixels.on_before_batch_transfer(batch, dataloader_idx)
         if is_batch(batch):
             index = self.keys.find(batch).get(INDEX)
             self._noted = index.flatten().tolist() if isinstance(index, Tensor) else None
@@ -288,10 +291,9 @@ class LatentDataModule(LightningDataModule):
         """One id a sample: its index, or the place of this batch in its run."""
         noted, self._noted = self._noted, None
         b = len(inputs[PIXELS])
-        if noted is not None and len(noted) == b:
-            inputs = {**inputs, INDEX: noted}
-        if INDEX in inputs:
-            return sample_ids(inputs[INDEX], b, "LatentDataModule")
+        index = noted if noted is not None and len(noted) == b else inputs.get(INDEX)
+        if index is not None:
+            return sample_ids(index, b, "LatentDataModule")
         rank = 0 if self.trainer is None else self.trainer.global_rank
         return [f"rank{rank}.loader{dataloader_idx}.batch{self._batch_number()}.{place}" for place in range(b)]
 
@@ -324,7 +326,10 @@ class LatentDataModule(LightningDataModule):
 
     def _whole(self, loaders: Any) -> Any:
         """The loaders, with float images hidden from a trainer that would round them."""
-        return closing(loaders, self.keys) if self._input_dtype in ROUNDED else loaders
+        if self._input_dtype not in ROUNDED:
+            return loaders
+        self._rounding = True
+        return closing(loaders, self.keys)
 
     def _warn_if_rounded(self, batch: Any) -> None:
         """Other loaders than torch's cannot be helped: say once what their images lose."""

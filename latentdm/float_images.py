@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from latentdm.batch import BatchKeys, is_batch, rebuild
+from latentdm.batch import MAPPINGS, BatchKeys, is_batch, rebuild
 
 ROUNDED = (torch.float16, torch.bfloat16)
 """The input dtypes of a trainer that lose bits of an image."""
@@ -43,7 +43,7 @@ def opened(batch: Any) -> Any:
     """The batch with its closed tensors opened."""
     if not is_batch(batch):
         return batch
-    places = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+    places = batch.items() if isinstance(batch, MAPPINGS) else enumerate(batch)
     tensors = {place: value.tensor for place, value in places if isinstance(value, _Closed)}
     return rebuild(batch, tensors) if tensors else batch
 

@@ -17,7 +17,7 @@ from latentdm.autoencoders.chunks import Chunks
 from latentdm.autoencoders.compilation import compile_mode
 from latentdm.autoencoders.families import family_of
 from latentdm.autoencoders.finite import finite_later
-from latentdm.autoencoders.network import Network
+from latentdm.autoencoders.network import Network, outside_inference_mode
 from latentdm.autoencoders.posterior import Posterior
 from latentdm.autoencoders.views import View
 from latentdm.autoencoders.weights import DTYPES, Weights
@@ -276,7 +276,6 @@ class FrozenVAE:
         """What `start_rows` starts, finished: ``rows z h/r w/r`` float32 normalised latents."""
         return self.start_rows(views, noise, per_batch=per_batch, progress=progress, name=name)()
 
-    @torch.inference_mode(False)  # no inference tensor may reach training, nor make a compiled encoder compile again
     def start_rows(
         self,
         views: Sequence[View],
@@ -316,9 +315,10 @@ class FrozenVAE:
             return drawn
 
         rows, shape = sum(map(len, views)), views[0].pixels.shape[2:]
-        latents = self._chunks.run(encode, rows, per_batch, shape, self.dtype, progress)
-        joined = latents[0] if len(latents) == 1 else torch.cat(latents)
-        all_finite = finite_later(joined)
+        with outside_inference_mode():
+            latents = self._chunks.run(encode, rows, per_batch, shape, self.dtype, progress)
+            joined = latents[0] if len(latents) == 1 else torch.cat(latents)
+            all_finite = finite_later(joined)
 
         def finish() -> Tensor:
             if not all_finite():

@@ -53,14 +53,14 @@ class Network:
         like = first_weight(module) if full else weights.first
         compilation = None if full else weights.compilation
         layout = weights.layout(like.dtype)
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
             images = prepare(
                 views, chunk, size, family.pixel_range, self._image_channels, like.device, like.dtype, layout
             )
             one_frame = family.frame_axis and images.ndim == 4
             if one_frame:
                 images = images.unsqueeze(2)
-            with _no_autocast(images.device), _tiling(module) if tiled else nullcontext():
+            with _tiling(module) if tiled else _NOTHING, _no_autocast(images.device):
                 output = module.encode(images) if compilation is None else compilation.encode(module, images)
             posterior = latent_of(output)
             if size > n:
@@ -88,11 +88,19 @@ class Network:
         return ((ranged - low) / (high - low)).clamp_(0, 1)
 
 
+_NOTHING = nullcontext()
+
+
+def outside_inference_mode() -> Any:
+    """No inference tensor may reach training, nor make a compiled encoder compile again."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
+
+
 def _no_autocast(device: torch.device) -> Any:
     """The trainer's autocast must not override the autoencoder's own dtype."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _NOTHING
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class View:
     hole: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return int(self.pixels.shape[0])
 
     def unit(self) -> Tensor:
         """All of it, ``b 3 h w`` float32 in 0…1, for people to look at."""
@@ -37,14 +37,20 @@ class View:
 
         One pass casts, repeats gray, lays out and may cross to the device; one multiply-add makes the range.
         """
-        pixels = self.pixels[rows]
+        pixels = _rows(self.pixels, rows)
         out.copy_(pixels[:, :3] if pixels.shape[1] == 4 else pixels, non_blocking=True)
         if self.pixels.dtype == torch.uint8:
-            out.div_(255)  # by itself: folded into the factor below it would round otherwise than the pipelines do
+            # by itself: folded into the factor below it would round otherwise than the pipelines do
+            torch.div(out, _scalar(255.0), out=out)
         torch.add(_scalar(low), out, alpha=high - low, out=out)
         if self.hole is not None:
-            hole = self.hole if len(self.hole) == 1 else self.hole[rows]
+            hole = self.hole if len(self.hole) == 1 else _rows(self.hole, rows)
             out.masked_fill_(hole.to(out.device), (low + high) / 2)
+
+
+def _rows(tensor: Tensor, rows: slice) -> Tensor:
+    """``tensor[rows]``, without the cost of a view where that is all of it: small batches feel every call."""
+    return tensor if rows.stop - rows.start == tensor.shape[0] else tensor[rows]
 
 
 @cache
@@ -83,13 +89,13 @@ def prepare(
     n = chunk.stop - chunk.start
     images = torch.empty((size, channels, *views[0].pixels.shape[2:]), device=device, memory_format=layout)
     for view, rows, place in spans(views, chunk):
-        out = images[place]
+        out = _rows(images, place)
         views[view].write(rows, out[:, :3] if channels == 4 else out, low, high)
     if channels == 4:
         images[:n, 3].fill_(high)
     if size > n:
         images[n:].zero_()
-    return images.to(dtype)
+    return images if dtype == torch.float32 else images.to(dtype)
 
 
 def spans(sources: Sequence[Sized], chunk: slice) -> Iterator[tuple[int, slice, slice]]:

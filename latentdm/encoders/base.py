@@ -154,9 +154,10 @@ class Encoder(ABC):
             Output key → ``b z h/r w/r`` float32 latents, of clips ``b z f' h/r w/r``.
         """
         vae, b, keys = self.vae, len(draws.ids), list(views)
-        shape = vae.latent_shape(next(iter(views.values())).pixels.shape[2:])
+        size = next(iter(views.values())).pixels.shape[2:]
 
         def noise(chunk: slice) -> Tensor:
+            shape = vae.latent_shape(size)
             parts = [
                 draws[rows].normal(keys[view], shape, vae.device)
                 for view, rows, _ in spans([draws.ids] * len(keys), chunk)
