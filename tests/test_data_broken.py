@@ -325,7 +325,7 @@ def test_a_worker_that_dies_is_named_with_what_it_read_and_what_to_do(buckets):
     data = PixelDataModule(batch_size=1, num_workers=1, on_error="skip")
     data.predict_set = Deadly()
     data.predict_set.bucket_of = buckets
-    what = r"^PixelDataModule: a process that reads images died while it read photo 2.png \(DataLoader worker .* "
+    what = r"^PixelDataModule: a process that reads images died while it read photo 2.png \(DataLoader worker.* "
     with pytest.raises(RuntimeError, match=what + r"(exited unexpectedly|killed).*num_workers"):
         list(data.predict_dataloader())
 
@@ -337,6 +337,27 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch_is_explained(error):
     said = explanation(error, reading, Deadly().name)
     assert said.startswith("PixelDataModule: a process that reads images died while it read photo 2.png (DataLoader ")
     assert "num_workers" in said
+
+
+def test_the_signal_of_a_death_that_comes_after_a_lost_connection_is_waited_for():
+    def batches():
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        raise ConnectionResetError(104, "Connection reset by peer")
+        yield
+
+    def tell(number, frame):
+        raise RuntimeError("DataLoader worker (pid 41) is killed by signal: Killed. ")
+
+    data = PixelDataModule(batch_size=1, num_workers=1)
+    data.predict_set = Deadly()
+    loader = data.predict_dataloader()
+    loader.dataset.reading._now[0] = torch.tensor([41, 2])
+    before = signal.signal(signal.SIGALRM, tell)
+    try:
+        with pytest.raises(RuntimeError, match=r"died while it read photo 2.png \(DataLoader worker \(pid 41\) is killed"):
+            list(loader._explained(batches()))
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_worker_that_dies_in_the_middle_of_a_step_is_explained():

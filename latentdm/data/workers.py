@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import sleep
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 
 LOST = (ConnectionError, EOFError)
 """What PyTorch lets through when a worker dies while it hands over a batch: it does not say which one."""
+
+SIGNAL_S = 0.5
+"""Seconds within which the signal of that death comes, if at all; PyTorch answers it with an error that says which."""
 
 NOTHING = -1
 
@@ -72,7 +76,11 @@ class WorkerLoader(DataLoader[Any]):
 
     def _explained(self, batches: Iterator[Any]) -> Iterator[Any]:
         try:
-            yield from batches
+            try:
+                yield from batches
+            except LOST:
+                sleep(SIGNAL_S)  # otherwise the signal's error may come in the middle of anything that follows
+                raise
         except SampleError as error:
             said = str(error).rpartition(f"{SampleError.__name__}: ")[2].strip()  # torch puts a traceback before it
             if said != str(error):
