@@ -354,7 +354,9 @@ def test_the_signal_of_a_death_that_comes_after_a_lost_connection_is_waited_for(
     loader.dataset.reading._now[0] = torch.tensor([41, 2])
     before = signal.signal(signal.SIGALRM, tell)
     try:
-        with pytest.raises(RuntimeError, match=r"died while it read photo 2.png \(DataLoader worker \(pid 41\) is killed"):
+        with pytest.raises(
+            RuntimeError, match=r"died while it read photo 2.png \(DataLoader worker \(pid 41\) is killed"
+        ):
             list(loader._explained(batches()))
     finally:
         signal.signal(signal.SIGALRM, before)
