@@ -1,6 +1,6 @@
 """Train the demo VAE that ships in this folder.
 
-The shipped weights come from this command, every option at its default (CPU only; about ten minutes on two cores)::
+The shipped weights come from this command, every option at its default (CPU only; about twelve minutes on two cores)::
 
     python -m latentdm.demo_vae.train
 
@@ -39,7 +39,7 @@ BATCH = 8
 """Few and small crops: on a CPU many cheap steps get further than few steady ones."""
 
 SCHEDULE_STEPS = 6000
-"""Length of the learning rate's half cosine; a run may stop before, as the running mean of the weights calms it too."""
+"""Length of the learning rate's half cosine, and so of a whole run."""
 
 LEARNING_RATE = 1e-3
 WARM_UP_STEPS = 100
@@ -208,7 +208,7 @@ def psnr(error: float) -> float:
 def main() -> None:
     """Train, write and evaluate."""
     parser = argparse.ArgumentParser(description="Train the demo VAE on the photographs inside scikit-image.")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=SCHEDULE_STEPS, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and noise")
     parser.add_argument("--save-every", type=int, default=1000, help="steps between two saves")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder to write")
