@@ -374,8 +374,9 @@ def test_a_forgotten_scaling_factor_is_noticed_within_ten_batches():
 
 def test_a_scaling_factor_applied_twice_is_noticed(demo):
     class Scaled(PlainEncoder):
-        def _encode(self, batch, draws):
-            return {key: value * 0.3287 for key, value in super()._encode(batch, draws).items()}
+        def start(self, batch, draws):
+            finish = super().start(batch, draws)
+            return lambda: {key: value * 0.3658 for key, value in finish().items()}
 
     [said] = warned(LatentDataModule(SamplesData(size=64, batch_size=4), Scaled(demo)))
     assert "far below 1" in said

@@ -581,7 +581,9 @@ def test_a_uint8_batch_waits_for_the_device_once():
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert out["latents"].device.type == "cuda"
-    assert len([warning for warning in caught if "synchronizing" in str(warning.message)]) == 1
+    assert (
+        len([warning for warning in caught if "synchronizing" in str(warning.message)]) <= 1
+    )  # an event waits silently
 
 
 @needs_gpu

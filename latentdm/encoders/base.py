@@ -101,7 +101,7 @@ class Encoder(ABC):
             ids = sample_ids(batch[INDEX], count, type(self).__name__)
         else:  # a count of calls, so that no two batches share their noise
             ids = [f"call{next(self._calls)}.{place}" for place in range(count)]
-        encoded = self._encode(batch, Draws(0, 0, ids))
+        encoded = self._start(batch, Draws(0, 0, ids))()
         return {key: value for key, value in batch.items() if key not in self.consumes} | encoded
 
     def encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
@@ -111,8 +111,12 @@ class Encoder(ABC):
             batch: as for a call.
             draws: the batch's random numbers.
         """
+        return self.start(batch, draws)()
+
+    def start(self, batch: Mapping[str, Any], draws: Draws) -> Callable[[], dict[str, Tensor]]:
+        """Begin `encode`: on a GPU all work is queued when this returns, and what it returns waits for it."""
         self._check(batch)
-        return self._encode(batch, draws)
+        return self._start(batch, draws)
 
     def _check(self, batch: Mapping[str, Any]) -> None:
         owner, vae = type(self).__name__, self.vae
@@ -139,20 +143,12 @@ class Encoder(ABC):
     def _views(self, batch: Mapping[str, Any]) -> tuple[dict[str, View], dict[str, Tensor]]:
         """The images to encode, by output key, and the outputs that need no autoencoder; for checked pixels."""
 
-    def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
-        views, ready = self._views(batch)
-        return self._latents(views, draws) | ready
+    def _start(self, batch: Mapping[str, Any], draws: Draws) -> Callable[[], dict[str, Tensor]]:
+        """Begin to encode a checked batch, all views of its ``b`` samples in one chunked pass.
 
-    def _latents(self, views: Mapping[str, View], draws: Draws) -> dict[str, Tensor]:
-        """Encode several views of the same ``b`` samples in one chunked pass.
-
-        Args:
-            views: output key, which is also the purpose of the posterior's noise → the ``b`` images.
-            draws: the batch's random numbers.
-
-        Returns:
-            Output key → ``b z h/r w/r`` float32 latents, of clips ``b z f' h/r w/r``.
+        The noise of each view is drawn for its output key: that is its purpose.
         """
+        views, ready = self._views(batch)
         vae, b, keys = self.vae, len(draws.ids), list(views)
         size = next(iter(views.values())).pixels.shape[2:]
 
@@ -164,14 +160,19 @@ class Encoder(ABC):
             ]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        latents = vae.encode_rows(
+        finish = vae.start_rows(
             list(views.values()),
             noise=noise if self.posterior == "sample" and vae.has_posterior else None,
             per_batch=self.per_batch,
             progress=self.progress,
             name=lambda row: f"sample {draws.ids[row % b]} ({keys[row // b]})",
         )
-        return dict(zip(keys, torch.split(latents, b) if len(keys) > 1 else [latents], strict=True))
+
+        def finished() -> dict[str, Tensor]:
+            latents = finish()
+            return dict(zip(keys, torch.split(latents, b) if len(keys) > 1 else [latents], strict=True)) | ready
+
+        return finished
 
 
 def _check_vae(vae: object, owner: str) -> FrozenVAE:
