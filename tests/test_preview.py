@@ -70,7 +70,7 @@ def test_default_preview_shows_the_photographs_again_after_decoding(tmp_path, mo
     originals = [tile(picture, sheet, row, "image") for row in range(4)]
     decoded = [tile(picture, sheet, row, "decoded\nlatents") for row in range(4)]
     assert min(original.std() for original in originals) > 15  # photographs, not plain colours
-    assert np.mean(list(map(psnr, decoded, originals))) >= 24
+    assert np.mean(list(map(psnr, decoded, originals))) >= 24.5
     assert psnr(decoded[0], originals[1]) < 15
     assert 0.8 < float(re.search(r"standard deviation (\d\.\d+)", " ".join(notes))[1]) < 1.2
     assert any("128 by 128 pixels become 16 by 16 latents of 4 channels, by AutoencoderKL" in note for note in notes)
