@@ -198,9 +198,9 @@ def rebuild(batch: Any, placed: Mapping[Any, Any], leaving: Set[Any] = frozenset
     A named tuple that grows becomes a plain one.
     """
     if isinstance(batch, MAPPINGS):
-        rebuilt = copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
-        for key in leaving & batch.keys():
-            del rebuilt[key]
+        rebuilt = copy(batch) if isinstance(batch, (dict, MutableMapping)) else dict(batch)
+        for key in leaving:
+            rebuilt.pop(key, None)
         rebuilt.update(placed)
         return rebuilt
     items = {**dict(enumerate(batch)), **placed}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latentdm.autoencoders.frozen import FrozenVAE, check_posterior
 from latentdm.autoencoders.views import View, spans
-from latentdm.batch import INDEX, LATENTS, PIXELS, check_pixels, describe, sample_ids
+from latentdm.batch import INDEX, LATENTS, MAPPINGS, PIXELS, check_pixels, describe, sample_ids
 from latentdm.randomness import Draws
 
 
@@ -120,7 +120,7 @@ class Encoder(ABC):
 
     def _check(self, batch: Mapping[str, Any]) -> None:
         owner, vae = type(self).__name__, self.vae
-        if not isinstance(batch, Mapping):
+        if not isinstance(batch, MAPPINGS):
             raise ValueError(f"{owner}: expected a dict, as in {{'pixels': images}}, got {describe(batch)}")
         check_pixels(batch.get(PIXELS), vae.spatial_compression, owner)
         if batch[PIXELS].ndim == 5:
