@@ -1,64 +1,197 @@
-"""What only a GPU shows: ``python benchmarks/gpu.py``. SD-size encoder, bfloat16, 512² and 1024²; a line of JSON each.
+"""What only a GPU shows: ``python benchmarks/gpu.py``, a line of JSON each, at 512² and 1024² with an SD-size encoder.
 
-Untested: it was written without a GPU at hand.
+``--dry`` runs all of it small, in a minute on a CPU, to see that the script itself works; its figures mean nothing.
+Nobody has run it on a GPU yet.
 """
 
 import json
 import sys
+import warnings
+from argparse import ArgumentParser
+from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import models, peers
-from benchmarks.encoder import hook, timed
+from benchmarks.encoder import floor_gflop_256, hook, timed, times_faster
+from benchmarks.report import device
 from benchmarks.rows import interleaved
-from latentdm import FrozenVAE, PlainEncoder
-
-COUNT = {512: 16, 1024: 4}
+from latentdm import FrozenVAE, LatentDataModule, PlainEncoder
 
 
-def main() -> None:
-    """Correctness first, then images a second, the share of the matrix peak, and memory."""
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/gpu.py: needs a CUDA device")
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    peak = 2 * 8192**3 / median(interleaved({"peak": timed(lambda: a @ a)}, 10)["peak"])
-    for side, count in COUNT.items():
-        data = models.batch(count, side)
-        pixels = data["pixels"] / 255
-        settings: dict[str, dict[str, Any]] = {
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Args:
+        autoencoder: makes it.
+        counts: side of the images → images in a batch.
+        settings: way → `FrozenVAE`'s settings beyond the defaults.
+        rounds: of each comparison.
+        steps: of each fit, besides five that warm up.
+        channels: of the UNet that is trained, a block each.
+        matrix: side of the matrices whose product gives the peak.
+    """
+
+    autoencoder: Callable[[], nn.Module] = models.sd_size
+    counts: dict[int, int] = field(default_factory=lambda: {512: 16, 1024: 4})
+    settings: dict[str, dict[str, Any]] = field(
+        default_factory=lambda: {
             "eager": {},
             "compiled": {"compile": True},
             "cuda_graphs": {"compile": "reduce-overhead"},
         }
-        vaes = {name: FrozenVAE(deepcopy(models.sd_size()), **more).to("cuda") for name, more in settings.items()}
-        exact = FrozenVAE(deepcopy(models.sd_size()), dtype="float32").to("cuda").encode(pixels, posterior="mode")
-        for name, vae in vaes.items():
-            latents = vae.encode(pixels, posterior="mode")
-            say(f"accuracy_{name}_{side}", float((latents - exact).norm() / exact.norm()), "relative error")
-        script = peers.InpaintScript(deepcopy(models.sd_size()).bfloat16(), data)
-        script.pixels = script.pixels.bfloat16()
-        ways = {"peer": timed(script.plain)} | {
-            name: timed(hook(PlainEncoder(vae), data)) for name, vae in vaes.items()
-        }
-        interleaved(ways, 2)
-        operations = 270.6e9 * (side / 256) ** 2  # counted at 256² by the row floor_gflop_256; attention adds to it
-        for name, seconds in interleaved(ways, 7).items():
-            say(f"{name}_{side}", count / median(seconds), "images/s")
-            say(f"{name}_{side}_share", 100 * operations * count / median(seconds) / peak, "% of the matrix peak")
+    )
+    rounds: int = 7
+    steps: int = 30
+    channels: tuple[int, ...] = (128, 256, 512)
+    matrix: int = 8192
+
+
+DRY = Sizes(models.demo, {64: 2}, {"eager": {}}, rounds=1, steps=2, channels=(32, 32), matrix=64)
+
+
+def main() -> None:
+    """The floor first; then correctness, images a second, memory; last what encoding ahead gains."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--dry", action="store_true", help="small, and on a CPU")
+    sizes = DRY if parser.parse_args().dry else Sizes()
+    if sizes is not DRY and not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu.py: needs a CUDA device; --dry tries the script itself without one")
+    a = torch.randn(sizes.matrix, sizes.matrix, device=models.DEVICE, dtype=torch.bfloat16)
+    peak = 2 * sizes.matrix**3 / median(interleaved({"peak": timed(lambda: a @ a)}, 10)["peak"])
+    say("matrix_peak", peak / 1e12, f"TFLOP/s, bfloat16, {device()}")
+    operations = 0.0 if sizes is DRY else 1e9 * floor_gflop_256(quick=False)
+    for side, count in sizes.counts.items():
+        # attention adds to what convolutions take, which grows with the area
+        encode(sizes, side, count, peak, operations * (side / 256) ** 2)
+        ahead(sizes, side, count)
+
+
+def encode(sizes: Sizes, side: int, count: int, peak: float, operations: float) -> None:
+    """Each way to encode a batch, against a script's: bfloat16, NCHW, eager."""
+    data = models.batch(count, side)
+    pixels = data["pixels"] / 255
+
+    def frozen(**settings: Any) -> FrozenVAE:
+        return FrozenVAE(deepcopy(sizes.autoencoder()), **settings).to(models.DEVICE)
+
+    exact = frozen(dtype="float32").encode(pixels, posterior="mode")
+    vaes = {name: frozen(**settings) for name, settings in sizes.settings.items()}
+    for name, vae in vaes.items():
+        latents = vae.encode(pixels, posterior="mode")
+        say(f"accuracy_{name}_{side}", float((latents - exact).norm() / exact.norm()), "relative error")
+    script = peers.InpaintScript(deepcopy(sizes.autoencoder()).bfloat16(), data)
+    script.pixels = script.pixels.bfloat16()
+    ways = {"peer": timed(script.plain)} | {name: timed(hook(PlainEncoder(vae), data)) for name, vae in vaes.items()}
+    interleaved(ways, 2)
+    for name, seconds in interleaved(ways, sizes.rounds).items():
+        say(f"{name}_{side}", count / median(seconds), "images/s")
+        say(f"{name}_{side}_share", 100 * operations * count / median(seconds) / peak, "% of the matrix peak")
+        if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
             ways[name]()
-            say(f"{name}_{side}_memory", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+            say(f"{name}_{side}_memory", (torch.cuda.max_memory_allocated() - before) / 2**30, "GiB beyond the weights")
+
+
+# ---------------------------------------------------------------- encode_ahead
+
+
+def ahead(sizes: Sizes, side: int, count: int) -> None:
+    """Steps of a real fit with and without a batch ahead, and whether their latents are the same to the bit."""
+    fits = {f"encode_ahead_{number}": lambda number=number: fit(sizes, side, count, number)[0] for number in (0, 1)}
+    seconds = interleaved(fits, sizes.rounds // 2 + 1)
+    say(f"encode_ahead_{side}", times_faster(seconds, *fits), "times as many steps a second")
+    latents = [fit(sizes, side, count, number)[1] for number in (0, 1)]
+    same = all(torch.equal(one, other) for one, other in zip(*latents, strict=True))
+    say(f"encode_ahead_{side}_same", float(same), "1: the same latents to the bit")
+
+
+class Denoiser(LightningModule):
+    """One UNet step a batch, timed once five have warmed up."""
+
+    def __init__(self, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.unet = UNet2DModel(
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=channels,
+            down_block_types=("DownBlock2D",) * len(channels),
+            up_block_types=("UpBlock2D",) * len(channels),
+        )
+        self.latents: list[Tensor] = []
+        self.began = 0.0
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Noise is zeros: what counts is the time."""
+        if batch_idx == 5:
+            timed(lambda: None)()
+            self.began = perf_counter()
+        if batch_idx in (5, 6):
+            self.latents.append(batch["latents"].cpu())
+        output = self.unet(batch["latents"], torch.zeros(len(batch["latents"]), device=self.device)).sample
+        return F.mse_loss(output, torch.zeros_like(output))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The usual one."""
+        return torch.optim.AdamW(self.parameters())
+
+
+class Photographs(LightningDataModule):
+    """The same photographs in every batch, from pinned memory."""
+
+    def __init__(self, side: int, count: int, steps: int) -> None:
+        super().__init__()
+        self.samples = [{"pixels": image, "index": number} for number, image in enumerate(models.images(count, side))]
+        self.count, self.steps = count, steps
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Batches of all of them."""
+        dataset: Any = self.samples * self.steps
+        return DataLoader(dataset, batch_size=self.count, pin_memory=torch.cuda.is_available())
+
+
+def fit(sizes: Sizes, side: int, count: int, encode_ahead: int) -> tuple[float, list[Tensor]]:
+    """Seconds of the steps, and the latents of two of them."""
+    torch.manual_seed(0)
+    model, steps = Denoiser(sizes.channels), sizes.steps + 5
+    data = LatentDataModule(
+        Photographs(side, count, steps),
+        PlainEncoder(FrozenVAE(deepcopy(sizes.autoencoder()))),
+        encode_ahead=encode_ahead,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Trainer(
+            max_steps=steps,
+            precision="bf16-mixed",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(model, datamodule=data)
+    timed(lambda: None)()
+    return perf_counter() - model.began, model.latents
 
 
 def say(name: str, value: float, unit: str) -> None:
     """A row."""
-    print(json.dumps({"name": name, "value": float(f"{value:.4g}"), "unit": unit}), flush=True)
+    print(json.dumps({"name": name, "value": float(f"{value:.4g}"), "unit": unit}, ensure_ascii=False), flush=True)
 
 
 if __name__ == "__main__":

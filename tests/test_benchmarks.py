@@ -5,13 +5,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from running import ROOT
 
 from benchmarks.rows import ROWS, Row, interleaved, row
+from latentdm.autoencoders.weights import computes_bfloat16
 
 
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *arguments]
+def run(*arguments, script="run"):
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -50,3 +52,11 @@ def test_functions_take_turns():
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert seconds["b"] == [7.0] * 3
     assert all(0 <= second < 1 for second in seconds["a"])
+
+
+def test_the_gpu_script_runs_dry():
+    done = run("--dry", script="gpu")
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row["value"] for row in map(json.loads, done.stdout.splitlines())}
+    assert rows["encode_ahead_64_same"] == 1
+    assert 0 < rows["accuracy_eager_64"] < 0.02 or not computes_bfloat16(torch.device("cpu"))
