@@ -93,7 +93,7 @@ def _ratio(
     size: tuple[int, int], quick: bool, theirs: Callable[[bytes], object], ours: Callable[[bytes], object]
 ) -> float:
     """How much longer theirs takes than ours."""
-    file, threads = _jpeg(size), torch.get_num_threads()
+    file = _jpeg(size)
     torch.set_num_threads(1)
     times = 1 if size == LARGE else 20
 
@@ -108,7 +108,6 @@ def _ratio(
     for way in ways.values():
         way()
     seconds = interleaved(ways, 9 if quick else 31)
-    torch.set_num_threads(threads)
     return median(seconds["theirs"]) / median(seconds["ours"])
 
 

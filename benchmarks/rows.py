@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
+import torch
+
 Measure = Callable[[bool], float | None]
 
 
@@ -25,8 +27,12 @@ class Row:
     measure: Measure
 
     def line(self, quick: bool) -> str | None:
-        """The measured row as one line of JSON, or None."""
-        measured = self.measure(quick)
+        """The measured row as one line of JSON, or None. A row may set torch's threads: the next has them back."""
+        threads = torch.get_num_threads()
+        try:
+            measured = self.measure(quick)
+        finally:
+            torch.set_num_threads(threads)
         if measured is None:
             return None
         value = float(f"{measured:.4g}")

@@ -36,6 +36,17 @@ def test_a_row_is_a_line_of_json():
     assert "\n" not in line
 
 
+def test_each_row_has_the_threads_that_torch_began_with():
+    threads = torch.get_num_threads()
+
+    def measure(quick):
+        torch.set_num_threads(threads + 1)
+        return 1.0
+
+    Row("one", "s", "nothing", measure).line(quick=True)
+    assert torch.get_num_threads() == threads
+
+
 def test_names_are_given_once(monkeypatch):
     monkeypatch.setattr("benchmarks.rows.ROWS", rows := {})
     register = row("one_ms", "ms", "nothing")

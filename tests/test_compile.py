@@ -3,6 +3,7 @@
 Counted by torch itself, on autoencoders so small that compiling takes seconds.
 """
 
+import logging
 import shutil
 
 import pytest
@@ -74,6 +75,17 @@ def graphs():
     return lambda: counters["stats"]["unique_graphs"]
 
 
+@pytest.fixture
+def said():
+    """What Lightning's logger says, which a user sees without setting up any logging."""
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("lightning.pytorch")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
 def one_convolution(**settings):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -115,7 +127,7 @@ def test_more_shapes_than_torch_would_compile(graphs):
     assert graphs() == len(SIDES)
 
 
-def test_a_real_autoencoder_keeps_its_keys_and_says_how_long_it_took(graphs, caplog):
+def test_a_real_autoencoder_keeps_its_keys_and_says_how_long_it_took(graphs, said):
     autoencoder = tiny_kl(
         block_out_channels=(4,),
         down_block_types=("DownEncoderBlock2D",),
@@ -127,14 +139,14 @@ def test_a_real_autoencoder_keeps_its_keys_and_says_how_long_it_took(graphs, cap
     vae = FrozenVAE(autoencoder, dtype="float32", compile=True)
     pixels = images(2, 8, 8) / 255
     expected = FrozenVAE(autoencoder, dtype="float32").encode(pixels, posterior="mode")
-    with caplog.at_level("INFO", logger="latentdm"):
-        encoded = [vae.encode(pixels, posterior="mode") for _ in range(2)]
+    encoded = [vae.encode(pixels, posterior="mode") for _ in range(2)]
     for latents in encoded:
         torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
     assert list(vae.module.state_dict()) == keys
     assert graphs() == 1
-    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("latentdm")]
-    assert said.startswith("FrozenVAE: compiled for 2×3×8×8 and encoded, in ")
+    before, after = said
+    assert before == "FrozenVAE: compiling for 2×3×8×8, once; this may take minutes"
+    assert after.startswith("FrozenVAE: compiled for 2×3×8×8 and encoded, in ")
 
 
 def test_memory_that_runs_out_shrinks_the_fixed_size(graphs):
@@ -155,7 +167,7 @@ def test_memory_that_runs_out_shrinks_the_fixed_size(graphs):
 # -------------------------------------------------------------------- where it cannot
 
 
-def test_without_a_compiler_it_runs_eagerly_and_says_so(graphs):
+def test_without_a_compiler_it_runs_eagerly_and_says_so(graphs, said):
     from torch._inductor import config
 
     vae, expected = one_convolution(compile=True), one_convolution().encode(images(2) / 255)
@@ -164,6 +176,8 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(graphs):
             encoded = vae.encode(images(2) / 255)
         with no_warnings():
             assert torch.equal(vae.encode(images(2) / 255), encoded)
+            assert torch.equal(vae.encode(images(1) / 255), encoded[:1])
+    assert len(said) == 1  # that it was compiling, before it failed
     assert torch.equal(encoded, expected)
 
 

@@ -1,12 +1,12 @@
 """`Compilation`: the encoder of an autoencoder under ``torch.compile``, in one graph for each shape of a chunk."""
 
 import inspect
-import logging
 import warnings
 from time import perf_counter
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -15,13 +15,12 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 SHAPES = 256
 """How many shapes of a chunk may be compiled: torch's own limit of eight is soon reached with aspect buckets."""
 
-_log = logging.getLogger(__name__)
-
 
 class Compilation:
     """Compiles ``autoencoder.encoder`` in its place, state-dict keys kept, and falls back to eager with a warning.
 
-    Shapes are never made dynamic: the first chunk of each shape compiles, and none after it. Its time is logged.
+    Shapes are never made dynamic: the first chunk of each shape compiles, which is said before and, with its
+    time, after it, and no chunk after that.
 
     Args:
         autoencoder: one with an ``encoder``.
@@ -33,6 +32,7 @@ class Compilation:
         self.replays = mode in ("reduce-overhead", "max-autotune")
         """Whether CUDA graphs may run, which overwrite the last chunk's output."""
         self._seen: set[tuple[Any, ...]] = set()
+        self._eager = False
         limit = {"recompile_limit": SHAPES} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
         self._encoder.compile(dynamic=False, mode=None if mode == "default" else mode, **limit)
 
@@ -40,13 +40,18 @@ class Compilation:
         """``autoencoder.encode(images)``, compiled where that works."""
         from torch._dynamo.exc import TorchDynamoException
 
-        shape = (tuple(images.shape), images.dtype, images.device)
+        shape, sides = (images.shape, images.dtype, images.device), "×".join(map(str, images.shape))
+        first = shape not in self._seen and not self._eager
+        if first:
+            self._seen.add(shape)
+            rank_zero_info(f"FrozenVAE: compiling for {sides}, once; this may take minutes")
         began = perf_counter()
         try:
             if self.replays and images.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             output = autoencoder.encode(images)
         except TorchDynamoException as error:
+            self._eager = True
             self._encoder._compiled_call_impl = None  # what .compile() sets; torch has no public way back
             reason = " ".join(str(error).split())[:200]
             warnings.warn(
@@ -55,10 +60,8 @@ class Compilation:
                 stacklevel=2,
             )
             return autoencoder.encode(images)
-        if shape not in self._seen:
-            self._seen.add(shape)
-            sides = "×".join(map(str, images.shape))
-            _log.info("FrozenVAE: compiled for %s and encoded, in %.1f s", sides, perf_counter() - began)
+        if first:
+            rank_zero_info(f"FrozenVAE: compiled for {sides} and encoded, in {perf_counter() - began:.1f} s")
         return output
 
 
