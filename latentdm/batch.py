@@ -123,8 +123,9 @@ class BatchKeys:
         for name, value in results.items():
             if name in self.left_out:
                 continue
-            self._check_place(name, self._key(name), batch, free, placed)
-            placed[self._key(name)] = value
+            key = self._key(name)
+            self._check_place(name, key, batch, free, placed)
+            placed[key] = value
         if isinstance(batch, MAPPINGS):
             return rebuild(batch, placed, leaving)
         position = self.keys[PIXELS]

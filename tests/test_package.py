@@ -77,3 +77,12 @@ def test_hydra_app_of_a_third_party_composes_our_groups(wheel, tmp_path):
     printed = run(str(tmp_path / "environment" / "bin" / "python"), "app.py", cwd=app)
     assert printed.split(maxsplit=1) == [str(site / "latentdm" / "__init__.py"), "(2, 4, 8, 8)\n"]
     assert not Path(printed.split()[0]).is_relative_to(ROOT)
+
+
+def test_encoding_in_a_notebook_does_not_import_the_trainer():
+    code = (
+        "import sys; from latentdm import FrozenVAE; FrozenVAE.from_pretrained('pkg://latentdm.demo_vae').to('cpu'); "
+        "assert 'lightning' not in sys.modules and 'hydra' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

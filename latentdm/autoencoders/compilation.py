@@ -6,7 +6,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -38,6 +37,7 @@ class Compilation:
 
     def encode(self, autoencoder: Any, images: Tensor) -> Any:
         """``autoencoder.encode(images)``, compiled where that works."""
+        from lightning.pytorch.utilities import rank_zero_info  # here, since a notebook may never need them
         from torch._dynamo.exc import TorchDynamoException
 
         shape, sides = (images.shape, images.dtype, images.device), "×".join(map(str, images.shape))

@@ -24,7 +24,7 @@ class View:
     hole: Tensor | None = None
 
     def __len__(self) -> int:
-        return int(self.pixels.shape[0])
+        return self.pixels.shape[0]
 
     def unit(self) -> Tensor:
         """All of it, ``b 3 h w`` float32 in 0…1, for people to look at."""
@@ -88,9 +88,12 @@ def prepare(
     low, high = pixel_range
     n = chunk.stop - chunk.start
     images = torch.empty((size, channels, *views[0].pixels.shape[2:]), device=device, memory_format=layout)
-    for view, rows, place in spans(views, chunk):
-        out = _rows(images, place)
-        views[view].write(rows, out[:, :3] if channels == 4 else out, low, high)
+    color = images[:, :3] if channels == 4 else images
+    if len(views) == 1:
+        views[0].write(chunk, _rows(color, slice(0, n)), low, high)
+    else:
+        for view, rows, place in spans(views, chunk):
+            views[view].write(rows, _rows(color, place), low, high)
     if channels == 4:
         images[:n, 3].fill_(high)
     if size > n:
