@@ -75,13 +75,13 @@ def callbacks_overhead_pct(quick: bool) -> float:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     vae = FrozenVAE.from_pretrained(demo_vae.__path__[0])
-    steps = 10 if quick else 30
+    steps = 10 if quick else 15
 
     def on() -> float:
         return _fit(vae, [EncodeMonitor(), LatentStats(), LatentPreview(every_n_steps=PICTURE_EVERY)], steps)
 
     _fit(vae, [], 1)
-    seconds = interleaved({"off": lambda: _fit(vae, [], steps), "on": on}, rounds=3 if quick else 7)
+    seconds = interleaved({"off": lambda: _fit(vae, [], steps), "on": on}, rounds=5 if quick else 15)
     steady = median(on / off for off, on in zip(seconds["off"], seconds["on"], strict=True)) - 1
     picture = preview_seconds(quick) / (PICTURE_EVERY * median(seconds["off"]))
     return 100 * (steady + picture)

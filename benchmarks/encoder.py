@@ -17,6 +17,8 @@ from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
 from latentdm.encoders import Encoder
 
 ROUNDS = 5
+PRODUCTS = 8
+"""Of matrices, in a measurement of the peak."""
 MODELS: dict[str, Callable[[], Any]] = {"sd": models.sd_size, "demo": models.demo}
 
 
@@ -49,6 +51,22 @@ def times_faster(seconds: dict[str, list[float]], theirs: str, ours: str) -> flo
     return median(their / our for their, our in zip(seconds[theirs], seconds[ours], strict=True))
 
 
+def matrix_side() -> int:
+    """Of matrices whose product keeps the device busy."""
+    return 8192 if models.DEVICE.type == "cuda" else 2048
+
+
+def matrices(dtype: torch.dtype) -> Callable[[], None]:
+    """Some products of two square matrices: the arithmetic's peak."""
+    a = torch.randn(matrix_side(), matrix_side(), device=models.DEVICE).to(dtype)
+
+    def products() -> None:
+        for _ in range(PRODUCTS):
+            a @ a
+
+    return products
+
+
 @cache
 def rounds(model: str, view: str, side: int, count: int, ways: tuple[str, ...]) -> dict[str, list[float]]:
     """Seconds of each way to encode the same batch, round for round; one round before them warms up."""
@@ -66,6 +84,8 @@ def rounds(model: str, view: str, side: int, count: int, ways: tuple[str, ...]) 
         "ours compiled": lambda: ours("auto", compile=True),
         "diffusers": lambda: getattr(peers.InpaintScript(autoencoder, data), view),
         "sliced": lambda: getattr(peers.Sliced(autoencoder, data), view),
+        "float32 matrices": lambda: matrices(torch.float32),
+        "bfloat16 matrices": lambda: matrices(torch.bfloat16),
     }
     functions = {way: timed(makers[way]()) for way in ways}
     interleaved(functions, 1)
@@ -76,13 +96,19 @@ def rounds(model: str, view: str, side: int, count: int, ways: tuple[str, ...]) 
 
 
 EAGER = ("diffusers", "ours", "ours float32")
+MATRICES = ("float32 matrices", "bfloat16 matrices")
 COMPILED = ("ours compiled", "ours float32 compiled")
+
+
+def _sd_count(quick: bool) -> int:
+    return 1 if quick else 2
 
 
 def _versus(model: str, quick: bool) -> dict[str, list[float]]:
     if model == "demo":
         return rounds(model, "inpaint", 256, 4, (*EAGER, "sliced", *COMPILED))
-    return rounds(model, "inpaint", 256, 1 if quick else 2, EAGER if quick else (*EAGER, *COMPILED))
+    ways = (*EAGER, *MATRICES) if quick else (*EAGER, *COMPILED, *MATRICES)
+    return rounds(model, "inpaint", 256, _sd_count(quick), ways)
 
 
 SCRIPT = "the diffusers inpaint script's way: float32, NCHW, two calls, eager; 256²"
@@ -226,6 +252,27 @@ def floor_gbytes_256(quick: bool) -> float:
     return _work(256)[1] / 1e9
 
 
+def _share(way: str, dtype: str, quick: bool) -> float:
+    """Of the matrix peak, in percent, that a way to encode images for inpainting reaches."""
+    seconds, images = _versus("sd", quick), 2 * _sd_count(quick)  # two views
+    peaks = [PRODUCTS * 2 * matrix_side() ** 3 / second for second in seconds[f"{dtype} matrices"]]
+    return 100 * median(
+        images * _work(256)[0] / second / peak for second, peak in zip(seconds[way], peaks, strict=True)
+    )
+
+
+@row("floor_share_diffusers_fp32", unit="% of the float32 matrix peak", versus=f"{SCRIPT}, SD-size encoder")
+def floor_share_diffusers_fp32(quick: bool) -> float:
+    """What is left above it bounds what any way at equal precision can gain."""
+    return _share("diffusers", "float32", quick)
+
+
+@row("floor_share_bf16", unit="% of the bfloat16 matrix peak", versus="the same images, ours in its defaults")
+def floor_share_bf16(quick: bool) -> float:
+    """Of use where the defaults choose bfloat16."""
+    return _share("ours", "bfloat16", quick)
+
+
 # ---------------------------------------------------------------- what the hook costs
 
 
@@ -245,7 +292,7 @@ def _overhead(model: str, quick: bool) -> dict[str, list[float]]:
         through = hook(PlainEncoder(vae, posterior="mode"), data)
     functions = {"hook": timed(through), "raw": timed(lambda: vae.module.encode(ready))}
     interleaved(functions, 1 if model == "sd" else 100)
-    return interleaved(functions, 9 if model == "sd" else 1000)
+    return interleaved(functions, 9 if model == "sd" else 20_000)
 
 
 @row("hook_overhead_pct", unit="%", versus="raw vae.encode in its best setting, SD-size encoder, one image of 256²")

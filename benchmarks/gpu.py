@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import models, peers
-from benchmarks.encoder import floor_gflop_256, hook, timed, times_faster
+from benchmarks.encoder import PRODUCTS, floor_gflop_256, hook, matrices, matrix_side, timed, times_faster
 from benchmarks.report import device
 from benchmarks.rows import interleaved
 from latentdm import FrozenVAE, LatentDataModule, PlainEncoder
@@ -43,7 +43,6 @@ class Sizes:
         rounds: of each comparison.
         steps: of each fit, besides five that warm up.
         channels: of the UNet that is trained, a block each.
-        matrix: side of the matrices whose product gives the peak.
     """
 
     autoencoder: Callable[[], nn.Module] = models.sd_size
@@ -58,10 +57,9 @@ class Sizes:
     rounds: int = 7
     steps: int = 30
     channels: tuple[int, ...] = (128, 256, 512)
-    matrix: int = 8192
 
 
-DRY = Sizes(models.demo, {64: 2}, {"eager": {}}, rounds=1, steps=2, channels=(32, 32), matrix=64)
+DRY = Sizes(models.demo, {64: 2}, {"eager": {}}, rounds=1, steps=2, channels=(32, 32))
 
 
 def main() -> None:
@@ -71,8 +69,8 @@ def main() -> None:
     sizes = DRY if parser.parse_args().dry else Sizes()
     if sizes is not DRY and not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: needs a CUDA device; --dry tries the script itself without one")
-    a = torch.randn(sizes.matrix, sizes.matrix, device=models.DEVICE, dtype=torch.bfloat16)
-    peak = 2 * sizes.matrix**3 / median(interleaved({"peak": timed(lambda: a @ a)}, 10)["peak"])
+    seconds = interleaved({"": timed(matrices(torch.bfloat16))}, 5)[""]
+    peak = PRODUCTS * 2 * matrix_side() ** 3 / median(seconds)
     say("matrix_peak", peak / 1e12, f"TFLOP/s, bfloat16, {device()}")
     operations = 0.0 if sizes is DRY else 1e9 * floor_gflop_256(quick=False)
     for side, count in sizes.counts.items():
