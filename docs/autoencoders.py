@@ -103,7 +103,8 @@ activations take comes on top, and grows with the image and with `per_batch`.
 `source` is a hub id (with `revision` and `subfolder`), a folder written by `save_pretrained`, a whole pipeline (its
 `vae` is taken), or a single `.safetensors` file with its `config.json` beside it or named with `config`. Files in the
 format of an original release (whole Stable Diffusion checkpoints too) are converted where diffusers can. A key that is
-missing, left over or of another size is an error. Pickled weights (`.bin`) are loaded with `use_safetensors: false`.
+missing, left over or of another size is an error. Pickled weights (`.bin`) are loaded with `use_safetensors: false`,
+files such as `diffusion_pytorch_model.fp16.safetensors` with `variant: fp16`.
 
 ## dtype
 

@@ -75,6 +75,7 @@ class PretrainedVAE:
     use_safetensors: bool = True
     compile: bool | str = False
     tiling: str = "never"
+    variant: str | None = None
 
 
 @dataclass

@@ -88,6 +88,18 @@ def test_weights_in_several_files(tmp_path):
     assert same(load(tmp_path))
 
 
+def test_weights_of_a_variant(tmp_path):
+    folder = save("kl", tmp_path, variant="fp16")
+    assert [file.name for file in folder.glob("*.safetensors")] == ["diffusion_pytorch_model.fp16.safetensors"]
+    assert same(load(folder, variant="fp16"))
+    with complains("no weights that can be loaded", "set variant: fp16"):
+        load(folder)
+    with complains("no weights that can be loaded with variant='bf16'"):
+        load(folder, variant="bf16")
+    with complains("variant='fp16' is for a folder or a hub id"):
+        load(folder / "diffusion_pytorch_model.fp16.safetensors", variant="fp16")
+
+
 def test_weights_stored_in_half_precision_load_as_they_are(tmp_path):
     build("kl").half().save_pretrained(tmp_path)
     expected = FrozenVAE(build("kl").half().float(), dtype="float32").encode(PIXELS, posterior="mode")

@@ -245,10 +245,9 @@ def family_of(autoencoder: nn.Module) -> Family:
         if base.__name__ in _FAMILIES:
             return _FAMILIES[base.__name__]
     name = type(autoencoder).__name__
-    if not callable(getattr(autoencoder, "encode", None)):
-        raise TypeError(
-            f"FrozenVAE: {name} has no encode method; pass a diffusers autoencoder or a module with encode(x)"
-        )
+    if not isinstance(autoencoder, nn.Module) or not callable(getattr(autoencoder, "encode", None)):
+        lacks = "has no encode method" if isinstance(autoencoder, nn.Module) else "is no torch.nn.Module"
+        raise TypeError(f"FrozenVAE: {name} {lacks}; pass a diffusers autoencoder or a module with encode(x)")
     if any(base.__module__.startswith("diffusers.") for base in type(autoencoder).__mro__):
         raise ValueError(
             f"FrozenVAE: the class {name} is not known; known are {', '.join(sorted(_FAMILIES))}. "

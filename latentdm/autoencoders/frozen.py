@@ -125,6 +125,7 @@ class FrozenVAE:
         use_safetensors: bool = True,
         compile: bool | str = False,
         tiling: str = "never",
+        variant: str | None = None,
     ) -> Self:
         """Load an autoencoder: always the class that its config names, and only with weights that fit it key by key.
 
@@ -140,6 +141,7 @@ class FrozenVAE:
             use_safetensors: False loads pickled weights (``.bin``) instead.
             compile: as for the class.
             tiling: as for the class.
+            variant: of the weights' files, such as ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``.
 
         Raises:
             ValueError: nothing is there, or its weights do not fit the class that the config names.
@@ -147,7 +149,12 @@ class FrozenVAE:
         from latentdm.autoencoders.loading import load_autoencoder
 
         autoencoder = load_autoencoder(
-            source, subfolder=subfolder, revision=revision, config=config, use_safetensors=use_safetensors
+            source,
+            subfolder=subfolder,
+            revision=revision,
+            config=config,
+            use_safetensors=use_safetensors,
+            variant=variant,
         )
         return cls(autoencoder, dtype=dtype, encoder_only=encoder_only, compile=compile, tiling=tiling)
 

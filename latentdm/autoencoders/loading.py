@@ -27,6 +27,7 @@ def load_autoencoder(
     revision: str | None = None,
     config: str | PathLike[str] | None = None,
     use_safetensors: bool = True,
+    variant: str | None = None,
 ) -> nn.Module:
     """Load an autoencoder with its weights, in float32: a cast to less is `FrozenVAE`'s, who keeps these.
 
@@ -39,6 +40,7 @@ def load_autoencoder(
         revision: of a hub repository.
         config: for a single file, the folder or JSON file of its config; by default ``config.json`` beside it.
         use_safetensors: False loads pickled weights (``.bin``) instead.
+        variant: of the weights' files, such as ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``.
 
     Raises:
         ValueError: nothing is there, or its weights do not fit the class that the config names.
@@ -47,6 +49,8 @@ def load_autoencoder(
         source = _package_folder(str(source))
     path = Path(source)
     if path.suffix == ".safetensors" or (path.suffix in PICKLES and not path.is_dir()):
+        if variant is not None:
+            raise ValueError(f"{_OWNER}: variant={variant!r} is for a folder or a hub id; {str(source)!r} is one file")
         return _load_single_file(path, config, use_safetensors)
     if config is not None:
         raise ValueError(f"{_OWNER}: config={str(config)!r} is for a single file; {str(source)!r} has its own")
@@ -64,11 +68,12 @@ def load_autoencoder(
                 subfolder=subfolder,
                 revision=revision,
                 use_safetensors=use_safetensors,
+                variant=variant,
                 output_loading_info=True,
                 low_cpu_mem_usage=False,
             )
     except OSError as error:
-        raise _no_weights(source, subfolder, error) from error
+        raise _no_weights(source, subfolder, variant, error) from error
     except RuntimeError as error:  # sizes that differ
         raise ValueError(_misfit(source, autoencoder_class.__name__, _one_line(error))) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -140,12 +145,17 @@ def _refuse_pickles(folder: Path, use_safetensors: bool) -> None:
         )
 
 
-def _no_weights(source: object, subfolder: str | None, error: OSError) -> ValueError:
+def _no_weights(source: object, subfolder: str | None, variant: str | None, error: OSError) -> ValueError:
     place = f"{source}/{subfolder}" if subfolder else f"{source}"
     return ValueError(
-        f"{_OWNER}: {place!r} has a config but no weights that can be loaded: {_one_line(error)} "
-        "If it has only a .bin file and you trust it, set use_safetensors: false"
+        f"{_OWNER}: {place!r} has a config but no weights that can be loaded{_of(variant)}: {_one_line(error)} "
+        "If its file is named as in diffusion_pytorch_model.fp16.safetensors, set variant: fp16; if it has only a .bin "
+        "file and you trust it, use_safetensors: false"
     )
+
+
+def _of(variant: str | None) -> str:
+    return "" if variant is None else f" with variant={variant!r}"
 
 
 # ---------------------------------------------------------------- single files
