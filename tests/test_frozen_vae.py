@@ -169,7 +169,7 @@ def test_an_unknown_dtype_is_named():
 def test_what_is_no_autoencoder_is_named():
     with complains("FrozenVAE: Linear has no encode method", "pass a diffusers autoencoder", error=TypeError):
         FrozenVAE(torch.nn.Linear(1, 1))
-    with complains("FrozenVAE: str is no torch.nn.Module", error=TypeError):
+    with complains("FrozenVAE: str is no torch.nn.Module", "FrozenVAE.from_pretrained", error=TypeError):
         FrozenVAE("stabilityai/sdxl-vae")
 
 
