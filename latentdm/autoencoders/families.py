@@ -248,8 +248,8 @@ def family_of(autoencoder: nn.Module) -> Family:
     if not isinstance(autoencoder, nn.Module) or not callable(getattr(autoencoder, "encode", None)):
         lacks = "has no encode method" if isinstance(autoencoder, nn.Module) else "is no torch.nn.Module"
         raise TypeError(
-            f"FrozenVAE: {name} {lacks}; pass a diffusers autoencoder or a module with encode(x), or name a hub id or a "
-            "folder with FrozenVAE.from_pretrained"
+            f"FrozenVAE: {name} {lacks}; pass a diffusers autoencoder or a module with encode(x), or name a hub id or "
+            "a folder with FrozenVAE.from_pretrained"
         )
     if any(base.__module__.startswith("diffusers.") for base in type(autoencoder).__mro__):
         raise ValueError(
