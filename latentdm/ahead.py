@@ -4,6 +4,8 @@ A training loader yields its batches as `Upcoming` ones, which pass Lightning's 
 `latentdm.LatentDataModule` hands one over, it begins the one behind it, on a stream of its own.
 """
 
+import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,13 +57,21 @@ class Upcoming:
     def __init__(self, batch: Any, batches: "_Batches") -> None:
         self.batch = batch
         self.begun: Begun | Exception | None = None
-        self._batches = batches
+        # In a circle of references a whole batch would stay on the device until Python looks for circles.
+        self._batches = weakref.ref(batches)
         self._next: Upcoming | None = None
+
+    def taken(self) -> tuple[Any, Begun | Exception | None]:
+        """``batch`` and ``begun``, of which this keeps nothing: Lightning holds on to it during the step."""
+        taken = self.batch, self.begun
+        self.batch = self.begun = None
+        return taken
 
     def next(self) -> "Upcoming | None":
         """The batch behind this one, fetched now if it was not yet; None where there is none."""
-        if self._next is None:
-            self._batches.look_ahead()
+        batches = self._batches()
+        if self._next is None and batches is not None:
+            batches.look_ahead()
         return self._next
 
 
@@ -77,7 +87,7 @@ class _Batches:
         self._loader = loader
         self._kind = kind
         self._held: Upcoming | Exception | None = None
-        self._last: Upcoming | None = None
+        self._last: weakref.ref[Upcoming] | None = None
 
     def __iter__(self) -> "_Batches":
         return self
@@ -100,9 +110,10 @@ class _Batches:
 
     def _fetch(self) -> Upcoming:
         batch = Upcoming(next(self._batches), self)
-        if self._last is not None:
-            self._last._next = batch
-        self._last = batch
+        last = None if self._last is None else self._last()
+        if last is not None:
+            last._next = batch
+        self._last = weakref.ref(batch)
         return batch
 
 
@@ -113,14 +124,17 @@ def looking_ahead(loader: Any, training: Callable[[], bool]) -> Any:
 
     Args:
         loader: any iterable that is no collection of loaders; with one, this has no effect and warns.
-        training: whether an iteration that begins now is a fit's; any other gives the batches as they are.
+        training: whether a fit is running: what Lightning itself then iterates gives `Upcoming` batches, and whatever
+            else does gives the batches as they are.
     """
     kind = getattr(type(loader), "_plain_kind", type(loader))
 
     def __iter__(self: Any) -> Any:
         batches = kind.__iter__(self)
+        if not training() or sys._getframe(1).f_globals.get("__name__") != CombinedLoader.__module__:
+            return batches  # somebody else wants a look at a batch, such as a callback
         self._state_before = None
-        return _Batches(iter(batches), self, kind) if training() else batches
+        return _Batches(iter(batches), self, kind)
 
     def state_dict(self: Any) -> Any:
         return kind.state_dict(self) if self._state_before is None else self._state_before
@@ -146,6 +160,10 @@ class SideStream:
     def __init__(self) -> None:
         self._stream: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes a stream of its own."""
+        return {"_stream": None}
+
     @contextmanager
     def running(self, device: torch.device) -> Iterator[Callable[[], Join]]:
         """Queue what follows behind all that the trainer has queued so far, beside all that comes next.
@@ -155,7 +173,7 @@ class SideStream:
         if device.type != "cuda":
             yield lambda: _nothing
             return
-        if self._stream is None:
+        if self._stream is None or self._stream.device != device:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(device))
 

@@ -114,7 +114,7 @@ class Augment:
         # Of a crop that would stick out, the aspect gives way rather than the area.
         width = (area * aspect).sqrt().clamp(max=1).maximum(area)
         height = area / width
-        places = torch.zeros(len(numbers), 2, 3)
+        places = numbers.new_zeros(len(numbers), 2, 3)
         places[:, 0, 0], places[:, 1, 1] = width, height
         places[:, 0, 2], places[:, 1, 2] = (across * 2 - 1) * (1 - width), (down * 2 - 1) * (1 - height)
         return places

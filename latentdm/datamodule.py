@@ -45,8 +45,9 @@ class LatentDataModule(LightningDataModule):
         augment: changes images, masks and label maps on the device, in training alone, before masks are made.
         captions: changes the batch's captions on the host; it draws in training alone.
         encode_ahead: 1 lets a fit transfer and encode its next training batch while a step trains: on a GPU on a
-            stream of its own, at the price of that batch's memory; elsewhere one after the other, without a gain. The
-            bits, their order and what a checkpoint resumes stay the same.
+            stream of its own, at the price of that batch's memory and of what the encoder needs, beside the step's;
+            elsewhere one after the other, without a gain. The bits, their order and what a checkpoint resumes stay
+            the same.
 
     Raises:
         ValueError: a value out of range.
@@ -140,12 +141,19 @@ class LatentDataModule(LightningDataModule):
         """Delegates; then makes the autoencoder and puts it on this rank's device.
 
         Raises:
-            ValueError: the model would bypass or replace the hooks in which the latents are made.
+            ValueError: the model would bypass or replace the hooks in which the latents are made, or the autoencoder
+                cannot work ahead.
         """
         self.pixels.setup(stage)
         if self.trainer is not None:
             _check_model(self.trainer.lightning_module)
             self.encoder.setup(self.trainer.strategy.root_device)
+            if self.encode_ahead and self.encoder.vae.replays_graphs:
+                raise ValueError(
+                    "LatentDataModule: encode_ahead=1 with an autoencoder that replays CUDA graphs, which share their "
+                    "memory with those of the model and may not run beside them; set compile: true (or "
+                    "max-autotune-no-cudagraphs), or encode_ahead: 0"
+                )
 
     def teardown(self, stage: str) -> None:
         """Delegates; then frees the device of the autoencoder, as Lightning frees it of the model."""
@@ -307,9 +315,9 @@ class LatentDataModule(LightningDataModule):
 
     def _hand_over(self, upcoming: Upcoming) -> Any:
         """The batch of latents whose turn it is. The one behind it is begun before this one is waited for."""
-        begun = upcoming.begun
+        batch, begun = upcoming.taken()
         if begun is None:  # the first of an epoch: none was before it
-            batch = self.on_after_batch_transfer(self._transferred(upcoming.batch), 0)
+            batch = self.on_after_batch_transfer(self._transferred(batch), 0)
             self._begin_next(upcoming)
             return batch
         if isinstance(begun, Exception):

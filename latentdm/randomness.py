@@ -39,14 +39,14 @@ class Draws:
 
     def uniform(self, purpose: str, count: int) -> Tensor:
         """``b count`` float32 in 0…1 on the CPU: the few numbers that place a mask or a crop, alike on every device."""
-        numbers = torch.empty(len(self.ids), count)
+        numbers = torch.empty(len(self.ids), count, dtype=torch.float32, device="cpu")
         for row, generator in zip(numbers, self._generators(purpose, torch.device("cpu")), strict=True):
             row.uniform_(generator=generator)
         return numbers
 
     def normal(self, purpose: str, shape: Sequence[int], device: torch.device) -> Tensor:
         """``b *shape`` float32 standard normal, made on ``device`` (whose generator sets the bits)."""
-        noise = torch.empty(len(self.ids), *shape, device=device)
+        noise = torch.empty(len(self.ids), *shape, dtype=torch.float32, device=device)
         for row, generator in zip(noise, self._generators(purpose, device), strict=True):
             row.normal_(generator=generator)
         return noise

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, IterableDataset
 
 from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
+from latentdm.ahead import SideStream
 from latentdm.augment import Augment
 from latentdm.callbacks import EncodeCallback, EncodeMonitor, PerBatchFinder
 from latentdm.captions import Captions
@@ -420,3 +422,73 @@ def test_noise_follows_the_place_in_the_epoch_without_an_index():
         runs.append(fit(datamodule, max_epochs=2).column("train"))
     assert torch.equal(*runs)
     assert len(torch.unique(runs[0].flatten(1), dim=0)) == 2 * COUNT
+
+
+def test_a_callback_may_look_at_the_loader_during_a_fit(vae, tmp_path):
+    class Look(Callback):
+        def __init__(self):
+            self.looks = []
+
+        def on_train_batch_start(self, trainer, model, batch, batch_idx):
+            self.looks.append(next(iter(trainer.datamodule.train_loader)))
+            self.looks.append(next(iter(trainer.train_dataloader)))
+
+    class Kept(Photos):
+        def train_dataloader(self):
+            self.train_loader = super().train_dataloader()
+            return self.train_loader
+
+    runs = []
+    for ahead in (0, 1):
+        look = Look()
+        runs.append(fit(everything(vae, ahead, Kept(columns())), callbacks=[look], max_epochs=2))
+        assert all(batch["pixels"].dtype == torch.uint8 for batch in look.looks)
+    assert same(*runs)
+
+
+def test_a_look_at_the_loader_leaves_its_state(vae, tmp_path):
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+            iter(trainer.train_dataloader)
+
+    trainer = quiet_trainer(max_epochs=1, limit_val_batches=0, callbacks=[Look(), Stop(2, tmp_path / "middle.ckpt")])
+    trainer.fit(LatentModel(), datamodule=everything(vae, 1, ResumablePhotos(columns(index=False))))
+    assert torch.load(tmp_path / "middle.ckpt")["LatentDataModule"] == {"taken": 2}
+
+
+def test_whole_epochs_hold_no_batch(vae):
+    """What the device was given: of the last batch of each epoch nothing may stay until Python looks for cycles."""
+    held = []
+
+    class Given(Photos):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            held.append(weakref.ref(batch["pixels"]))
+            return batch
+
+    class Forget(LatentModel):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.seen["train"].clear()
+            return loss
+
+    gc.collect()
+    gc.disable()
+    try:
+        fit(everything(vae, 1, Given(columns())), Forget(), max_epochs=3, limit_val_batches=0)
+        assert len(held) == 3 * COUNT // 2
+        assert sum(pixels() is not None for pixels in held) == 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch's compiler
+def test_replayed_graphs_and_a_batch_ahead_exclude_each_other():
+    vae = FrozenVAE(tiny_kl(), compile="reduce-overhead")
+    with complains("encode_ahead=1 with an autoencoder that replays CUDA graphs", "set compile: true"):
+        fit(LatentDataModule(Photos(columns()), PlainEncoder(vae), encode_ahead=1))
+
+
+def test_a_side_stream_is_not_copied():
+    side = SideStream()
+    side._stream = (item for item in ())  # as little to be copied as a stream
+    assert deepcopy(side)._stream is None

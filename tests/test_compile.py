@@ -164,6 +164,29 @@ def test_memory_that_runs_out_shrinks_the_fixed_size(graphs):
     assert sizes == [5, 2, 2, 2]
 
 
+def test_memory_that_runs_out_while_compiling_shrinks_it_too(graphs, monkeypatch):
+    """torch wraps what its compiler meets in an error of its own."""
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+
+    run, full = GraphLowering.run, [True]
+
+    def once(self, *args):
+        if full.pop():
+            full.append(False)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        full.append(False)
+        return run(self, *args)
+
+    monkeypatch.setattr(GraphLowering, "run", once)
+    vae = one_convolution(compile=True)
+    with config.patch(fx_graph_cache=False), pytest.warns(UserWarning, match="out of memory: .* 2 at a time"):
+        encoded = PlainEncoder(vae)({"pixels": images(4)})["latents"]
+    assert vae.retries == 1
+    assert graphs() == 1  # the second one, of half the size
+    torch.testing.assert_close(encoded, PlainEncoder(one_convolution())({"pixels": images(4)})["latents"])
+
+
 # -------------------------------------------------------------------- where it cannot
 
 

@@ -5,7 +5,8 @@ import torch
 from helpers import RecordingAutoencoder, complains, images, noise_vae, tiny_kl
 from lightning.pytorch import LightningModule
 
-from latentdm import FrozenVAE
+from latentdm import FrozenVAE, PlainEncoder
+from latentdm.autoencoders import views
 from latentdm.autoencoders.weights import computes_bfloat16
 
 CONFIGS = {
@@ -190,3 +191,32 @@ def test_wrong_pixels_are_named(case, vae):
 def test_an_unknown_posterior_is_named(vae):
     with complains("FrozenVAE.encode: posterior must be one of sample, mode, got 'mean'"):
         vae.encode(images(1) / 255, posterior="mean")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_trainer_s_default_dtype_changes_nothing(dtype):
+    """Lightning's bf16-true makes bfloat16 the default within steps."""
+    vae, pixels = FrozenVAE(tiny_kl(), dtype=dtype), images(2)
+    batch = {"pixels": pixels, "index": torch.arange(2)}
+    expected = vae.encode(pixels / 255, noise=torch.ones(2, 4, 4, 4)), PlainEncoder(vae)(batch)["latents"]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        views._scalar.cache_clear()
+        encoded = vae.encode(pixels.float() / 255, noise=torch.ones(2, 4, 4, 4, dtype=torch.float32))
+        assert torch.equal(encoded, expected[0])
+        assert torch.equal(PlainEncoder(vae)(batch)["latents"], expected[1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_an_autoencoder_without_weights_is_where_it_was_put():
+    class Pooling(torch.nn.Module):
+        spatial_compression = 8
+        latent_channels = 3
+
+        def encode(self, x):
+            raise NotImplementedError
+
+    vae = FrozenVAE(Pooling()).to("meta")
+    assert vae.device.type == "meta"
+    assert vae.dtype == torch.float32

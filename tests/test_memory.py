@@ -130,6 +130,8 @@ def test_the_real_allocator_is_understood():
         torch.empty(10**15)
     assert type(caught.value) is RuntimeError
     assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory. Compile with TORCH_USE_CUDA_DSA"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
     assert not is_out_of_memory(RuntimeError("the words out of memory alone do not do"))
 
 

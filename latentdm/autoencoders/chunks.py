@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 
 TILINGS = ("never", "last_resort", "always")
 
+_DRIVERS_SAY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
 Encode = Callable[[slice, int, bool], Tensor]
 """Encodes the rows of a chunk, given how many images to pad it to and whether to tile."""
 
@@ -136,11 +138,13 @@ class Chunks:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, and nothing else.
 
-    The allocator of the CPU raises a plain RuntimeError, known by its text alone.
+    The allocator of the CPU, the CUDA driver and its libraries raise a plain RuntimeError, known by its text alone.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
+    if any(said in text for said in _DRIVERS_SAY):
+        return True
     return "DefaultCPUAllocator" in text and ("can't allocate memory" in text or "not enough memory" in text)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentdm.autoencoders.chunks import is_out_of_memory
+
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 """What torch.compile calls its modes; the second and third replay CUDA graphs."""
 
@@ -46,11 +48,16 @@ class Compilation:
             self._seen.add(shape)
             rank_zero_info(f"FrozenVAE: compiling for {sides}, once; this may take minutes")
         began = perf_counter()
+        failure: Exception | None = None
         try:
             if self.replays and images.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             output = autoencoder.encode(images)
         except TorchDynamoException as error:
+            failure = getattr(error, "inner_exception", error)
+            if is_out_of_memory(failure):
+                self._seen.discard(shape)
+                raise torch.OutOfMemoryError(str(failure)) from None
             self._eager = True
             self._encoder._compiled_call_impl = None  # what .compile() sets; torch has no public way back
             reason = " ".join(str(error).split())[:200]
@@ -59,6 +66,7 @@ class Compilation:
                 "install a C++ compiler, or set compile: false",
                 stacklevel=2,
             )
+        if failure is not None:  # outside of the handler, whose traceback would keep tensors alive
             return autoencoder.encode(images)
         if first:
             rank_zero_info(f"FrozenVAE: compiled for {sides} and encoded, in {perf_counter() - began:.1f} s")

@@ -18,7 +18,7 @@ def finite_later(latents: Tensor) -> Callable[[], bool]:
         return lambda: isfinite(total.item())
     copied = total.to("cpu", non_blocking=True)  # to pinned memory, by torch's own choice
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    done.record()
+    done.record(torch.cuda.current_stream(total.device))  # of its device, which need not be the current one
 
     def answer() -> bool:
         done.synchronize()

@@ -203,6 +203,11 @@ class FrozenVAE:
         return not self._encoder_only and callable(getattr(self._weights.original, "decode", None))
 
     @property
+    def replays_graphs(self) -> bool:
+        """Whether its compiled encoder replays CUDA graphs, one after the other and never beside another's."""
+        return self._weights.compilation is not None and self._weights.compilation.replays
+
+    @property
     def retries(self) -> int:
         """How often a chunk was run again, smaller or tiled, because memory ran out."""
         return self._chunks.retries

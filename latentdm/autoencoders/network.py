@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latentdm.autoencoders.families import Family
 from latentdm.autoencoders.posterior import Posterior, latent_of
 from latentdm.autoencoders.views import View, prepare
-from latentdm.autoencoders.weights import Weights, first_weight
+from latentdm.autoencoders.weights import Weights
 
 
 class Network:
@@ -50,13 +50,11 @@ class Network:
         """
         family, weights, n = self._family, self._weights, chunk.stop - chunk.start
         module: Any = weights.full if full else weights.module
-        like = first_weight(module) if full else weights.first
+        device, dtype = weights.first.device, torch.float32 if full else weights.first.dtype
         compilation = None if full else weights.compilation
-        layout = weights.layout(like.dtype)
+        layout = weights.layout(dtype)
         with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
-            images = prepare(
-                views, chunk, size, family.pixel_range, self._image_channels, like.device, like.dtype, layout
-            )
+            images = prepare(views, chunk, size, family.pixel_range, self._image_channels, device, dtype, layout)
             one_frame = family.frame_axis and images.ndim == 4
             if one_frame:
                 images = images.unsqueeze(2)

@@ -28,7 +28,7 @@ class View:
 
     def unit(self) -> Tensor:
         """All of it, ``b 3 h w`` float32 in 0…1, for people to look at."""
-        out = torch.empty((len(self), 3, *self.pixels.shape[2:]), device=self.pixels.device)
+        out = torch.empty((len(self), 3, *self.pixels.shape[2:]), dtype=torch.float32, device=self.pixels.device)
         self.write(slice(0, len(self)), out, 0.0, 1.0)
         return out
 
@@ -41,8 +41,8 @@ class View:
         out.copy_(pixels[:, :3] if pixels.shape[1] == 4 else pixels, non_blocking=True)
         if self.pixels.dtype == torch.uint8:
             # by itself: folded into the factor below it would round otherwise than the pipelines do
-            torch.div(out, _scalar(255.0), out=out)
-        torch.add(_scalar(low), out, alpha=high - low, out=out)
+            torch.div(out, _scalar(255.0, out.device), out=out)
+        torch.add(_scalar(low, out.device), out, alpha=high - low, out=out)
         if self.hole is not None:
             hole = self.hole if len(self.hole) == 1 else _rows(self.hole, rows)
             out.masked_fill_(hole.to(out.device), (low + high) / 2)
@@ -54,10 +54,10 @@ def _rows(tensor: Tensor, rows: slice) -> Tensor:
 
 
 @cache
-def _scalar(value: float) -> Tensor:
-    """On the CPU, from where every device takes a number without waiting."""
+def _scalar(value: float, device: torch.device) -> Tensor:
+    """On the device: by a number from the CPU, CUDA would not divide but multiply by its rounded reciprocal."""
     with torch.inference_mode(False):
-        return torch.tensor(value)
+        return torch.tensor(value, dtype=torch.float32, device=device)
 
 
 def prepare(
@@ -87,7 +87,8 @@ def prepare(
     """
     low, high = pixel_range
     n = chunk.stop - chunk.start
-    images = torch.empty((size, channels, *views[0].pixels.shape[2:]), device=device, memory_format=layout)
+    shape = (size, channels, *views[0].pixels.shape[2:])
+    images = torch.empty(shape, dtype=torch.float32, device=device, memory_format=layout)
     color = images[:, :3] if channels == 4 else images
     if len(views) == 1:
         views[0].write(chunk, _rows(color, slice(0, n)), low, high)

@@ -33,6 +33,7 @@ class Weights:
         self._mode = mode
         self._module: nn.Module | None = None  # made for a device and dtype by `to`
         self._full: nn.Module | None = None
+        self._device: torch.device | None = None
         self._first: Tensor | None = None  # to look for it costs as much as all else that a small batch needs
 
     @property
@@ -47,7 +48,7 @@ class Weights:
     def first(self) -> Tensor:
         """A weight of `module`, for its device and dtype."""
         if self._first is None:
-            self._first = first_weight(self.module)
+            self._first = first_weight(self.module, self._device)
         return self._first
 
     @property
@@ -60,6 +61,7 @@ class Weights:
     @torch.inference_mode(False)  # for inference tensors a compiled encoder would be compiled again
     def to(self, device: torch.device) -> None:
         """Move `module` to a device; the first time, settle its dtype there."""
+        self._device = device
         if self._module is None:
             dtype = self._settle_dtype(device)
             if {parameter.dtype for parameter in self.original.parameters()} <= {dtype}:
@@ -87,9 +89,9 @@ class Weights:
         return torch.bfloat16 if computes_bfloat16(device) else torch.float32
 
 
-def first_weight(module: nn.Module) -> Tensor:
-    """Whose device and dtype are the module's; an empty tensor stands for that of a module without weights."""
-    return next(module.parameters(), torch.empty(0))
+def first_weight(module: nn.Module, device: torch.device | None = None) -> Tensor:
+    """Whose device and dtype are the module's; for one without weights an empty float32 tensor, on ``device``."""
+    return next(module.parameters(), torch.empty(0, dtype=torch.float32, device=device))
 
 
 def computes_bfloat16(device: torch.device) -> bool:

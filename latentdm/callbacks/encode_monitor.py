@@ -29,7 +29,8 @@ class EncodeMonitor(EncodeCallback):
 
     Loggers write rank 0's. A run's first batch warms up and is left out. On a GPU times come from CUDA events, which
     are read at log steps only. List this callback before others that work in the same hooks, such as `LatentPreview`:
-    their time then counts as neither.
+    their time then counts as neither. With ``encode_ahead`` what is begun between the hooks is the next batch, and on a
+    GPU their time is what the step had to wait: neither says how fast the encoder is.
 
     Example:
         >>> Trainer(callbacks=[EncodeMonitor()]).fit(model, datamodule=dm)  # doctest: +SKIP
