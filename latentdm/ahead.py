@@ -143,7 +143,7 @@ def looking_ahead(loader: Any, training: Callable[[], bool]) -> Any:
     if hasattr(kind, "state_dict"):
         members["state_dict"] = state_dict
     try:
-        if isinstance(loader, CombinedLoader | Mapping | list | tuple):
+        if isinstance(loader, CombinedLoader | Mapping | list | tuple) or not hasattr(kind, "__iter__"):
             raise TypeError
         loader.__class__ = type(kind.__name__, (kind,), members)
     except TypeError:

@@ -5,6 +5,7 @@ Shapes: ``b`` batch, ``c`` channels, ``H W`` pixels as they come, ``h w`` pixels
 
 from collections.abc import Mapping, MutableMapping, Sequence, Set
 from copy import copy
+from math import isfinite
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ INPUTS = (PIXELS, MASK, INDEX)
 OUTPUTS = (LATENTS, MASKED_LATENTS, NOISE_MASK, LATENT_MASK)
 OPTIONAL = (SEGMENTATION, CAPTION)
 """Inputs that one mask source or the captions' settings read; they stay in the batch."""
+
+ROUNDING = 1e-4
+"""How far beyond 0…1 floats may lie: resizing in float32 goes some 1e-7 beyond."""
 
 Key = str | int
 
@@ -282,13 +286,24 @@ def check_pixels(pixels: object, multiple: int, owner: str) -> None:
         return
     if not pixels.is_floating_point():
         raise ValueError(f"{owner}: {PIXELS}: expected uint8 in 0…255 or float in 0…1, got {describe(pixels)}")
-    low, high = (float(bound) for bound in pixels.aminmax())
-    if not (low >= 0 and high <= 1):
-        remedy = "divide by 255" if low >= 0 else "undo the normalisation (for −1…1: (x + 1) / 2)"
-        raise ValueError(
-            f"{owner}: {PIXELS}: float images must lie in 0…1, got {low:.4g}…{high:.4g} ({describe(pixels)}); "
-            f"{remedy}, or yield uint8"
-        )
+    check_range(pixels, PIXELS, owner)
+
+
+def check_range(levels: Tensor, name: str, owner: str) -> None:
+    """Raise ValueError unless floats lie in 0…1, give or take what resizing rounds."""
+    low, high = (float(bound) for bound in levels.detach().aminmax())
+    if low >= -ROUNDING and high <= 1 + ROUNDING:
+        return
+    if not (isfinite(low) and isfinite(high)):
+        remedy = "look at how they were made"
+    elif low <= -0.5:
+        remedy = "undo the normalisation (for −1…1: (x + 1) / 2)"
+    else:
+        remedy = "divide by 255" if high > 2 else "clamp them"
+    raise ValueError(
+        f"{owner}: {name}: floats must lie in 0…1, got {low:.6g}…{high:.6g} ({describe(levels)}); {remedy}, "
+        "or yield uint8"
+    )
 
 
 def unit_mask(mask: Tensor, pixels: Tensor, owner: str) -> Tensor:
@@ -319,22 +334,13 @@ def unit_mask(mask: Tensor, pixels: Tensor, owner: str) -> Tensor:
         mask = mask / white
     elif mask.dtype == torch.bool or mask.is_floating_point():
         if mask.is_floating_point() and (pixels.is_floating_point() or mask.device.type == "cpu"):
-            _check_mask_range(mask, owner)  # elsewhere a look would make uint8 images wait for the device
+            check_range(mask, MASK, owner)  # elsewhere a look would make uint8 images wait for the device
         mask = mask.float()
     else:
         raise ValueError(f"{owner}: {MASK}: expected bool, uint8 in 0…255 or float in 0…1, got {describe(mask)}")
     if mask.shape[-2:] != pixels.shape[-2:]:
         mask = F.interpolate(mask, size=pixels.shape[-2:], mode="bilinear")
     return mask
-
-
-def _check_mask_range(mask: Tensor, owner: str) -> None:
-    low, high = (float(bound) for bound in mask.aminmax())
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"{owner}: {MASK}: float masks must lie in 0…1, got {low:.4g}…{high:.4g} ({describe(mask)}); "
-            "divide by 255, or yield uint8"
-        )
 
 
 def crop(image: Tensor, multiple: int) -> Tensor:

@@ -1,6 +1,7 @@
 """`LatentDataModule`: any data module of pixel batches, turned into one of latents inside the batch-transfer hooks."""
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from itertools import count
 from typing import Any
 
@@ -47,7 +48,7 @@ class LatentDataModule(LightningDataModule):
         encode_ahead: 1 lets a fit transfer and encode its next training batch while a step trains: on a GPU on a
             stream of its own, at the price of that batch's memory and of what the encoder needs, beside the step's;
             elsewhere one after the other, without a gain. The bits, their order and what a checkpoint resumes stay
-            the same.
+            the same, unless the pixels' own code draws from the global generator or asks for the trainer's step.
 
     Raises:
         ValueError: a value out of range.
@@ -96,6 +97,7 @@ class LatentDataModule(LightningDataModule):
         self._rounding = False  # whether a trainer rounds float inputs
         self._calls = count()
         self._beside = SideStream()
+        self._state_before: dict[str, Any] | None = None  # of the pixels, where a batch is ahead of the step
         self._places_ahead = 0  # of the batch that is being encoded, before the one that Lightning counts
         if pixels.hparams:
             self.save_hyperparameters(dict(pixels.hparams))
@@ -124,6 +126,15 @@ class LatentDataModule(LightningDataModule):
             raise AttributeError(
                 f"neither LatentDataModule nor its {type(self.pixels).__name__} has the attribute {name!r}"
             ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What only ``pixels`` has is set there, as it is looked up there: a tuner's ``batch_size``."""
+        own = self.__dict__
+        made = "_places_ahead" in own  # the last of __init__
+        if name[0] == "_" or name in own or not made or hasattr(type(self), name) or not hasattr(self.pixels, name):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.pixels, name, value)
 
     @property
     def channels(self) -> dict[str, int]:
@@ -183,11 +194,15 @@ class LatentDataModule(LightningDataModule):
         self.pixels.on_exception(exception)
 
     def state_dict(self) -> dict[str, Any]:
-        """Delegates. Nothing here has a state of its own: every draw follows from the trainer's progress."""
-        return self.pixels.state_dict()
+        """Delegates. Nothing here has a state of its own: every draw follows from the trainer's progress.
+
+        It knows nothing of a batch that no step has seen.
+        """
+        return self.pixels.state_dict() if self._state_before is None else self._state_before
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Delegates."""
+        self._state_before = None
         self.pixels.load_state_dict(state_dict)
 
     # ---------------------------------------------------------------- the way of a batch
@@ -315,7 +330,7 @@ class LatentDataModule(LightningDataModule):
 
     def _hand_over(self, upcoming: Upcoming) -> Any:
         """The batch of latents whose turn it is. The one behind it is begun before this one is waited for."""
-        batch, begun = upcoming.taken()
+        (batch, begun), self._state_before = upcoming.taken(), None
         if begun is None:  # the first of an epoch: none was before it
             batch = self.on_after_batch_transfer(self._transferred(batch), 0)
             self._begin_next(upcoming)
@@ -337,9 +352,13 @@ class LatentDataModule(LightningDataModule):
     def _begin_next(self, upcoming: Upcoming) -> None:
         """Begin the batch behind this one. What is wrong with it is said when its turn has come."""
         trainer: Any = self.trainer
-        following = None if trainer.is_last_batch else upcoming.next()
+        if trainer.is_last_batch:
+            return
+        before = deepcopy(self.pixels.state_dict())
+        following = upcoming.next()
         if following is None:
             return
+        self._state_before = before
         self._places_ahead = 1
         try:
             following.begun = self._begin(following.batch)

@@ -242,7 +242,7 @@ def test_a_bad_batch_is_an_error_when_its_turn_has_come(vae):
     steps = []
     for ahead in (0, 1):
         model = LatentModel()
-        with complains("float images must lie in 0…1"):
+        with complains("pixels: floats must lie in 0…1"):
             fit(LatentDataModule(Photos(bad), PlainEncoder(vae), encode_ahead=ahead), model)
         steps.append(len(model.seen["train"]))
     assert steps == [3, 3]
@@ -492,3 +492,45 @@ def test_a_side_stream_is_not_copied():
     side = SideStream()
     side._stream = (item for item in ())  # as little to be copied as a stream
     assert deepcopy(side)._stream is None
+
+
+def test_a_data_module_that_counts_what_it_transferred_resumes_the_same(vae, tmp_path):
+    class Counting(Photos):
+        seen = 0
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            self.seen += len(batch["pixels"])
+            return batch
+
+        def state_dict(self):
+            return {"seen": self.seen}
+
+    for ahead in (0, 1):
+        callbacks, settings = [Stop(3, tmp_path / "middle.ckpt")], {"max_epochs": 1, "limit_val_batches": 0}
+        datamodule = everything(vae, ahead, Counting(columns()))
+        quiet_trainer(callbacks=callbacks, **settings).fit(LatentModel(), datamodule=datamodule)
+        assert torch.load(tmp_path / "middle.ckpt")["LatentDataModule"] == {"seen": 6}
+        whole = everything(vae, ahead, Counting(columns()))
+        fit(whole, **settings)
+        assert whole.state_dict() == {"seen": COUNT}
+
+
+def test_a_loader_that_is_no_iterable_is_encoded_as_before_with_a_warning(vae):
+    class ByPlace:
+        def __init__(self, loader):
+            self.batches = list(loader)
+
+        def __len__(self):
+            return len(self.batches)
+
+        def __getitem__(self, place):
+            return self.batches[place]
+
+    class Listed(Photos):
+        def train_dataloader(self):
+            return ByPlace(super().train_dataloader())
+
+    plain = fit(everything(vae, 0, Listed(columns())))
+    with pytest.warns(UserWarning, match="encode_ahead=1 has no effect: it takes one train loader, got ByPlace"):
+        ahead = fit(everything(vae, 1, Listed(columns())))
+    assert same(plain, ahead)

@@ -223,3 +223,13 @@ def test_what_cannot_be_compiled_is_said_at_once():
 def test_without_the_option_nothing_is_compiled(graphs):
     LatentDataModule(Photos(photo_columns()), PlainEncoder(one_convolution())).encode({"pixels": images(2)})
     assert graphs() == 0
+
+
+def test_a_small_first_batch_does_not_make_the_chunks_small(graphs):
+    vae = one_convolution(compile=True)
+    encoder, sizes = PlainEncoder(vae, per_batch=8), []
+    vae.module.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    for count in (1, 8, 20, 5, 1):  # a sanity check first, and a last batch that is smaller
+        encoder({"pixels": images(count)})
+    assert sizes == [1, 8, 8, 8, 8, 8, 1]
+    assert graphs() == 2

@@ -624,3 +624,26 @@ def test_a_loader_of_bare_images_is_warned_of_once(plain):
         seen = predict(plain)
     assert [batch.dtype for batch in seen] == [torch.uint8] * 2
     assert len([warning for warning in caught if "bare tensor" in str(warning.message)]) == 1
+
+
+def test_a_tuner_sets_what_it_found(vae):
+    from lightning.pytorch.tuner import Tuner
+
+    class Sized(Photos):
+        batch_size, seed = 2, 7
+
+        def train_dataloader(self):
+            sizes.append(self.batch_size)
+            return DataLoader(self.dataset, batch_size=self.batch_size)
+
+    sizes, pixels = [], Sized(photo_columns(16))
+    datamodule = LatentDataModule(pixels, PlainEncoder(vae))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Tuner(quiet_trainer()).scale_batch_size(LatentModel(), datamodule=datamodule, max_trials=2, steps_per_trial=1)
+    assert {2, 4} <= set(sizes)
+    assert pixels.batch_size == datamodule.batch_size == max(sizes)
+    assert "batch_size" not in vars(datamodule)
+    datamodule.seed = 3  # each has its own
+    assert pixels.seed == 7
+    assert LatentDataModule(pixels, PlainEncoder(vae), seed=5).seed == 5

@@ -311,7 +311,8 @@ WRONG_PIXELS = {
     "bool": (images(2) > 9, ["pixels", "uint8 in 0…255 or float in 0…1", "bool"]),
     "negative": (floats(-0.5), ["pixels", "must lie in 0…1", "got -0.5…1", "(x + 1) / 2"]),
     "above one": (floats(1.5), ["pixels", "must lie in 0…1", "got 0…1.5", "yield uint8"]),
-    "NaN": (floats(float("nan")), ["pixels", "must lie in 0…1", "nan", "float32"]),
+    "a little above one": (floats(1.01), ["pixels", "got 0…1.01", "clamp them"]),
+    "NaN": (floats(float("nan")), ["pixels", "must lie in 0…1", "nan", "float32", "look at how they were made"]),
 }
 
 

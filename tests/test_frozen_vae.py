@@ -1,5 +1,7 @@
 """FrozenVAE around an AutoencoderKL: the bits of diffusers, frozen, and invisible to whoever holds it."""
 
+import pickle
+
 import pytest
 import torch
 from helpers import RecordingAutoencoder, complains, images, noise_vae, tiny_kl
@@ -220,3 +222,18 @@ def test_an_autoencoder_without_weights_is_where_it_was_put():
     vae = FrozenVAE(Pooling()).to("meta")
     assert vae.device.type == "meta"
     assert vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("make", [tiny_kl, RecordingAutoencoder])
+def test_it_can_be_sent_to_another_process(make):
+    vae = FrozenVAE(make())
+    sent = pickle.loads(pickle.dumps(vae))
+    pixels = images(2) / 255
+    assert torch.equal(sent.encode(pixels, posterior="mode"), vae.encode(pixels, posterior="mode"))
+
+
+def test_pixels_in_another_range_are_named():
+    for pixels, remedy in ((images(1) / 127.5 - 1, "(x + 1) / 2"), (images(1).float(), "divide by 255")):
+        with complains("FrozenVAE.encode: pixels: floats must lie in 0…1", remedy):
+            FrozenVAE(tiny_kl()).encode(pixels)
+    FrozenVAE(tiny_kl()).encode(images(1) / 254.99999)  # what a resize rounds

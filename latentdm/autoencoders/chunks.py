@@ -22,8 +22,8 @@ class Chunks:
 
     Args:
         tiling: ``"never"``, ``"last_resort"`` (when not even one image fits) or ``"always"``.
-        fixed: keep one chunk size for each size of image, as a compiled autoencoder wants it: smaller batches are
-            padded, larger ones split.
+        fixed: keep to few chunk sizes for each size of image, as a compiled autoencoder wants it: a smaller batch is
+            padded to a size that there was, and only a larger one makes a new size.
         owner: the autoencoder's class, for messages.
 
     Raises:
@@ -44,7 +44,8 @@ class Chunks:
         self.retries = 0
         self._limits: dict[Hashable, int] = {}
         """Image shape and dtype → images that fit; 0: not one, unless it is tiled."""
-        self._sizes: dict[Hashable, int] = {}
+        self._sizes: dict[Hashable, set[int]] = {}
+        """Of the chunks so far, where they are fixed."""
 
     def run(
         self,
@@ -106,7 +107,9 @@ class Chunks:
         """Images in a chunk, and whether they are tiled."""
         size = min(per_batch or rows, rows)
         if self.fixed:
-            size = self._sizes.setdefault((key, per_batch), size)
+            sizes = self._sizes.setdefault((key, per_batch), set())
+            size = min((known for known in sizes if known >= size), default=size)
+            sizes.add(size)
         limit = self._limits.get(key, size)
         return max(1, min(size, limit)), self.tiling == "always" or limit == 0
 

@@ -21,6 +21,7 @@ from latentdm.autoencoders.network import Network, outside_inference_mode
 from latentdm.autoencoders.posterior import Posterior
 from latentdm.autoencoders.views import View
 from latentdm.autoencoders.weights import DTYPES, Weights
+from latentdm.batch import check_range
 from latentdm.randomness import Draws
 
 POSTERIORS = ("sample", "mode")
@@ -255,7 +256,7 @@ class FrozenVAE:
             ``b z h/r w/r`` (clips ``b z f' h/r w/r``) float32 latents, normalised as the family's models expect them.
 
         Raises:
-            ValueError: a wrong shape or posterior, or latents that are not finite even in float32.
+            ValueError: a wrong shape, range or posterior, or latents that are not finite even in float32.
         """
         check_posterior(posterior, "FrozenVAE.encode")
         if pixels.ndim not in (4, 5) or pixels.shape[1] != 3:
@@ -268,6 +269,8 @@ class FrozenVAE:
                 f"FrozenVAE.encode: {pixels.shape[-2]}×{pixels.shape[-1]} is no multiple of the factor {r}; "
                 "crop the images first, as latentdm.batch.crop does"
             )
+        if pixels.is_floating_point():
+            check_range(pixels, "pixels", "FrozenVAE.encode")
         b = len(pixels)
         noise_rows: Rows | None = None
         if posterior == "sample":

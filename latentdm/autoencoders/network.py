@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentdm.autoencoders.families import Family
+from latentdm.autoencoders.families import Family, family_of
 from latentdm.autoencoders.posterior import Posterior, latent_of
 from latentdm.autoencoders.views import View, prepare
 from latentdm.autoencoders.weights import Weights
@@ -32,6 +32,14 @@ class Network:
         self._weights = weights
         self._patch = family.patch(autoencoder)
         self._image_channels = family.image_channels(autoencoder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the family, whose functions have no names to be pickled by."""
+        return {name: value for name, value in vars(self).items() if name != "_family"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._family = family_of(self._weights.original)
 
     def moments(
         self, views: Sequence[View], chunk: slice, size: int, tiled: bool = False, full: bool = False
