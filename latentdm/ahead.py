@@ -4,9 +4,8 @@ A training loader yields its batches as `Upcoming` ones, which pass Lightning's 
 `latentdm.LatentDataModule` hands one over, it begins the one behind it, on a stream of its own.
 """
 
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,8 @@ import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection  # type: ignore[attr-defined]
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
+
+from latentdm.loaders import derived
 
 Join = Callable[..., None]
 """Called with tensors in any collection: lets the trainer's stream wait for what was queued when it was made, and keeps
@@ -117,41 +118,30 @@ class _Batches:
         return batch
 
 
-def looking_ahead(loader: Any, training: Callable[[], bool]) -> Any:
-    """Let a training loader yield `Upcoming` batches; it stays the same object, of a class derived from its own.
-
-    So Lightning gives it its sampler, and whoever holds it saves its state, as before.
+def looking_ahead(loader: Any, training: Callable[[], bool]) -> None:
+    """Let the trainer get `Upcoming` batches of a loader.
 
     Args:
         loader: any iterable that is no collection of loaders; with one, this has no effect and warns.
-        training: whether a fit is running: what Lightning itself then iterates gives `Upcoming` batches, and whatever
-            else does gives the batches as they are.
+        training: whether a fit is running; otherwise the batches are given as they are.
     """
-    kind = getattr(type(loader), "_plain_kind", type(loader))
+    kind = type(loader)
 
-    def __iter__(self: Any) -> Any:
-        batches = kind.__iter__(self)
-        if not training() or sys._getframe(1).f_globals.get("__name__") != CombinedLoader.__module__:
-            return batches  # somebody else wants a look at a batch, such as a callback
+    def iterate(self: Any, batches: Any) -> Any:
+        if not training():
+            return batches
         self._state_before = None
         return _Batches(iter(batches), self, kind)
 
     def state_dict(self: Any) -> Any:
         return kind.state_dict(self) if self._state_before is None else self._state_before
 
-    members = {"__iter__": __iter__, "_plain_kind": kind, "_state_before": None, "__module__": kind.__module__}
-    if hasattr(kind, "state_dict"):
-        members["state_dict"] = state_dict
-    try:
-        if isinstance(loader, CombinedLoader | Mapping | list | tuple) or not hasattr(kind, "__iter__"):
-            raise TypeError
-        loader.__class__ = type(kind.__name__, (kind,), members)
-    except TypeError:
+    members = {"state_dict": state_dict} if hasattr(kind, "state_dict") else {}
+    if isinstance(loader, CombinedLoader) or not derived(loader, iterate, _state_before=None, **members):
         rank_zero_warn(
             f"LatentDataModule: encode_ahead=1 has no effect: it takes one train loader, got {kind.__name__}; set it "
             "to 0, or return a single loader"
         )
-    return loader
 
 
 class SideStream:

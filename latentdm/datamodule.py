@@ -18,6 +18,7 @@ from latentdm.batch import CAPTION, INDEX, MASK, PIXELS, BatchKeys, Key, crop, d
 from latentdm.captions import Captions
 from latentdm.encoders.base import Encoder
 from latentdm.float_images import ROUNDED, closing, opened
+from latentdm.loaders import each, restored
 from latentdm.masks.sources import MaskSource
 from latentdm.randomness import Draws
 
@@ -175,7 +176,9 @@ class LatentDataModule(LightningDataModule):
     def train_dataloader(self) -> Any:
         """Delegates."""
         loader = self._whole(self.pixels.train_dataloader())
-        return looking_ahead(loader, self._fitting) if self.encode_ahead else loader
+        if self.encode_ahead:
+            looking_ahead(loader, self._fitting)
+        return loader
 
     def val_dataloader(self) -> Any:
         """Delegates."""
@@ -438,13 +441,15 @@ class LatentDataModule(LightningDataModule):
 
     def _whole(self, loaders: Any) -> Any:
         """The loaders, with float images hidden from a trainer that would round them."""
-        if self._input_dtype not in ROUNDED:
-            return loaders
-        self._rounding = True
-        return closing(loaders, self.keys)
+        self._rounding = self._input_dtype in ROUNDED
+        for loader in each(loaders):
+            restored(loader)
+            if self._rounding:
+                closing(loader, self.keys)
+        return loaders
 
     def _warn_if_rounded(self, batch: Any) -> None:
-        """Other loaders than torch's cannot be helped: say once what their images lose."""
+        """Some loaders cannot be helped: say once what their images lose."""
         if self._warned or not is_batch(batch):
             return
         for name, value in self.keys.find(batch).items():
@@ -452,7 +457,7 @@ class LatentDataModule(LightningDataModule):
                 self._warned = True
                 rank_zero_warn(
                     f"LatentDataModule: {name} came as {describe(value)}: the trainer's precision rounds float images "
-                    "of a loader that is no torch DataLoader before they are encoded; yield uint8 to keep every bit"
+                    "of a loader without an __iter__ before they are encoded; yield uint8 to keep every bit"
                 )
                 return
 

@@ -188,6 +188,38 @@ def test_float_images_stay_whole_by_way_of_workers():
     assert torch.equal(seen, torch.stack([image["pixels"] for image in pixels.images]) * 2 - 1)
 
 
+def test_a_look_at_a_loader_shows_tensors_and_its_owner_keeps_it():
+    class Look(Callback):
+        def on_train_start(self, trainer, model):
+            self.seen = [next(iter(trainer.train_dataloader)), next(iter(trainer.datamodule.train_dataloader()))]
+
+    class Trained(FloatPhotos):
+        def train_dataloader(self):
+            return self.loader
+
+        def val_dataloader(self):
+            return DataLoader(self.images, batch_size=3)
+
+    class Counting(DataLoader):
+        taken = 0
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                self.taken += 1
+                yield batch
+
+    pixels, look = Trained(), Look()
+    whole = torch.stack([image["pixels"] for image in pixels.images])
+    pixels.loader = Counting(pixels.images, batch_size=1)
+    recorder = RecordingAutoencoder()
+    fit(LatentDataModule(pixels, PlainEncoder(FrozenVAE(recorder))), precision="bf16-true", callbacks=[look])
+    assert pixels.loader.taken == 2 + 3  # the looks, and each batch
+    assert all(torch.equal(batch["pixels"][0], pixels.images[0]["pixels"]) for batch in look.seen)
+    assert torch.equal(recorder.pixels, whole * 2 - 1)  # of validation, the last
+    fit(LatentDataModule(pixels, PlainEncoder(FrozenVAE(recorder))))  # another trainer, which rounds nothing
+    assert torch.equal(recorder.pixels, whole * 2 - 1)  # of validation, the last
+
+
 class Batches:
     """A loader that is none of torch's."""
 
@@ -201,8 +233,27 @@ class Batches:
         return len(self.batches)
 
 
+class ByPlace:
+    """A loader that Python can iterate, and nobody can derive from."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __getitem__(self, place):
+        return self.batches[place]
+
+    def __len__(self):
+        return len(self.batches)
+
+
+def test_float_images_of_another_loader_stay_whole():
+    floats = FloatPhotos(lambda loader: Batches(list(loader)))
+    seen, _ = recorded_pixels(floats, "bf16-true")
+    assert torch.equal(seen, torch.stack([image["pixels"] for image in floats.images]) * 2 - 1)
+
+
 def test_what_another_loader_loses_is_said_once():
-    floats = FloatPhotos(lambda loader: Batches(list(loader) * 2))
+    floats = FloatPhotos(lambda loader: ByPlace(list(loader) * 2))
     recorder = RecordingAutoencoder()
     datamodule = LatentDataModule(floats, PlainEncoder(FrozenVAE(recorder)))
     with pytest.warns(UserWarning, match=r"pixels came as \(3, 3, 16, 16\) bfloat16.*yield uint8") as caught:
@@ -212,7 +263,7 @@ def test_what_another_loader_loses_is_said_once():
 
 
 def test_uint8_of_another_loader_loses_nothing_and_is_not_warned_of():
-    bytes_ = FloatPhotos(lambda loader: Batches([{"pixels": images(2)}]))
+    bytes_ = FloatPhotos(lambda loader: ByPlace([{"pixels": images(2)}]))
     seen, _ = recorded_pixels(bytes_, "bf16-true")  # a warning is an error here
     assert torch.allclose(seen, images(2) / 127.5 - 1, rtol=0, atol=1e-6)
 
