@@ -215,9 +215,9 @@ def test_a_look_at_a_loader_shows_tensors_and_its_owner_keeps_it():
     fit(LatentDataModule(pixels, PlainEncoder(FrozenVAE(recorder))), precision="bf16-true", callbacks=[look])
     assert pixels.loader.taken == 2 + 3  # the looks, and each batch
     assert all(torch.equal(batch["pixels"][0], pixels.images[0]["pixels"]) for batch in look.seen)
-    assert torch.equal(recorder.pixels, torch.cat([whole] * 2) * 2 - 1)  # trained on, validated on
+    assert torch.equal(recorder.pixels, torch.cat([whole] * 3) * 2 - 1)  # checked, trained on, validated on
     fit(LatentDataModule(pixels, PlainEncoder(FrozenVAE(recorder))))  # another trainer, which rounds nothing
-    assert torch.equal(recorder.pixels, torch.cat([whole] * 4) * 2 - 1)
+    assert torch.equal(recorder.pixels, torch.cat([whole] * 6) * 2 - 1)
 
 
 class Batches:
