@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from hydra.utils import instantiate
-from lightning import LightningModule, Trainer, seed_everything
+from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -101,14 +101,21 @@ def train(cfg: DictConfig) -> dict[str, float]:
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.datamodule)
     model = LatentDiffusion(**OmegaConf.to_container(cfg.model))
-    callbacks, loggers = (list(instantiate(group).values()) for group in (cfg.callbacks, cfg.logger))
+    callbacks, loggers = (list(instantiate(cfg.get(group) or {}).values()) for group in ("callbacks", "logger"))
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
-    first = trainer.validate(model, datamodule, verbose=False)[0]["val/loss"]
+    first = validation_loss(trainer, model, datamodule)
     trainer.fit(model, datamodule)
-    last = trainer.validate(model, datamodule, verbose=False)[0]["val/loss"]
+    last = validation_loss(trainer, model, datamodule)
     if trainer.is_global_zero:
-        print_summary(trainer, first, last, images=trainer.global_step * cfg.pixels.batch_size * trainer.world_size)
+        batches = trainer.global_step * trainer.accumulate_grad_batches * trainer.world_size
+        print_summary(trainer, first, last, images=batches * cfg.pixels.batch_size)
     return {"first": first, "last": last}
+
+
+def validation_loss(trainer: Trainer, model: LatentDiffusion, datamodule: LightningDataModule) -> float:
+    """NaN where validation is switched off."""
+    results = trainer.validate(model, datamodule, verbose=False)
+    return results[0]["val/loss"] if results else float("nan")
 
 
 def print_summary(trainer: Trainer, first: float, last: float, images: int) -> None:

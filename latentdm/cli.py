@@ -5,6 +5,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
@@ -95,13 +96,16 @@ def composed(settings: Namespace) -> DictConfig:
 
 def _draw(cfg: DictConfig, settings: Namespace) -> None:
     """Write the picture, and print where it is and what to check."""
-    import torch  # late, as composing says sooner what is wrong
+    import torch  # all of it late, as composing says sooner what is wrong
+    from PIL import Image
 
     from latentdm.preview import describe, first_samples, preview
 
+    if settings.output.is_dir() or settings.output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--output {settings.output}: expected the name of a picture, such as preview.png")
+    device = _device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(cfg.get("seed", 0))
     datamodule = instantiate(cfg.datamodule)
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     inputs, outputs, captions = first_samples(datamodule, settings.samples, device, settings.stage)
     notes = describe(datamodule.encoder, inputs, outputs)
     picture = preview(datamodule.encoder, inputs, outputs, captions, settings.samples, notes)
@@ -110,6 +114,16 @@ def _draw(cfg: DictConfig, settings: Namespace) -> None:
     print(settings.output.resolve())
     for note in notes:
         print(f"  {note}")
+
+
+def _device(name: str) -> Any:
+    """A torch device that can hold a tensor."""
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # as torch answers to an unknown one and to one that is not there
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:

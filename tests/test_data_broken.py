@@ -266,6 +266,8 @@ def test_too_many_broken_samples_end_the_run(half_broken):
     ):
         list(data.predict_dataloader())
     list(loaded(half_broken, on_error="skip", max_skipped_share=0.25).predict_dataloader())
+    with pytest.raises(RuntimeError, match=r"^ImageFolderData: [^\n]*$"):  # not in a worker's traceback
+        list(loaded(half_broken, on_error="skip", max_skipped_share=0.1, num_workers=1).predict_dataloader())
 
 
 def test_captions_and_masks_that_are_wrong(tmp_path):

@@ -162,6 +162,9 @@ def test_what_is_wrong_is_said_without_a_traceback(tmp_path, monkeypatch, capsys
     assert "~masks instead of masks=null" in fails(capsys, "masks=null")
     said = fails(capsys, "pixels=folder", "pixels.root=nowhere")
     assert said.startswith("latentdm preview: ImageFolderData: root='nowhere' does not exist")
+    assert "such as preview.png" in fails(capsys, "--output", "x.foo")
+    assert "such as preview.png" in fails(capsys, "--output", str(tmp_path))
+    assert "preview: --device foo: " in fails(capsys, "--device", "foo")
     assert said.count("\n") == 1
 
 

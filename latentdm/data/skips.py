@@ -13,6 +13,10 @@ class SampleError(ValueError):
     """One sample cannot be read; says which and why. With ``on_error="skip"`` another one takes its place."""
 
 
+class TooManySkipped(RuntimeError):
+    """More samples cannot be read than may be skipped."""
+
+
 class Skips:
     """The samples that were skipped so far, by any worker of any rank.
 
@@ -45,7 +49,7 @@ class Skips:
             passes: how often ``total`` samples have been read: 1, except where each epoch sees new samples.
 
         Raises:
-            RuntimeError: too many have been skipped.
+            TooManySkipped: more than the limit.
         """
         if name not in self._why:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +60,7 @@ class Skips:
             os.close(file)
         skipped = len(self.read())
         if skipped > self.limit * self.total * passes:
-            raise RuntimeError(
+            raise TooManySkipped(
                 f"{self.owner}: {skipped} of {self.total * passes} samples cannot be read, more than "
                 f"max_skipped_share={self.limit}; they are listed in {self.folder}. The last one: {why}"
             )

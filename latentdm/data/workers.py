@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from latentdm.data.skips import SampleError
+from latentdm.data.skips import SampleError, TooManySkipped
 
 DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 """How PyTorch's error begins."""
@@ -71,6 +71,7 @@ class WorkerLoader(DataLoader[Any]):
         Raises:
             RuntimeError: a worker died; it names the sample that it was reading.
             SampleError: a sample cannot be read; in the words of the worker, without its traceback.
+            TooManySkipped: more of them than may be skipped; likewise.
         """
         return self._explained(super().__iter__())
 
@@ -81,10 +82,11 @@ class WorkerLoader(DataLoader[Any]):
             except LOST:
                 sleep(SIGNAL_S)  # otherwise the signal's error may come in the middle of anything that follows
                 raise
-        except SampleError as error:
-            said = str(error).rpartition(f"{SampleError.__name__}: ")[2].strip()  # torch puts a traceback before it
+        except (SampleError, TooManySkipped) as error:
+            kind = type(error)
+            said = str(error).rpartition(f"{kind.__name__}: ")[2].strip()  # torch puts a traceback before it
             if said != str(error):
-                raise SampleError(said) from error
+                raise kind(said) from error
             raise
         except (RuntimeError, *LOST) as error:
             why = explanation(error, getattr(self.dataset, "reading", None), getattr(self.dataset, "name", str))
