@@ -67,6 +67,11 @@ def matrices(dtype: torch.dtype) -> Callable[[], None]:
     return products
 
 
+def matrix_peak(seconds: float) -> float:
+    """Operations a second, of `matrices` that took so long."""
+    return PRODUCTS * 2 * matrix_side() ** 3 / seconds
+
+
 @cache
 def rounds(model: str, view: str, side: int, count: int, ways: tuple[str, ...]) -> dict[str, list[float]]:
     """Seconds of each way to encode the same batch, round for round; one round before them warms up."""
@@ -138,7 +143,7 @@ def encode_vs_diffusers_compiled(quick: bool) -> float | None:
     versus=f"{SCRIPT}, SD-size encoder; ours in float32 with compile: true",
 )
 def encode_vs_diffusers_fp32_compiled_sd(quick: bool) -> float | None:
-    """At equal precision, compiled, where convolutions at the processor's peak leave nothing to gain."""
+    """At equal precision, compiled: `floor_share_diffusers_fp32` says how much there is to gain."""
     return None if quick else times_faster(_versus("sd", quick), "diffusers", "ours float32 compiled")
 
 
@@ -254,11 +259,9 @@ def floor_gbytes_256(quick: bool) -> float:
 
 def _share(way: str, dtype: str, quick: bool) -> float:
     """Of the matrix peak, in percent, that a way to encode images for inpainting reaches."""
-    seconds, images = _versus("sd", quick), 2 * _sd_count(quick)  # two views
-    peaks = [PRODUCTS * 2 * matrix_side() ** 3 / second for second in seconds[f"{dtype} matrices"]]
-    return 100 * median(
-        images * _work(256)[0] / second / peak for second, peak in zip(seconds[way], peaks, strict=True)
-    )
+    seconds, operations = _versus("sd", quick), 2 * _sd_count(quick) * _work(256)[0]  # two views
+    turns = zip(seconds[way], seconds[f"{dtype} matrices"], strict=True)
+    return 100 * median(operations / encoding / matrix_peak(products) for encoding, products in turns)
 
 
 @row("floor_share_diffusers_fp32", unit="% of the float32 matrix peak", versus=f"{SCRIPT}, SD-size encoder")

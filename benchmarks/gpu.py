@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import models, peers
-from benchmarks.encoder import PRODUCTS, floor_gflop_256, hook, matrices, matrix_side, timed, times_faster
+from benchmarks.encoder import floor_gflop_256, hook, matrices, matrix_peak, timed, times_faster
 from benchmarks.report import device
 from benchmarks.rows import interleaved
 from latentdm import FrozenVAE, LatentDataModule, PlainEncoder
@@ -69,8 +69,7 @@ def main() -> None:
     sizes = DRY if parser.parse_args().dry else Sizes()
     if sizes is not DRY and not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: needs a CUDA device; --dry tries the script itself without one")
-    seconds = interleaved({"": timed(matrices(torch.bfloat16))}, 5)[""]
-    peak = PRODUCTS * 2 * matrix_side() ** 3 / median(seconds)
+    peak = matrix_peak(median(interleaved({"": timed(matrices(torch.bfloat16))}, 5)[""]))
     say("matrix_peak", peak / 1e12, f"TFLOP/s, bfloat16, {device()}")
     operations = 0.0 if sizes is DRY else 1e9 * floor_gflop_256(quick=False)
     for side, count in sizes.counts.items():
@@ -121,11 +120,16 @@ def first_call(way: Callable[[], Any]) -> int:
 
 def ahead(sizes: Sizes, side: int, count: int) -> None:
     """Steps of a real fit with and without a batch ahead, and whether their latents are the same to the bit."""
-    fits = {f"encode_ahead_{number}": lambda number=number: fit(sizes, side, count, number)[0] for number in (0, 1)}
-    seconds = interleaved(fits, sizes.rounds // 2 + 1)
-    say(f"encode_ahead_{side}", times_faster(seconds, *fits), "times as many steps a second")
-    latents = [fit(sizes, side, count, number)[1] for number in (0, 1)]
-    same = all(torch.equal(one, other) for one, other in zip(*latents, strict=True))
+    latents: dict[str, list[Tensor]] = {}
+
+    def fitted(name: str, encode_ahead: int) -> float:
+        seconds, latents[name] = fit(sizes, side, count, encode_ahead)
+        return seconds
+
+    ways = {"without": lambda: fitted("without", 0), "ahead": lambda: fitted("ahead", 1)}
+    seconds = interleaved(ways, sizes.rounds // 2 + 1)
+    say(f"encode_ahead_{side}", times_faster(seconds, "without", "ahead"), "times as many steps a second")
+    same = all(torch.equal(one, other) for one, other in zip(*latents.values(), strict=True))
     say(f"encode_ahead_{side}_same", float(same), "1: the same latents to the bit")
 
 

@@ -24,9 +24,8 @@ def _seconds(grow_mask_by: int, quick: bool) -> dict[str, float]:
         "ours": lambda: _median_call(lambda: grow_mask(masks, grow_mask_by), 9),
         "theirs": lambda: _median_call(lambda: convolved(masks[:part], grow_mask_by), 1),
     }
-    seconds = {
-        way: median(times) for way, times in interleaved(ways, 5 if grow_mask_by > 16 else 15 if quick else 45).items()
-    }
+    turns = 5 if part < COUNT else 15 if quick else 45
+    seconds = {way: median(times) for way, times in interleaved(ways, turns).items()}
     return {"ours": seconds["ours"], "theirs": seconds["theirs"] * COUNT / part}
 
 

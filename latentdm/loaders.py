@@ -39,7 +39,7 @@ def derived(loader: Any, iterate: Callable[[Any, Iterable[Any]], Any], **members
         members: of the class besides.
 
     Returns:
-        Whether that could be done: not with a list or dict, nor what was written in C.
+        Whether that could be done: not with what has no ``__iter__``, a list or dict, nor what was written in C.
     """
     kind: Any = type(loader)
     if not hasattr(kind, "__iter__") or isinstance(loader, Tensor):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    ByPlace,
     LatentModel,
     Photos,
     RecordingAutoencoder,
@@ -424,7 +425,7 @@ def test_noise_follows_the_place_in_the_epoch_without_an_index():
     assert len(torch.unique(runs[0].flatten(1), dim=0)) == 2 * COUNT
 
 
-def test_a_callback_may_look_at_the_loader_during_a_fit(vae, tmp_path):
+def test_a_callback_may_look_at_the_loader_during_a_fit(vae):
     class Look(Callback):
         def __init__(self):
             self.looks = []
@@ -516,19 +517,9 @@ def test_a_data_module_that_counts_what_it_transferred_resumes_the_same(vae, tmp
 
 
 def test_a_loader_that_is_no_iterable_is_encoded_as_before_with_a_warning(vae):
-    class ByPlace:
-        def __init__(self, loader):
-            self.batches = list(loader)
-
-        def __len__(self):
-            return len(self.batches)
-
-        def __getitem__(self, place):
-            return self.batches[place]
-
     class Listed(Photos):
         def train_dataloader(self):
-            return ByPlace(super().train_dataloader())
+            return ByPlace(list(super().train_dataloader()))
 
     plain = fit(everything(vae, 0, Listed(columns())))
     with pytest.warns(UserWarning, match="encode_ahead=1 has no effect: it takes one train loader, got ByPlace"):

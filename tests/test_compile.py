@@ -172,10 +172,9 @@ def test_memory_that_runs_out_while_compiling_shrinks_it_too(graphs, monkeypatch
     run, full = GraphLowering.run, [True]
 
     def once(self, *args):
-        if full.pop():
-            full.append(False)
+        if full:
+            full.clear()
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        full.append(False)
         return run(self, *args)
 
     monkeypatch.setattr(GraphLowering, "run", once)

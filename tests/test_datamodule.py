@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from helpers import (
+    ByPlace,
     LatentModel,
     Photos,
     RecordingAutoencoder,
@@ -228,19 +229,6 @@ class Batches:
 
     def __iter__(self):
         return iter(self.batches)
-
-    def __len__(self):
-        return len(self.batches)
-
-
-class ByPlace:
-    """A loader that Python can iterate, and nobody can derive from."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __getitem__(self, place):
-        return self.batches[place]
 
     def __len__(self):
         return len(self.batches)
@@ -632,9 +620,8 @@ def test_a_uint8_batch_waits_for_the_device_once():
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert out["latents"].device.type == "cuda"
-    assert (
-        len([warning for warning in caught if "synchronizing" in str(warning.message)]) <= 1
-    )  # an event waits silently
+    waits = [warning for warning in caught if "synchronizing" in str(warning.message)]
+    assert len(waits) <= 1  # for an event torch waits silently
 
 
 @needs_gpu

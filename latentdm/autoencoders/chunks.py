@@ -115,7 +115,7 @@ class Chunks:
 
     def _say(self, key: tuple[tuple[int, ...], torch.dtype], size: int, tiled: bool) -> None:
         shape, dtype = key
-        images = f"images of {_sides(shape)} in {_name(dtype)}"
+        images = f"images of {sides(shape)} in {_name(dtype)}"
         if tiled and self.tiling == "last_resort":
             text = (
                 f"out of memory with a single one of the {images}: they are tiled from now on (tiling=last_resort), "
@@ -132,7 +132,7 @@ class Chunks:
         if not tiled:
             remedies.append("tiling=last_resort (which changes the latents)")
         return (
-            f"FrozenVAE: not even one image of {_sides(shape)} fits in memory for {self.owner} in {_name(dtype)}"
+            f"FrozenVAE: not even one image of {sides(shape)} fits in memory for {self.owner} in {_name(dtype)}"
             f"{', tiled' if tiled else ''}; use {' or '.join(remedies)}, or leave the autoencoder more room. "
             f"What it needed: {failure}"
         )
@@ -146,12 +146,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
-    if any(said in text for said in _DRIVERS_SAY):
-        return True
-    return "DefaultCPUAllocator" in text and ("can't allocate memory" in text or "not enough memory" in text)
+    if "DefaultCPUAllocator" in text:
+        return "can't allocate memory" in text or "not enough memory" in text
+    return any(said in text for said in _DRIVERS_SAY)
 
 
-def _sides(shape: Sequence[int]) -> str:
+def sides(shape: Sequence[int]) -> str:
+    """A shape as messages name it: ``3×512×512``."""
     return "×".join(str(side) for side in shape)
 
 

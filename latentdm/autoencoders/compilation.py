@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdm.autoencoders.chunks import is_out_of_memory
+from latentdm.autoencoders.chunks import is_out_of_memory, sides
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 """What torch.compile calls its modes; the second and third replay CUDA graphs."""
@@ -38,26 +38,30 @@ class Compilation:
         self._encoder.compile(dynamic=False, mode=None if mode == "default" else mode, **limit)
 
     def encode(self, autoencoder: Any, images: Tensor) -> Any:
-        """``autoencoder.encode(images)``, compiled where that works."""
-        from lightning.pytorch.utilities import rank_zero_info  # here, since a notebook may never need them
+        """``autoencoder.encode(images)``, compiled where that works.
+
+        Raises:
+            torch.OutOfMemoryError: memory ran out while it compiled.
+        """
         from torch._dynamo.exc import TorchDynamoException
 
-        shape, sides = (images.shape, images.dtype, images.device), "×".join(map(str, images.shape))
-        first = shape not in self._seen and not self._eager
+        if self._eager:
+            return autoencoder.encode(images)
+        shape = (images.shape, images.dtype, images.device)
+        first = shape not in self._seen
         if first:
             self._seen.add(shape)
-            rank_zero_info(f"FrozenVAE: compiling for {sides}, once; this may take minutes")
+            _say(f"FrozenVAE: compiling for {sides(images.shape)}, once; this may take minutes")
         began = perf_counter()
-        failure: Exception | None = None
         try:
             if self.replays and images.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             output = autoencoder.encode(images)
         except TorchDynamoException as error:
-            failure = getattr(error, "inner_exception", error)
-            if is_out_of_memory(failure):
+            cause = getattr(error, "inner_exception", error)
+            if is_out_of_memory(cause):
                 self._seen.discard(shape)
-                raise torch.OutOfMemoryError(str(failure)) from None
+                raise torch.OutOfMemoryError(str(cause)) from None
             self._eager = True
             self._encoder._compiled_call_impl = None  # what .compile() sets; torch has no public way back
             reason = " ".join(str(error).split())[:200]
@@ -66,11 +70,18 @@ class Compilation:
                 "install a C++ compiler, or set compile: false",
                 stacklevel=2,
             )
-        if failure is not None:  # outside of the handler, whose traceback would keep tensors alive
+        if self._eager:  # outside of the handler, whose traceback would keep tensors alive
             return autoencoder.encode(images)
         if first:
-            rank_zero_info(f"FrozenVAE: compiled for {sides} and encoded, in {perf_counter() - began:.1f} s")
+            _say(f"FrozenVAE: compiled for {sides(images.shape)} and encoded, in {perf_counter() - began:.1f} s")
         return output
+
+
+def _say(text: str) -> None:
+    """Where a user sees it without setting up any logging; late, since most never compile."""
+    from lightning.pytorch.utilities import rank_zero_info
+
+    rank_zero_info(text)
 
 
 def compile_mode(setting: bool | str, autoencoder: nn.Module, frame_axis: bool, tiling: str) -> str | None:

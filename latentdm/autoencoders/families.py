@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from latentdm.autoencoders.normalization import Normalization
 from latentdm.autoencoders.posterior import latent_of
+from latentdm.autoencoders.weights import first_weight
 
 
 def _decode(autoencoder: Any, z: Tensor) -> Tensor:
@@ -271,7 +272,7 @@ def _plain_family(autoencoder: Any) -> Family:
     has_posterior = True
     if factor is None or channels is None:
         size = 64
-        parameter = next(autoencoder.parameters(), torch.empty(0))
+        parameter = first_weight(autoencoder)
         # A copy is tried, so that a module that counts or records its calls never hears of this one.
         with torch.no_grad():
             trial = latent_of(deepcopy(autoencoder).eval().encode(parameter.new_zeros(1, 3, size, size)))

@@ -21,7 +21,7 @@ from latentdm.autoencoders.network import Network, outside_inference_mode
 from latentdm.autoencoders.posterior import Posterior
 from latentdm.autoencoders.views import View
 from latentdm.autoencoders.weights import DTYPES, Weights
-from latentdm.batch import check_range
+from latentdm.batch import PIXELS, check_range
 from latentdm.randomness import Draws
 
 POSTERIORS = ("sample", "mode")
@@ -270,7 +270,7 @@ class FrozenVAE:
                 "crop the images first, as latentdm.batch.crop does"
             )
         if pixels.is_floating_point():
-            check_range(pixels, "pixels", "FrozenVAE.encode")
+            check_range(pixels, PIXELS, "FrozenVAE.encode")
         b = len(pixels)
         noise_rows: Rows | None = None
         if posterior == "sample":

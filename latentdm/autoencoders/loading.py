@@ -147,15 +147,12 @@ def _refuse_pickles(folder: Path, use_safetensors: bool) -> None:
 
 def _no_weights(source: object, subfolder: str | None, variant: str | None, error: OSError) -> ValueError:
     place = f"{source}/{subfolder}" if subfolder else f"{source}"
+    wanted = "" if variant is None else f" with variant={variant!r}"
     return ValueError(
-        f"{_OWNER}: {place!r} has a config but no weights that can be loaded{_of(variant)}: {_one_line(error)} "
+        f"{_OWNER}: {place!r} has a config but no weights that can be loaded{wanted}: {_one_line(error)} "
         "If its file is named as in diffusion_pytorch_model.fp16.safetensors, set variant: fp16; if it has only a .bin "
         "file and you trust it, use_safetensors: false"
     )
-
-
-def _of(variant: str | None) -> str:
-    return "" if variant is None else f" with variant={variant!r}"
 
 
 # ---------------------------------------------------------------- single files
