@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from latentdm.autoencoders.loading import load_autoencoder
 from latentdm.data.photographs import photographs
+from latentdm.draws import Draws
 from latentdm.masks import RandomMask
-from latentdm.randomness import Draws
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

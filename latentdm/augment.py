@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentdm.batch import MASK, PIXELS, SEGMENTATION, unit_mask
+from latentdm.draws import Draws, check_probability
+from latentdm.errors import UserError
 from latentdm.extras import require
-from latentdm.randomness import Draws, check_probability
 
 GEOMETRY = (PIXELS, MASK, SEGMENTATION)
 """What is moved together."""
@@ -60,19 +61,19 @@ class Augment:
     ) -> None:
         self.flip = check_probability("Augment", "flip", flip)
         if crop is not None and (len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1):
-            raise ValueError(
+            raise UserError(
                 f"Augment: crop must be two shares of the area above 0 and at most 1, in order, got {list(crop)}; "
                 "for at least two thirds: [0.67, 1.0]"
             )
         self.crop = None if crop is None else (float(crop[0]), float(crop[1]))
         if not 1 <= aspect < math.inf:
-            raise ValueError(f"Augment: aspect must be at least 1, got {aspect!r}; 1 keeps the image's own")
+            raise UserError(f"Augment: aspect must be at least 1, got {aspect!r}; 1 keeps the image's own")
         self.aspect = aspect
         self.colours = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
         for setting, reach in self.colours.items():
             most = 0.5 if setting == "hue" else 1
             if isinstance(reach, bool) or not isinstance(reach, int | float) or not 0 <= reach <= most:
-                raise ValueError(f"Augment: {setting} must be a number in 0…{most}, got {reach!r}")
+                raise UserError(f"Augment: {setting} must be a number in 0…{most}, got {reach!r}")
         if any(self.colours.values()):
             require("kornia.enhance", extra="augment", needed_by="Augment")
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentdm.errors import UserError
+
 PIXELS = "pixels"
 MASK = "mask"
 INDEX = "index"
@@ -56,21 +58,21 @@ class BatchKeys:
         unknown = [name for name in given if name not in INPUTS + OUTPUTS + OPTIONAL]
         if unknown:
             names = ", ".join(INPUTS + OUTPUTS + OPTIONAL)
-            raise ValueError(f"LatentDataModule: keys: unknown name {unknown[0]!r}; the names are {names}")
+            raise UserError(f"LatentDataModule: keys: unknown name {unknown[0]!r}; the names are {names}")
         if not self.left_out <= set(OUTPUTS):
             name = min(self.left_out - set(OUTPUTS))
-            raise ValueError(
+            raise UserError(
                 f"LatentDataModule: keys: {name!r} goes into the encoder; only outputs can be left out (null)"
             )
         if any(isinstance(key, int) and key < 0 for key in self.keys.values()):
-            raise ValueError(f"LatentDataModule: keys: {self.keys} has a negative position; count from 0, at the front")
+            raise UserError(f"LatentDataModule: keys: {self.keys} has a negative position; count from 0, at the front")
         if len({isinstance(key, int) for key in self.keys.values()}) > 1:
-            raise ValueError(
+            raise UserError(
                 f"LatentDataModule: keys: {self.keys} mixes keys and positions; "
                 "use strings for dict batches, or integers for tuples"
             )
         if layout not in ("CHW", "HWC"):
-            raise ValueError(f"LatentDataModule: layout must be 'CHW' or 'HWC', got {layout!r}")
+            raise UserError(f"LatentDataModule: layout must be 'CHW' or 'HWC', got {layout!r}")
         self.layout = layout
         self._inputs = [(name, self._key(name)) for name in INPUTS + OPTIONAL]
 
@@ -91,10 +93,10 @@ class BatchKeys:
         """
         found = self.find(batch)
         if PIXELS not in found:
-            raise ValueError(self._no_pixels(batch))
+            raise UserError(self._no_pixels(batch))
         pixels, mask = found[PIXELS], found.get(MASK)
         if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
-            raise ValueError(
+            raise UserError(
                 f"LatentDataModule: batch[{self._key(PIXELS)!r}]: expected a tensor of shape {_LAYOUTS[self.layout]}, "
                 f"got {describe(pixels)}"
             )
@@ -134,7 +136,7 @@ class BatchKeys:
             return rebuild(batch, placed, leaving)
         position = self.keys[PIXELS]
         if PIXELS in drop and position not in placed:
-            raise ValueError(
+            raise UserError(
                 f"LatentDataModule: keys: the pixels leave position {position} of the tuple and nothing fills it; "
                 f"send an output there, as in keys={{pixels: {position}, latents: {position}}}, or set keep_pixels"
             )
@@ -164,22 +166,22 @@ class BatchKeys:
 
     def _check_place(self, name: str, key: Key, batch: Any, free: set[Key], placed: Mapping[Key, Any]) -> None:
         if key in placed:
-            raise ValueError(
+            raise UserError(
                 f"LatentDataModule: keys: {name!r} and another result both go to {key!r}; give each a place of its own"
             )
         if isinstance(batch, MAPPINGS):
             if key in batch and key not in free:
-                raise ValueError(
+                raise UserError(
                     f"LatentDataModule: the batch already has {key!r} ({describe(batch[key])}), which the encoder's "
                     f"{name!r} would overwrite; rename one, as in keys={{{name}: my_{name}}}"
                 )
         elif not isinstance(key, int):
-            raise ValueError(
+            raise UserError(
                 f"LatentDataModule: keys: the encoder's {name!r} has no position in a {type(batch).__name__} batch of "
                 f"{len(batch)}; give it one, as in keys={{…, {name}: {len(batch)}}}, or leave it out with null"
             )
         elif key < len(batch) and key not in free:
-            raise ValueError(
+            raise UserError(
                 f"LatentDataModule: keys: position {key} already holds {describe(batch[key])}, which {name!r} would "
                 f"overwrite; use {len(batch)} or more to append it"
             )
@@ -210,7 +212,7 @@ def rebuild(batch: Any, placed: Mapping[Any, Any], leaving: Set[Any] = frozenset
         return rebuilt
     items = {**dict(enumerate(batch)), **placed}
     if max(items) >= len(items):
-        raise ValueError(
+        raise UserError(
             f"LatentDataModule: keys: position {max(items)} leaves a gap after a batch of {len(batch)}; "
             f"use {len(batch)}"
         )
@@ -233,12 +235,12 @@ def sample_ids(index: object, count: int, owner: str) -> list[int | str]:
     """
     ids = index.flatten().tolist() if isinstance(index, Tensor) else index
     if not isinstance(ids, (list, tuple)) or not (_plain(ids) or all(map(_is_id, ids))):
-        raise ValueError(
+        raise UserError(
             f"{owner}: {INDEX}: expected one integer an image, got {describe(index)}; "
             "name another key with keys={index: …}"
         )
     if len(ids) != count:
-        raise ValueError(f"{owner}: {INDEX}: got {len(ids)} for {count} images ({describe(index)}); give one an image")
+        raise UserError(f"{owner}: {INDEX}: got {len(ids)} for {count} images ({describe(index)}); give one an image")
     return list(ids)
 
 
@@ -269,23 +271,23 @@ def check_pixels(pixels: object, multiple: int, owner: str) -> None:
         ValueError: naming what was found and what is right.
     """
     if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
-        raise ValueError(f"{owner}: {PIXELS}: expected a tensor of shape {_LAYOUTS['CHW']}, got {describe(pixels)}")
+        raise UserError(f"{owner}: {PIXELS}: expected a tensor of shape {_LAYOUTS['CHW']}, got {describe(pixels)}")
     if pixels.shape[1] not in (1, 3, 4):
         hint = "; for channels-last images set layout=HWC" if pixels.shape[-1] in (1, 3, 4) else ""
-        raise ValueError(
+        raise UserError(
             f"{owner}: {PIXELS}: expected 1, 3 or 4 channels in {_LAYOUTS['CHW']}, got {describe(pixels)}{hint}"
         )
     if pixels.shape[0] == 0:
-        raise ValueError(f"{owner}: {PIXELS}: the batch is empty, got {describe(pixels)}")
+        raise UserError(f"{owner}: {PIXELS}: the batch is empty, got {describe(pixels)}")
     if min(pixels.shape[-2:]) < multiple:
-        raise ValueError(
+        raise UserError(
             f"{owner}: {PIXELS}: {pixels.shape[-2]}×{pixels.shape[-1]} is smaller than the autoencoder's factor "
             f"{multiple}; use images of at least {multiple}×{multiple}"
         )
     if pixels.dtype == torch.uint8:
         return
     if not pixels.is_floating_point():
-        raise ValueError(f"{owner}: {PIXELS}: expected uint8 in 0…255 or float in 0…1, got {describe(pixels)}")
+        raise UserError(f"{owner}: {PIXELS}: expected uint8 in 0…255 or float in 0…1, got {describe(pixels)}")
     check_range(pixels, PIXELS, owner)
 
 
@@ -300,7 +302,7 @@ def check_range(levels: Tensor, name: str, owner: str) -> None:
         remedy = "undo the normalisation (for −1…1: (x + 1) / 2)"
     else:
         remedy = "divide by 255" if high > 2 else "clamp them"
-    raise ValueError(
+    raise UserError(
         f"{owner}: {name}: floats must lie in 0…1, got {low:.6g}…{high:.6g} ({describe(levels)}); {remedy}, "
         "or yield uint8"
     )
@@ -322,9 +324,9 @@ def unit_mask(mask: Tensor, pixels: Tensor, owner: str) -> Tensor:
         ValueError: naming what was found and what is right.
     """
     if not isinstance(mask, Tensor) or mask.ndim not in (3, 4) or (mask.ndim == 4 and mask.shape[1] != 1):
-        raise ValueError(f"{owner}: {MASK}: expected a tensor of shape b 1 H W or b H W, got {describe(mask)}")
+        raise UserError(f"{owner}: {MASK}: expected a tensor of shape b 1 H W or b H W, got {describe(mask)}")
     if mask.shape[0] not in (1, pixels.shape[0]):
-        raise ValueError(
+        raise UserError(
             f"{owner}: {MASK}: got {mask.shape[0]} masks for {pixels.shape[0]} images ({describe(mask)}); "
             "give one an image, or one for all"
         )
@@ -337,7 +339,7 @@ def unit_mask(mask: Tensor, pixels: Tensor, owner: str) -> Tensor:
             check_range(mask, MASK, owner)  # elsewhere a look would make uint8 images wait for the device
         mask = mask.float()
     else:
-        raise ValueError(f"{owner}: {MASK}: expected bool, uint8 in 0…255 or float in 0…1, got {describe(mask)}")
+        raise UserError(f"{owner}: {MASK}: expected bool, uint8 in 0…255 or float in 0…1, got {describe(mask)}")
     if mask.shape[-2:] != pixels.shape[-2:]:
         mask = F.interpolate(mask, size=pixels.shape[-2:], mode="bilinear")
     return mask

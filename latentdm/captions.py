@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from latentdm.batch import CAPTION, describe
-from latentdm.randomness import Draws, check_probability
+from latentdm.draws import Draws, check_probability
+from latentdm.errors import UserError
 
 PLACE = "{caption}"
 
@@ -45,16 +46,14 @@ class Captions:
     ) -> None:
         self.dropout = check_probability("Captions", "dropout", dropout)
         if type(keep_tags) is not int or keep_tags < 0:
-            raise ValueError(f"Captions: keep_tags must be an integer of at least 0, got {keep_tags!r}")
+            raise UserError(f"Captions: keep_tags must be an integer of at least 0, got {keep_tags!r}")
         if not separator:
-            raise ValueError("Captions: separator must not be empty; tags are usually parted by ','")
+            raise UserError("Captions: separator must not be empty; tags are usually parted by ','")
         if isinstance(templates, str):
-            raise ValueError(
-                f"Captions: templates must be a list of texts, got {templates!r}; for one: [{templates!r}]"
-            )
+            raise UserError(f"Captions: templates must be a list of texts, got {templates!r}; for one: [{templates!r}]")
         for template in templates:
             if PLACE not in template:
-                raise ValueError(f"Captions: templates: {template!r} has no {PLACE} in it, where the caption goes")
+                raise UserError(f"Captions: templates: {template!r} has no {PLACE} in it, where the caption goes")
         self.shuffle_tags = shuffle_tags
         self.keep_tags = keep_tags
         self.separator = separator
@@ -71,7 +70,7 @@ class Captions:
             training: draw; otherwise take what comes first.
         """
         if isinstance(captions, str) or not isinstance(captions, Sequence):
-            raise ValueError(
+            raise UserError(
                 f"Captions: {CAPTION}: expected a list of strings, one an image, got {describe(captions)}; "
                 f"name another key with keys={{{CAPTION}: …}}"
             )
@@ -84,7 +83,7 @@ class Captions:
     def _change(self, caption: str | Sequence[str] | None, row: list[float], draws: Draws, training: bool) -> str:
         several: list[Any] = list(caption) if isinstance(caption, list | tuple) else [caption or ""]
         if not all(isinstance(text, str) for text in several):
-            raise ValueError(f"Captions: {CAPTION}: expected strings, got {caption!r} for the sample {draws.ids[0]}")
+            raise UserError(f"Captions: {CAPTION}: expected strings, got {caption!r} for the sample {draws.ids[0]}")
         if training and row[0] < self.dropout:
             return ""
         text: str = several[int(row[1] * len(several)) if training else 0] if several else ""

@@ -13,7 +13,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from latentdm.errors import plain_errors
+from latentdm.errors import UserError, plain_errors
 
 USAGE = "latentdm preview [options] [overrides]\n\nlatentdm preview --help says more"
 
@@ -102,7 +102,7 @@ def _draw(cfg: DictConfig, settings: Namespace) -> None:
     from latentdm.preview import describe, first_samples, preview
 
     if settings.output.is_dir() or settings.output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--output {settings.output}: expected the name of a picture, such as preview.png")
+        raise UserError(f"--output {settings.output}: expected the name of a picture, such as preview.png")
     device = _device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(cfg.get("seed", 0))
     datamodule = instantiate(cfg.datamodule)
@@ -123,7 +123,7 @@ def _device(name: str) -> Any:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # as torch answers to an unknown one and to one that is not there
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
@@ -137,5 +137,5 @@ def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 def _count(text: str) -> int:
     count = int(text)
     if count < 1:
-        raise ValueError(text)
+        raise UserError(text)
     return count

@@ -16,11 +16,12 @@ from latentdm.ahead import Begun, SideStream, Upcoming, looking_ahead
 from latentdm.augment import GEOMETRY, Augment
 from latentdm.batch import CAPTION, INDEX, MASK, PIXELS, BatchKeys, Key, crop, describe, is_batch, sample_ids
 from latentdm.captions import Captions
+from latentdm.draws import Draws
 from latentdm.encoders.base import Encoder
+from latentdm.errors import UserError, UserTypeError
 from latentdm.float_images import ROUNDED, closing, opened
 from latentdm.loaders import each, restored
 from latentdm.masks.sources import MaskSource
-from latentdm.randomness import Draws
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
 HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -74,10 +75,10 @@ class LatentDataModule(LightningDataModule):
         encode_ahead: int = 0,
     ) -> None:
         if type(encode_ahead) is not int or encode_ahead not in (0, 1):
-            raise ValueError(f"LatentDataModule: encode_ahead must be 0 or 1 batches, got {encode_ahead!r}")
+            raise UserError(f"LatentDataModule: encode_ahead must be 0 or 1 batches, got {encode_ahead!r}")
         for name, value, kind in (("pixels", pixels, LightningDataModule), ("encoder", encoder, Encoder)):
             if not isinstance(value, kind):
-                raise TypeError(f"LatentDataModule: {name} must be a {kind.__name__}, got {type(value).__name__}")
+                raise UserTypeError(f"LatentDataModule: {name} must be a {kind.__name__}, got {type(value).__name__}")
         self.pixels = pixels
         super().__init__()
         self.encoder = encoder
@@ -161,7 +162,7 @@ class LatentDataModule(LightningDataModule):
             _check_model(self.trainer.lightning_module)
             self.encoder.setup(self.trainer.strategy.root_device)
             if self.encode_ahead and self.encoder.vae.replays_graphs:
-                raise ValueError(
+                raise UserError(
                     "LatentDataModule: encode_ahead=1 with an autoencoder that replays CUDA graphs, which share their "
                     "memory with those of the model and may not run beside them; set compile: true (or "
                     "max-autotune-no-cudagraphs), or encode_ahead: 0"
@@ -230,7 +231,7 @@ class LatentDataModule(LightningDataModule):
             return batch
         found = self.keys.find(batch)
         if found.get(CAPTION) is None:
-            raise ValueError(self.keys.missing_caption(batch))
+            raise UserError(self.keys.missing_caption(batch))
         noted = self._noted
         ids = self._ids({**found, PIXELS: found[CAPTION]}, dataloader_idx)
         self._noted = noted
@@ -322,7 +323,7 @@ class LatentDataModule(LightningDataModule):
             if self.masks is not None:
                 inputs[MASK] = self.masks(inputs, draws)
             if MASK not in inputs:
-                raise ValueError(self.keys.missing_mask(batch))
+                raise UserError(self.keys.missing_mask(batch))
         return inputs, self.encoder.start(inputs, draws)
 
     # ---------------------------------------------------------------- a batch ahead
@@ -467,7 +468,7 @@ def _check_model(model: LightningModule) -> None:
     name = type(model).__name__
     for hook in HOOKS:
         if is_overridden(hook, model, LightningModule):
-            raise ValueError(
+            raise UserError(
                 f"LatentDataModule: {name} overrides {hook}, where the latents are made, and Lightning would call only "
                 "one of the two; move that code into the pixel data module, whose hooks are called too"
             )
@@ -475,7 +476,7 @@ def _check_model(model: LightningModule) -> None:
         method = getattr(model, step, None)
         code = getattr(method, "__code__", None)
         if code is not None and "dataloader_iter" in code.co_varnames[: code.co_argcount]:
-            raise ValueError(
+            raise UserError(
                 f"LatentDataModule: {name}.{step} takes dataloader_iter, which bypasses the batch-transfer hooks; "
                 f"take batch and batch_idx instead: {step}(self, batch, batch_idx)"
             )

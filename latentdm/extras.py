@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+from latentdm.errors import MissingExtraError
+
 
 def require(module: str, extra: str, needed_by: str) -> Any:
     """Import an optional module.
@@ -18,6 +20,6 @@ def require(module: str, extra: str, needed_by: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(
+        raise MissingExtraError(
             f"{needed_by} needs the package {error.name!r}; install it with: pip install 'latentdm[{extra}]'"
         ) from error

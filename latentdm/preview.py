@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from latentdm.alarms import MASK_RANGE, STD_RANGE, latent_std_alarm, mask_alarm
 from latentdm.batch import LATENT_MASK, LATENTS, MASK, MASKED_LATENTS, NOISE_MASK, PIXELS, Key, crop, unit_mask
-from latentdm.checks import MASK_RANGE, STD_RANGE, latent_std_alarm, mask_alarm
 from latentdm.datamodule import LatentDataModule
 from latentdm.encoders.base import Encoder
+from latentdm.errors import UserError
 from latentdm.pictures import ORANGE, Sheet, three_components, tinted
 
 CAPTIONS: tuple[Key, ...] = ("caption", "captions", "text", "prompt", "name")
@@ -173,7 +174,7 @@ def first_samples(
             break
     datamodule.teardown("fit")
     if not taken:
-        raise ValueError(f"no batch: the {stage} data is empty; choose another stage, or look at the data")
+        raise UserError(f"no batch: the {stage} data is empty; choose another stage, or look at the data")
     inputs, outputs = (_joined([part[which] for part in taken]) for which in (0, 1))
     return inputs, outputs, captions if len(captions) == count else None
 

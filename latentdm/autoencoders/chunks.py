@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from latentdm.errors import UserError
+
 TILINGS = ("never", "last_resort", "always")
 
 _DRIVERS_SAY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 Encode = Callable[[slice, int, bool], Tensor]
 """Encodes the rows of a chunk, given how many images to pad it to and whether to tile."""
+
+
+class ImageTooLarge(UserError, torch.OutOfMemoryError):
+    """Not even one image fits in memory."""
 
 
 class Chunks:
@@ -36,7 +42,7 @@ class Chunks:
 
     def __init__(self, tiling: str, fixed: bool, owner: str) -> None:
         if tiling not in TILINGS:
-            raise ValueError(f"FrozenVAE: tiling must be one of {', '.join(TILINGS)}, got {tiling!r}")
+            raise UserError(f"FrozenVAE: tiling must be one of {', '.join(TILINGS)}, got {tiling!r}")
         self.tiling = tiling
         self.fixed = fixed
         self.owner = owner
@@ -87,7 +93,7 @@ class Chunks:
                     if torch.cuda.is_available():
                         torch.cuda.empty_cache()
                     if images == 1 and (tiled or self.tiling == "never"):
-                        raise torch.OutOfMemoryError(self._hopeless(shape, dtype, tiled, failure))
+                        raise ImageTooLarge(self._hopeless(shape, dtype, tiled, failure))
                     self.retries += 1
                     size, tiled = max(1, images // 2), tiled or images == 1
                     self._limits[key] = 0 if tiled and self.tiling == "last_resort" else size

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdm.autoencoders.chunks import is_out_of_memory, sides
+from latentdm.errors import UserError
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 """What torch.compile calls its modes; the second and third replay CUDA graphs."""
@@ -93,7 +94,7 @@ def compile_mode(setting: bool | str, autoencoder: nn.Module, frame_axis: bool, 
     if setting is False:
         return None
     if setting is not True and setting not in MODES:
-        raise ValueError(f"FrozenVAE: compile must be true, false or one of {', '.join(MODES)}, got {setting!r}")
+        raise UserError(f"FrozenVAE: compile must be true, false or one of {', '.join(MODES)}, got {setting!r}")
     name = type(autoencoder).__name__
     if not isinstance(getattr(autoencoder, "encoder", None), nn.Module):
         hindrance = f"{name} has no encoder of its own"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from latentdm.autoencoders.normalization import Normalization
 from latentdm.autoencoders.posterior import latent_of
 from latentdm.autoencoders.weights import first_weight
+from latentdm.errors import UserError, UserTypeError
 
 
 def _decode(autoencoder: Any, z: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ def _standardized(autoencoder: Any) -> Normalization:
 def _flux2_patch(autoencoder: Any) -> int:
     across, down = autoencoder.config.patch_size
     if across != down:
-        raise ValueError(f"FrozenVAE: AutoencoderKLFlux2 with patches of {across}×{down}; only squares are supported")
+        raise UserError(f"FrozenVAE: AutoencoderKLFlux2 with patches of {across}×{down}; only squares are supported")
     return int(across)
 
 
@@ -220,7 +221,7 @@ def class_named(name: object, owner: str) -> Any:
         ValueError: it is not known, or is not in the installed diffusers.
     """
     if name not in _FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"{owner} names the class {name!r}, which is not known; known are {', '.join(sorted(_FAMILIES))}. "
             "Teach it with latentdm.register_family"
         )
@@ -228,7 +229,7 @@ def class_named(name: object, owner: str) -> Any:
 
     found = _CLASSES.get(name) or getattr(diffusers, name, None)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"{owner} names the class {name!r}, which diffusers {diffusers.__version__} does not have; install a newer "
             "one, or for a class of your own pass it to latentdm.register_family itself, not its name"
         )
@@ -248,12 +249,12 @@ def family_of(autoencoder: nn.Module) -> Family:
     name = type(autoencoder).__name__
     if not isinstance(autoencoder, nn.Module) or not callable(getattr(autoencoder, "encode", None)):
         lacks = "has no encode method" if isinstance(autoencoder, nn.Module) else "is no torch.nn.Module"
-        raise TypeError(
+        raise UserTypeError(
             f"FrozenVAE: {name} {lacks}; pass a diffusers autoencoder or a module with encode(x), or name a hub id or "
             "a folder with FrozenVAE.from_pretrained"
         )
     if any(base.__module__.startswith("diffusers.") for base in type(autoencoder).__mro__):
-        raise ValueError(
+        raise UserError(
             f"FrozenVAE: the class {name} is not known; known are {', '.join(sorted(_FAMILIES))}. "
             "Teach it with latentdm.register_family"
         )

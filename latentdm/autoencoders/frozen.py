@@ -22,7 +22,8 @@ from latentdm.autoencoders.posterior import Posterior
 from latentdm.autoencoders.views import View
 from latentdm.autoencoders.weights import DTYPES, Weights
 from latentdm.batch import PIXELS, check_range
-from latentdm.randomness import Draws
+from latentdm.draws import Draws
+from latentdm.errors import UserError
 
 POSTERIORS = ("sample", "mode")
 
@@ -76,11 +77,11 @@ class FrozenVAE:
         tiling: str = "never",
     ) -> None:
         if dtype not in DTYPES:
-            raise ValueError(f"FrozenVAE: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+            raise UserError(f"FrozenVAE: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         family = family_of(autoencoder)
         mode = compile_mode(compile, autoencoder, family.frame_axis, tiling)
         if tiling != "never" and not hasattr(autoencoder, "use_tiling"):
-            raise ValueError(f"FrozenVAE: tiling={tiling}, but {type(autoencoder).__name__} has none; set never")
+            raise UserError(f"FrozenVAE: tiling={tiling}, but {type(autoencoder).__name__} has none; set never")
         autoencoder.requires_grad_(False).eval()
         self._weights = Weights(autoencoder, dtype, channels_last=not family.frame_axis, mode=mode)
         self._encoder_only = encoder_only
@@ -230,12 +231,12 @@ class FrozenVAE:
         """Raise ValueError unless clips of so many frames can be encoded whole."""
         t = self.temporal_compression
         if t is None:
-            raise ValueError(
+            raise UserError(
                 f"{owner}: {self.class_name} encodes images, not clips of {frames} frames; use a video "
                 "autoencoder (vae=wan, vae=qwen_image), or yield the frames as images b c h w"
             )
         if frames % t != 1 % t:
-            raise ValueError(
+            raise UserError(
                 f"{owner}: a clip of {frames} frames: {self.class_name} takes 1 + {t}·n of them, such as "
                 f"{(frames - 1) // t * t + 1}; it would drop the rest in silence"
             )
@@ -260,12 +261,12 @@ class FrozenVAE:
         """
         check_posterior(posterior, "FrozenVAE.encode")
         if pixels.ndim not in (4, 5) or pixels.shape[1] != 3:
-            raise ValueError(f"FrozenVAE.encode: expected pixels of shape b 3 h w, got {tuple(pixels.shape)}")
+            raise UserError(f"FrozenVAE.encode: expected pixels of shape b 3 h w, got {tuple(pixels.shape)}")
         if pixels.ndim == 5:
             self.check_clip(pixels.shape[2], "FrozenVAE.encode")
         r = self.spatial_compression
         if pixels.shape[-2] % r or pixels.shape[-1] % r or not pixels.numel():
-            raise ValueError(
+            raise UserError(
                 f"FrozenVAE.encode: {pixels.shape[-2]}×{pixels.shape[-1]} is no multiple of the factor {r}; "
                 "crop the images first, as latentdm.batch.crop does"
             )
@@ -354,7 +355,7 @@ class FrozenVAE:
                 chunk = slice(row, row + 1)
                 latents[row] = self._draw(self._network.moments(views, chunk, 1, full=True), noise, chunk)[0]
             if not latents[row].isfinite().all():
-                raise ValueError(
+                raise UserError(
                     f"FrozenVAE: the latents of {name(row)} are not finite in float32 either; look at that image, and "
                     f"whether the autoencoder's weights ({self.class_name}) are finite"
                 )
@@ -385,7 +386,7 @@ class FrozenVAE:
             ValueError: the decoder was dropped.
         """
         if self._encoder_only:
-            raise ValueError("FrozenVAE.decode: the decoder was dropped; set encoder_only: false to keep it")
+            raise UserError("FrozenVAE.decode: the decoder was dropped; set encoder_only: false to keep it")
         return self._network.decode(self.denormalize(latents.to(self.device)))
 
     def normalize(self, z: Tensor) -> Tensor:
@@ -400,4 +401,4 @@ class FrozenVAE:
 def check_posterior(posterior: str, owner: str) -> None:
     """Raise ValueError unless ``posterior`` is ``"sample"`` or ``"mode"``."""
     if posterior not in POSTERIORS:
-        raise ValueError(f"{owner}: posterior must be one of {', '.join(POSTERIORS)}, got {posterior!r}")
+        raise UserError(f"{owner}: posterior must be one of {', '.join(POSTERIORS)}, got {posterior!r}")

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from latentdm.autoencoders.families import class_named
+from latentdm.errors import UserError
 
 CONFIG = "config.json"
 PACKAGE = "pkg://"
@@ -50,10 +51,10 @@ def load_autoencoder(
     path = Path(source)
     if path.suffix == ".safetensors" or (path.suffix in PICKLES and not path.is_dir()):
         if variant is not None:
-            raise ValueError(f"{_OWNER}: variant={variant!r} is for a folder or a hub id; {str(source)!r} is one file")
+            raise UserError(f"{_OWNER}: variant={variant!r} is for a folder or a hub id; {str(source)!r} is one file")
         return _load_single_file(path, config, use_safetensors)
     if config is not None:
-        raise ValueError(f"{_OWNER}: config={str(config)!r} is for a single file; {str(source)!r} has its own")
+        raise UserError(f"{_OWNER}: config={str(config)!r} is for a single file; {str(source)!r} has its own")
     if path.is_dir():
         # Joined here: given both, diffusers would read the subfolder's config and then weights that lie above it.
         source, subfolder = path / (_subfolder(path, subfolder) or ""), None
@@ -75,7 +76,7 @@ def load_autoencoder(
     except OSError as error:
         raise _no_weights(source, subfolder, variant, error) from error
     except RuntimeError as error:  # sizes that differ
-        raise ValueError(_misfit(source, autoencoder_class.__name__, _one_line(error))) from error
+        raise UserError(_misfit(source, autoencoder_class.__name__, _one_line(error))) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         _refuse_keys(kind, info.get(kind) or (), source, autoencoder_class.__name__)
     return model  # type: ignore[no-any-return]
@@ -96,7 +97,7 @@ def build_autoencoder(config: Mapping[str, Any] | str | PathLike[str], seed: int
 def _package_folder(source: str) -> Path:
     spec = find_spec(source.removeprefix(PACKAGE))
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"{_OWNER}: {source!r} names no installed package")
+        raise UserError(f"{_OWNER}: {source!r} names no installed package")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -132,14 +133,14 @@ def _read_config(
                 "There is no such folder here, and the hub gave nothing: offline and not in its cache, a repository "
                 f"that wants a login (hf auth login), or a wrong id. {advice}"
             )
-        raise ValueError(f"{_OWNER}: no autoencoder at {place!r}: {_one_line(error)} {advice}") from error
+        raise UserError(f"{_OWNER}: no autoencoder at {place!r}: {_one_line(error)} {advice}") from error
 
 
 def _refuse_pickles(folder: Path, use_safetensors: bool) -> None:
     """Pickled weights can run code: they are loaded where somebody asks for them, not where nothing else lies."""
     pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
     if use_safetensors and pickled and not any(folder.glob("*.safetensors*")):
-        raise ValueError(
+        raise UserError(
             f"{_OWNER}: {str(folder)!r} has only pickled weights ({pickled[0]}), which are not loaded unasked; "
             "save them as .safetensors, or set use_safetensors: false if you trust them"
         )
@@ -160,15 +161,15 @@ def _no_weights(source: object, subfolder: str | None, variant: str | None, erro
 
 def _load_single_file(path: Path, config: str | PathLike[str] | None, use_safetensors: bool) -> nn.Module:
     if not path.is_file():
-        raise ValueError(f"{_OWNER}: no file {str(path)!r}")
+        raise UserError(f"{_OWNER}: no file {str(path)!r}")
     if path.suffix in PICKLES and use_safetensors:
-        raise ValueError(
+        raise UserError(
             f"{_OWNER}: {path.name} is a pickle, which is not loaded unasked; save it as .safetensors, "
             "or set use_safetensors: false if you trust it"
         )
     settings_at = Path(config) if config is not None else path.parent / CONFIG
     if not settings_at.exists():
-        raise ValueError(
+        raise UserError(
             f"{_OWNER}: the single file {str(path)!r} needs a config that names its class, and {str(settings_at)!r} is "
             "not there; put the model's config.json beside the file, or name one with config: a folder or a JSON file"
         )
@@ -182,7 +183,7 @@ def _load_single_file(path: Path, config: str | PathLike[str] | None, use_safete
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # sizes that differ
-        raise ValueError(_misfit(path, autoencoder_class.__name__, _one_line(error))) from error
+        raise UserError(_misfit(path, autoencoder_class.__name__, _one_line(error))) from error
     return model
 
 
@@ -217,7 +218,7 @@ def _in_diffusers_keys(
         try:
             weights = convert(checkpoint=weights, config={**model.config, **settings})
         except (KeyError, IndexError, RuntimeError) as error:
-            raise ValueError(_misfit(path, name, f"no conversion from its format: {_one_line(error)}")) from error
+            raise UserError(_misfit(path, name, f"no conversion from its format: {_one_line(error)}")) from error
     if hasattr(model, "_fix_state_dict_keys_on_load"):  # the attention of old Stable Diffusion files
         model._fix_state_dict_keys_on_load(weights)
     return weights
@@ -229,7 +230,7 @@ def _in_diffusers_keys(
 def _refuse_keys(kind: str, keys: Any, source: object, class_name: str) -> None:
     if keys:
         first, *_ = sorted(str(key) for key in keys)
-        raise ValueError(_misfit(source, class_name, f"{len(keys)} {kind.replace('_', ' ')}, the first {first!r}"))
+        raise UserError(_misfit(source, class_name, f"{len(keys)} {kind.replace('_', ' ')}, the first {first!r}"))
 
 
 def _misfit(source: object, class_name: str, what: str) -> str:

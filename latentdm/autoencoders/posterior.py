@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdm.errors import UserTypeError
+
 
 @dataclass(frozen=True)
 class Posterior:
@@ -40,7 +42,7 @@ def latent_of(output: Any) -> Posterior:
         for name in ("latents", "latent"):
             if isinstance(getattr(output, name, None), Tensor):
                 return Posterior(getattr(output, name).float(), None)
-        raise TypeError(
+        raise UserTypeError(
             f"FrozenVAE: encode returned {type(output).__name__} with none of latent_dist, latents and latent"
         )
     if hasattr(distribution, "logvar") and not getattr(distribution, "deterministic", False):

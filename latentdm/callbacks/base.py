@@ -6,6 +6,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from latentdm.errors import UserError
+
 
 class EncodeCallback(Callback):
     """A callback that watches batches become latents. It observes, and changes nothing.
@@ -62,7 +64,7 @@ def encoder_of(trainer: Trainer, owner: str) -> Any:
     datamodule = getattr(trainer, "datamodule", None)
     encoder = getattr(datamodule, "encoder", None)
     if not hasattr(encoder, "vae"):
-        raise ValueError(
+        raise UserError(
             f"{owner}: needs a LatentDataModule to watch, got {type(datamodule).__name__}; "
             "pass one as datamodule=, or remove the callback"
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from latentdm.batch import Key
 from latentdm.callbacks.base import EncodeCallback
 from latentdm.callbacks.images import folder_of, publish
+from latentdm.errors import UserError
 from latentdm.preview import captions_of, preview
 
 
@@ -46,7 +47,7 @@ class LatentPreview(EncodeCallback):
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("samples", samples)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"LatentPreview: {name} must be an integer of at least 1, got {value!r}")
+                raise UserError(f"LatentPreview: {name} must be an integer of at least 1, got {value!r}")
         self.every_n_steps = every_n_steps
         self.samples = samples
         self.caption = caption

@@ -11,9 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from latentdm.alarms import MASK_RANGE, STD_RANGE, latent_std_alarm, mask_alarm
 from latentdm.batch import LATENTS, NOISE_MASK, PIXELS
 from latentdm.callbacks.base import EncodeCallback, LogSteps
-from latentdm.checks import MASK_RANGE, STD_RANGE, latent_std_alarm, mask_alarm
+from latentdm.errors import UserError
 
 ENOUGH = 8
 """Batches that an alarm needs at least; the first look is taken after so many, whatever the log steps."""
@@ -209,5 +210,5 @@ def _overall(std: Tensor) -> float:
 
 def _range(name: str, bounds: Sequence[float]) -> tuple[float, float]:
     if isinstance(bounds, int | float) or len(bounds) != 2 or not 0 <= bounds[0] < bounds[1]:
-        raise ValueError(f"LatentStats: {name} must be two numbers of at least 0, in order, got {bounds!r}")
+        raise UserError(f"LatentStats: {name} must be two numbers of at least 0, in order, got {bounds!r}")
     return float(bounds[0]), float(bounds[1])

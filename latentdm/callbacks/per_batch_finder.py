@@ -14,6 +14,7 @@ from torch import Tensor
 from latentdm.autoencoders.chunks import is_out_of_memory
 from latentdm.batch import LATENTS, MASKED_LATENTS, PIXELS, crop
 from latentdm.callbacks.base import EncodeCallback
+from latentdm.errors import UserError
 
 MARGIN = 1.03
 """A larger ``per_batch`` must be faster by this factor: the smaller one takes less memory."""
@@ -52,11 +53,11 @@ class PerBatchFinder(EncodeCallback):
         if candidates is not None and (
             not candidates or any(type(candidate) is not int or candidate < 1 for candidate in candidates)
         ):
-            raise ValueError(f"PerBatchFinder: candidates must be integers of at least 1, got {list(candidates)}")
+            raise UserError(f"PerBatchFinder: candidates must be integers of at least 1, got {list(candidates)}")
         if type(rounds) is not int or rounds < 1:
-            raise ValueError(f"PerBatchFinder: rounds must be an integer of at least 1, got {rounds!r}")
+            raise UserError(f"PerBatchFinder: rounds must be an integer of at least 1, got {rounds!r}")
         if max_seconds <= 0:
-            raise ValueError(f"PerBatchFinder: max_seconds must be above 0, got {max_seconds!r}")
+            raise UserError(f"PerBatchFinder: max_seconds must be above 0, got {max_seconds!r}")
         self.candidates = candidates
         self.rounds = rounds
         self.max_seconds = max_seconds
@@ -103,7 +104,7 @@ class PerBatchFinder(EncodeCallback):
                 if turn:  # the first round warms up
                     seconds.setdefault(choice, []).append(took / choice)
             if not choices:
-                raise ValueError(
+                raise UserError(
                     f"PerBatchFinder: not even {smallest} of {'×'.join(map(str, shape[1:]))} fits in the memory of "
                     f"{vae.device}; use smaller images, or an autoencoder in fewer bits (vae.dtype=bfloat16)"
                 )

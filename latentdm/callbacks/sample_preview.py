@@ -14,6 +14,7 @@ from torch import Tensor
 from latentdm.batch import LATENTS, Key, rebuild
 from latentdm.callbacks.base import EncodeCallback
 from latentdm.callbacks.images import folder_of, publish
+from latentdm.errors import UserError
 from latentdm.preview import before_and_after, captions_of
 
 
@@ -44,7 +45,7 @@ class SamplePreview(EncodeCallback):
 
     def __init__(self, samples: int = 4, caption: Key | None = None, dirpath: str | Path | None = None) -> None:
         if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-            raise ValueError(f"SamplePreview: samples must be an integer of at least 1, got {samples!r}")
+            raise UserError(f"SamplePreview: samples must be an integer of at least 1, got {samples!r}")
         self.samples = samples
         self.caption = caption
         self.dirpath = dirpath
@@ -57,12 +58,12 @@ class SamplePreview(EncodeCallback):
         """Check the model and the autoencoder, and settle where the pictures go."""
         super().setup(trainer, pl_module, stage)
         if not is_overridden("predict_step", pl_module, LightningModule):
-            raise ValueError(
+            raise UserError(
                 f"SamplePreview: {type(pl_module).__name__} has no predict_step; let it sample latents for a batch, or "
                 "remove the callback"
             )
         if not trainer.datamodule.encoder.vae.can_decode:  # type: ignore[attr-defined]
-            raise ValueError("SamplePreview: the autoencoder has no decoder; keep it: encoder_only=false")
+            raise UserError("SamplePreview: the autoencoder has no decoder; keep it: encoder_only=false")
         self._folder = folder_of(trainer, self.dirpath, "samples")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,7 +106,7 @@ class SamplePreview(EncodeCallback):
         expected = (n, *encoded[LATENTS].shape[1:])
         if not isinstance(sampled, Tensor) or tuple(sampled.shape) != expected:
             got = tuple(sampled.shape) if isinstance(sampled, Tensor) else type(sampled).__name__
-            raise ValueError(
+            raise UserError(
                 f"SamplePreview: {type(pl_module).__name__}.predict_step must return latents of shape {expected}, "
                 f"got {got}"
             )

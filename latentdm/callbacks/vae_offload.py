@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from latentdm.callbacks.base import EncodeCallback, encoder_of
+from latentdm.errors import UserError
 
 STAGES = ("validate", "test", "predict")
 
@@ -33,7 +34,7 @@ class VAEOffload(EncodeCallback):
 
     def __init__(self, stages: Sequence[str] = ("predict",)) -> None:
         if isinstance(stages, str) or not stages or not set(stages) <= set(STAGES):
-            raise ValueError(f"VAEOffload: stages must be a list of some of {', '.join(STAGES)}, got {stages!r}")
+            raise UserError(f"VAEOffload: stages must be a list of some of {', '.join(STAGES)}, got {stages!r}")
         self.stages = tuple(stages)
         self._home: torch.device | None = None  # while it is away
         self._warned = False

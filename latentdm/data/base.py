@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from latentdm.data.bucket_batches import BucketBatches, BucketLoader
 from latentdm.data.skips import SampleError, Skips
 from latentdm.data.workers import Reading, WorkerLoader, explanation
-from latentdm.randomness import sample_generator, sample_seed
+from latentdm.draws import sample_generator, sample_seed
+from latentdm.errors import RunError, UserError
 
 Sample = dict[str, Any]
 
@@ -102,7 +103,7 @@ class PixelDataset(Dataset[Sample], ABC):
                     raise
                 self.skips.add(self.name(other), str(error), self.passes(epoch))
             other = self.replacement(place, epoch, attempt)
-        raise RuntimeError(
+        raise RunError(
             f"{type(self).__name__}: {REPLACEMENTS} samples in a row cannot be read; the report lists what is wrong"
         )
 
@@ -232,9 +233,9 @@ class PixelDataModule(LightningDataModule):
         check_at_least(1, owner, batch_size=batch_size)
         check_at_least(0, owner, num_workers=num_workers, seed=seed)
         if on_error not in ON_ERROR:
-            raise ValueError(f"{owner}: on_error must be one of {', '.join(ON_ERROR)}, got {on_error!r}")
+            raise UserError(f"{owner}: on_error must be one of {', '.join(ON_ERROR)}, got {on_error!r}")
         if not isinstance(max_skipped_share, int | float) or not 0 <= max_skipped_share <= 1:
-            raise ValueError(f"{owner}: max_skipped_share must be in 0…1, got {max_skipped_share!r}")
+            raise UserError(f"{owner}: max_skipped_share must be in 0…1, got {max_skipped_share!r}")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -299,7 +300,7 @@ class PixelDataModule(LightningDataModule):
     def _needed(self, name: str) -> PixelDataset:
         dataset: PixelDataset | None = getattr(self, name)
         if dataset is None:
-            raise ValueError(f"{type(self).__name__}: {name} is None; call setup() first, and let it set {name}")
+            raise UserError(f"{type(self).__name__}: {name} is None; call setup() first, and let it set {name}")
         return dataset
 
     def _loader(self, dataset: PixelDataset, training: bool) -> DataLoader[Sample]:
@@ -354,12 +355,12 @@ def check_at_least(least: int, owner: str, **settings: object) -> None:
     """Raise ValueError, naming the class and the setting, unless each is an integer of at least ``least``."""
     for setting, value in settings.items():
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{owner}: {setting} must be an integer, got {value!r}; set it to {least} or more")
+            raise UserError(f"{owner}: {setting} must be an integer, got {value!r}; set it to {least} or more")
         if value < least:
-            raise ValueError(f"{owner}: {setting} must be at least {least}, got {value}")
+            raise UserError(f"{owner}: {setting} must be at least {least}, got {value}")
 
 
 def check_share(owner: str, val_share: object) -> None:
     """Raise ValueError, naming the class, unless ``val_share`` is a number in 0…1, below 1."""
     if not isinstance(val_share, int | float) or not 0 <= val_share < 1:
-        raise ValueError(f"{owner}: val_share must be at least 0 and below 1, got {val_share!r}")
+        raise UserError(f"{owner}: val_share must be at least 0 and below 1, got {val_share!r}")

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from latentdm.data.workers import WorkerLoader
-from latentdm.randomness import sample_generator
+from latentdm.draws import sample_generator
 
 
 class BucketBatches(DistributedSampler[list[tuple[int, int]]]):

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from latentdm.data.base import check_at_least
+from latentdm.errors import UserError
 
 Size = tuple[int, int]
 
@@ -52,7 +53,7 @@ class Buckets:
         self.min_images = min_images
         self.shapes = self._shapes()
         if not self.shapes:
-            raise ValueError(
+            raise UserError(
                 f"Buckets: no multiple of step={step} lies in min_side={self.min_side}…max_side={self.max_side} with "
                 f"an area of at most {area}; widen the limits or use a smaller step"
             )
@@ -82,7 +83,7 @@ class Buckets:
         """
         sides = np.asarray(sizes)
         if sides.ndim != 2 or sides.shape[1] != 2 or len(sides) == 0 or sides.min() < 1:
-            raise ValueError(f"Buckets: expected a width and a height above 0 for each image, got {sides.shape}")
+            raise UserError(f"Buckets: expected a width and a height above 0 for each image, got {sides.shape}")
         shapes = self.shapes
         merged: list[tuple[Size, int]] = []
         while True:

@@ -22,6 +22,7 @@ from latentdm.data.metadata import (
     read_metadata,
     rename,
 )
+from latentdm.errors import UserError
 
 MASK_SUFFIX = "-mask"
 MASK_FOLDER = "masks"
@@ -107,7 +108,7 @@ def find_images(
 
     def problem(text: str) -> None:
         if not pairing.lenient:
-            raise ValueError(text)
+            raise UserError(text)
         problems.append(text)
 
     listing = list_files(root, skip)
@@ -142,7 +143,7 @@ def find_images(
         else:
             images.append(name)
     if not images:
-        raise ValueError(f"{owner}: no images in root={str(root)!r}; expected files ending in {', '.join(EXTENSIONS)}")
+        raise UserError(f"{owner}: no images in root={str(root)!r}; expected files ending in {', '.join(EXTENSIONS)}")
     if pairing.masks == "ignore":
         mask_of = {}
     entries = []
@@ -162,7 +163,7 @@ def find_images(
             )
     without = [entry.name for entry in entries if entry.mask is None]
     if without and not pairing.lenient and (len(without) < len(entries) or pairing.masks == "require"):
-        raise ValueError(
+        raise UserError(
             f"{owner}: an image without a mask: {root / without[0]} (and {len(without) - 1} more of {len(images)}); "
             f"add {_stem(without[0])}{MASK_SUFFIX}.png to {root}, or set masks=ignore"
         )

@@ -22,6 +22,7 @@ from latentdm.data.index import FolderIndex, folder_index
 from latentdm.data.metadata import CAPTION, read_sidecar
 from latentdm.data.skips import SampleError
 from latentdm.data.squares import Record, Squares
+from latentdm.errors import UserError
 
 CHOICES = ("auto", "require", "ignore")
 
@@ -182,7 +183,7 @@ class ImageFolderData(PixelDataModule):
         check_share("ImageFolderData", val_share)
         for setting, value in (("masks", masks), ("captions", captions)):
             if value not in CHOICES:
-                raise ValueError(f"ImageFolderData: {setting} must be one of {', '.join(CHOICES)}, got {value!r}")
+                raise UserError(f"ImageFolderData: {setting} must be one of {', '.join(CHOICES)}, got {value!r}")
         self.root = _folder("root", root)
         self.size = size
         self.val_share = val_share
@@ -267,7 +268,7 @@ def _folder(setting: str, value: str | Path) -> Path:
     path = Path(value).expanduser()
     if not path.is_dir():
         what = "is a file" if path.is_file() else "does not exist"
-        raise ValueError(
+        raise UserError(
             f"ImageFolderData: {setting}={str(value)!r} {what}; give a folder of images (searched from {Path.cwd()})"
         )
     return path

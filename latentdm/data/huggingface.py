@@ -15,6 +15,7 @@ from latentdm.data.metadata import CAPTION, CAPTION_COLUMNS
 from latentdm.data.skips import SampleError
 from latentdm.data.squares import Record, Squares
 from latentdm.data.stream import Item, StreamImages, stable_index
+from latentdm.errors import UserError
 from latentdm.extras import require
 
 OWNER = "HuggingFaceData"
@@ -192,7 +193,7 @@ class HuggingFaceData(PixelDataModule):
         check_share(OWNER, val_share)
         unknown = set(columns or {}) - set(USUAL)
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"{OWNER}: columns: unknown name {min(unknown)!r}; the names are {', '.join(USUAL)}, "
                 "and other columns ride along under their own"
             )
@@ -258,7 +259,7 @@ class HuggingFaceData(PixelDataModule):
             loaded = datasets.load_from_disk(str(folder))
             if isinstance(loaded, datasets.DatasetDict):
                 if split not in loaded:
-                    raise ValueError(f"{OWNER}: there is no split {split!r} in {folder}; it has {', '.join(loaded)}")
+                    raise UserError(f"{OWNER}: there is no split {split!r} in {folder}; it has {', '.join(loaded)}")
                 loaded = loaded[split]
             return loaded.to_iterable_dataset() if self.streaming else loaded
         path = str(folder) if folder.is_dir() else self.path
@@ -273,7 +274,7 @@ class HuggingFaceData(PixelDataModule):
                     "data set that wants a login (hf auth login), or a wrong id. Without a network HF_HUB_OFFLINE=1 in "
                     "the environment asks the cache alone, without retries"
                 )
-            raise ValueError(why) from error
+            raise UserError(why) from error
 
     def _open(self, split: str) -> tuple[Any, dict[str, str]]:
         """The rows, with their images as files, and our name → the column that holds it."""
@@ -286,7 +287,7 @@ class HuggingFaceData(PixelDataModule):
             if theirs is None and ours != "image":
                 continue
             if theirs is None or theirs not in names:
-                raise ValueError(
+                raise UserError(
                     f"{OWNER}: no column {theirs or ours!r} for {ours} in {self.path}; it has {', '.join(names)}: "
                     f"say which with columns={{{ours}: …}}"
                 )

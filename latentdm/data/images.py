@@ -20,6 +20,7 @@ from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from latentdm.data.skips import SampleError
+from latentdm.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """The endings, in lower case, of the files that count as images."""
@@ -166,7 +167,7 @@ def _open(
     with _reading(source, owner, name) as file:
         width, height = file.size
         if width * height > max_pixels:
-            raise ValueError(f"its {width} × {height} pixels exceed max_pixels={max_pixels}")
+            raise UserError(f"its {width} × {height} pixels exceed max_pixels={max_pixels}")
         orientation = file.getexif().get(0x0112, 1)
         turned = orientation in TURNED
         size = (height, width) if turned else (width, height)
@@ -183,13 +184,13 @@ def _open(
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise ValueError("its levels are floats, whose range is unknown (save it with 8 or 16 bits)")
+        raise UserError("its levels are floats, whose range is unknown (save it with 8 or 16 bits)")
     if not image.mode.startswith("I"):
         return image
     # Pillow's own conversion clips 16 bits at 255.
     levels = np.asarray(image).astype(np.int64)
     if levels.min() < 0 or levels.max() > 65535:
-        raise ValueError(f"its levels span {levels.min()}…{levels.max()} (save it with 8 or 16 bits)")
+        raise UserError(f"its levels span {levels.min()}…{levels.max()} (save it with 8 or 16 bits)")
     return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
 
 

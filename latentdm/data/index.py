@@ -29,6 +29,7 @@ from tqdm import tqdm
 from latentdm.data.images import read_size
 from latentdm.data.metadata import CAPTION
 from latentdm.data.skips import SampleError
+from latentdm.errors import RunError
 
 VERSION = 2
 """Of the file's layout; another one is built anew."""
@@ -255,9 +256,9 @@ def _again(root: Path, file: Path, identity: bytes) -> FolderIndex:
     try:
         index = _mapped(root, file)
     except OSError as error:
-        raise RuntimeError(f"the index of {root} is gone from {file} ({error}); start the run again") from error
+        raise RunError(f"the index of {root} is gone from {file} ({error}); start the run again") from error
     if index.identity != identity:
-        raise RuntimeError(f"{root} has changed and its index {file} was built anew meanwhile; start the run again")
+        raise RunError(f"{root} has changed and its index {file} was built anew meanwhile; start the run again")
     return index
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdm.data.skips import SampleError
+from latentdm.errors import UserError
 
 CAPTION = "caption"
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -57,7 +58,7 @@ def read_metadata(path: Path, owner: str) -> Iterator[tuple[int, dict[str, Any]]
         )
     for number, row in rows:
         if not isinstance(row, dict) or not isinstance(row.get(FILE_NAME), str):
-            raise ValueError(f"{owner}: {path}, line {number}: a row must have a column {FILE_NAME!r}, got {row!r}")
+            raise UserError(f"{owner}: {path}, line {number}: a row must have a column {FILE_NAME!r}, got {row!r}")
         yield number, row
 
 
@@ -71,7 +72,7 @@ def _json(line: str, path: Path, number: int, owner: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{owner}: {path}, line {number} is no JSON ({error}); repair it") from error
+        raise UserError(f"{owner}: {path}, line {number} is no JSON ({error}); repair it") from error
 
 
 def _text(path: Path, owner: str) -> str:

@@ -8,7 +8,7 @@ from PIL import Image
 from latentdm.data.base import PixelDataModule, PixelDataset, Sample, check_at_least
 from latentdm.data.images import RESAMPLE, image_to_tensor
 from latentdm.data.photographs import photographs
-from latentdm.randomness import sample_generator
+from latentdm.draws import sample_generator
 
 
 class PhotographCrops(PixelDataset):

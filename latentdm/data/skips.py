@@ -8,12 +8,14 @@ import json
 import os
 from pathlib import Path
 
+from latentdm.errors import UserError
 
-class SampleError(ValueError):
+
+class SampleError(UserError):
     """One sample cannot be read; says which and why. With ``on_error="skip"`` another one takes its place."""
 
 
-class TooManySkipped(RuntimeError):
+class TooManySkipped(UserError, RuntimeError):
     """More samples cannot be read than may be skipped."""
 
 

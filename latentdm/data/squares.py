@@ -23,7 +23,7 @@ from latentdm.data.images import (
     resize_mask,
 )
 from latentdm.data.skips import SampleError
-from latentdm.randomness import sample_generator
+from latentdm.draws import sample_generator
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from torch.utils.data import get_worker_info
 from latentdm.data.base import PixelDataset, Sample
 from latentdm.data.skips import SampleError
 from latentdm.data.squares import Record, Squares
-from latentdm.randomness import sample_seed
+from latentdm.draws import sample_seed
+from latentdm.errors import UserError
 
 T = TypeVar("T")
 
@@ -117,7 +118,7 @@ class StreamImages(PixelDataset):
                 empty = 0
                 yield item
             if empty == EMPTY_TURNS:
-                raise ValueError(
+                raise UserError(
                     f"{self.squares.owner}: part {part} of {self.ranks * self.workers} of the stream is empty; "
                     "use fewer workers or more samples"
                 )

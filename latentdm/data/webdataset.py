@@ -14,6 +14,7 @@ from latentdm.data.metadata import CAPTION, CAPTION_COLUMNS, rename
 from latentdm.data.skips import SampleError
 from latentdm.data.squares import Record, Squares
 from latentdm.data.stream import Item, StreamImages, own_share, stable_index
+from latentdm.errors import UserError
 from latentdm.extras import require
 
 IMAGES = tuple(ending[1:] for ending in EXTENSIONS)
@@ -181,7 +182,7 @@ class WebDatasetData(PixelDataModule):
         names = [shards] if isinstance(shards, str) else list(shards)
         expanded = [url for name in names for url in webdataset.shardlists.expand_urls(name)]
         if not expanded:
-            raise ValueError(f"WebDatasetData: shards={shards!r} names no shard; give a path, with braces for many")
+            raise UserError(f"WebDatasetData: shards={shards!r} names no shard; give a path, with braces for many")
         squares = Squares(
             "WebDatasetData", self.size, training, self.flip and training, self.alpha, self.seed, self.max_pixels
         )

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from latentdm.data.skips import SampleError, TooManySkipped
+from latentdm.errors import RunError
 
 DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 """How PyTorch's error begins."""
@@ -91,7 +92,7 @@ class WorkerLoader(DataLoader[Any]):
         except (RuntimeError, *LOST) as error:
             why = explanation(error, getattr(self.dataset, "reading", None), getattr(self.dataset, "name", str))
             if why:
-                raise RuntimeError(why) from error
+                raise RunError(why) from error
             raise
 
 

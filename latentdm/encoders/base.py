@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from latentdm.autoencoders.frozen import FrozenVAE, check_posterior
 from latentdm.autoencoders.views import View, spans
 from latentdm.batch import INDEX, LATENTS, MAPPINGS, PIXELS, check_pixels, describe, sample_ids
-from latentdm.randomness import Draws
+from latentdm.draws import Draws
+from latentdm.errors import UserError
 
 
 class Encoder(ABC):
@@ -43,7 +44,7 @@ class Encoder(ABC):
     ) -> None:
         name = type(self).__name__
         if per_batch is not None and (isinstance(per_batch, bool) or not isinstance(per_batch, int) or per_batch < 1):
-            raise ValueError(
+            raise UserError(
                 f"{name}: per_batch must be an integer of at least 1, got {per_batch!r}; "
                 "leave it out (null) to encode the whole batch at once"
             )
@@ -121,7 +122,7 @@ class Encoder(ABC):
     def _check(self, batch: Mapping[str, Any]) -> None:
         owner, vae = type(self).__name__, self.vae
         if not isinstance(batch, MAPPINGS):
-            raise ValueError(f"{owner}: expected a dict, as in {{'pixels': images}}, got {describe(batch)}")
+            raise UserError(f"{owner}: expected a dict, as in {{'pixels': images}}, got {describe(batch)}")
         check_pixels(batch.get(PIXELS), vae.spatial_compression, owner)
         if batch[PIXELS].ndim == 5:
             vae.check_clip(batch[PIXELS].shape[2], owner)
@@ -177,5 +178,5 @@ class Encoder(ABC):
 
 def _check_vae(vae: object, owner: str) -> FrozenVAE:
     if not isinstance(vae, FrozenVAE):
-        raise ValueError(f"{owner}: vae must be a FrozenVAE, got {type(vae).__name__}; wrap it: FrozenVAE(autoencoder)")
+        raise UserError(f"{owner}: vae must be a FrozenVAE, got {type(vae).__name__}; wrap it: FrozenVAE(autoencoder)")
     return vae

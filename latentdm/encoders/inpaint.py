@@ -23,6 +23,7 @@ from latentdm.batch import (
     unit_mask,
 )
 from latentdm.encoders.base import Encoder
+from latentdm.errors import UserError
 from latentdm.masks.morphology import check_grow_mask_by, check_mask_offset, grow_mask, offset_mask, round_mask
 
 LATENT_MASKS: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -75,7 +76,7 @@ class InpaintEncoder(Encoder):
     ) -> None:
         super().__init__(vae, per_batch=per_batch, posterior=posterior, progress=progress)
         if grow_mask_by is not None and mask_offset is not None:
-            raise ValueError(
+            raise UserError(
                 f"InpaintEncoder: grow_mask_by={grow_mask_by} and mask_offset={mask_offset} exclude each other; "
                 "set one of them to null (encoder=inpaint has the one, encoder=inpaint_offset the other)"
             )
@@ -85,7 +86,7 @@ class InpaintEncoder(Encoder):
             check_mask_offset(mask_offset, "InpaintEncoder")
         if latent_mask not in LATENT_MASKS:
             known = ", ".join(LATENT_MASKS)
-            raise ValueError(f"InpaintEncoder: latent_mask must be one of {known}, got {latent_mask!r}")
+            raise UserError(f"InpaintEncoder: latent_mask must be one of {known}, got {latent_mask!r}")
         self.grow_mask_by = 6 if grow_mask_by is None and mask_offset is None else grow_mask_by
         self.mask_offset = mask_offset
         self.latent_mask = latent_mask
@@ -99,14 +100,14 @@ class InpaintEncoder(Encoder):
     def _check(self, batch: Mapping[str, Any]) -> None:
         super()._check(batch)
         if batch[PIXELS].ndim == 5:
-            raise ValueError(
+            raise UserError(
                 f"InpaintEncoder: {PIXELS}: clips ({describe(batch[PIXELS])}) have no masks with frames; "
                 "use encoder=plain, or yield the frames as images b c h w"
             )
 
     def _views(self, batch: Mapping[str, Any]) -> tuple[dict[str, View], dict[str, Tensor]]:
         if MASK not in batch:
-            raise ValueError(
+            raise UserError(
                 f"InpaintEncoder: the batch has no {MASK!r}, only {', '.join(map(repr, batch))}; "
                 "give one with the images, white = 1 = repaint"
             )

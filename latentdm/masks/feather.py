@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentdm.batch import PIXELS, unit_mask
+from latentdm.draws import Draws
+from latentdm.errors import UserError
 from latentdm.masks.sources import MaskSource
-from latentdm.randomness import Draws
 
 LIMIT = 128
 
@@ -29,9 +30,9 @@ class FeatheredMask(MaskSource):
 
     def __init__(self, source: MaskSource, pixels: int = 8) -> None:
         if type(pixels) is not int or not 1 <= pixels <= LIMIT:
-            raise ValueError(f"FeatheredMask: pixels must be an integer in 1…{LIMIT}, got {pixels!r}")
+            raise UserError(f"FeatheredMask: pixels must be an integer in 1…{LIMIT}, got {pixels!r}")
         if not isinstance(source, MaskSource):
-            raise ValueError(f"FeatheredMask: source must be a mask source, got {type(source).__name__}")
+            raise UserError(f"FeatheredMask: source must be a mask source, got {type(source).__name__}")
         self.source = source
         self.pixels = pixels
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from latentdm.batch import MASK, PIXELS, unit_mask
+from latentdm.draws import Draws
+from latentdm.errors import UserError
 from latentdm.masks.sources import MaskSource
-from latentdm.randomness import Draws
 
 
 class MixedMask(MaskSource):
@@ -30,15 +31,15 @@ class MixedMask(MaskSource):
     def __init__(self, sources: Mapping[str, MaskSource], probabilities: Mapping[str, float] | None = None) -> None:
         for name, source in sources.items():
             if not isinstance(source, MaskSource):
-                raise ValueError(f"MixedMask: sources.{name} must be a mask source, got {type(source).__name__}")
+                raise UserError(f"MixedMask: sources.{name} must be a mask source, got {type(source).__name__}")
         weights = dict.fromkeys(sources, 1.0) if probabilities is None else dict(probabilities)
         if not sources or weights.keys() != sources.keys():
-            raise ValueError(
+            raise UserError(
                 f"MixedMask: probabilities must name each source once; the sources are {', '.join(sources) or 'none'}, "
                 f"the probabilities name {', '.join(weights) or 'none'}"
             )
         if any(not 0 <= weight < float("inf") for weight in weights.values()) or not sum(weights.values()) > 0:
-            raise ValueError(f"MixedMask: probabilities must be at least 0 and not all 0, got {weights}")
+            raise UserError(f"MixedMask: probabilities must be at least 0 and not all 0, got {weights}")
         self.sources = dict(sources)
         total = sum(weights.values())
         self.bounds = torch.tensor([bound / total for bound in accumulate(weights[name] for name in sources)])
@@ -70,5 +71,5 @@ class MixedMask(MaskSource):
         for name, source in self.sources.items():
             try:
                 source.check(inputs)
-            except ValueError as error:
-                raise ValueError(f"MixedMask: sources.{name}: {error}") from None
+            except UserError as error:
+                raise UserError(f"MixedMask: sources.{name}: {error}") from None

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentdm.errors import UserError
+
 GROW_LIMIT = 64
 OFFSET_LIMIT = 128
 
@@ -16,7 +18,7 @@ OFFSET_LIMIT = 128
 def check_grow_mask_by(grow_mask_by: int, owner: str = "grow_mask") -> None:
     """Raise ValueError unless ``grow_mask_by`` is an integer in 0…64."""
     if not _is_integer(grow_mask_by) or not 0 <= grow_mask_by <= GROW_LIMIT:
-        raise ValueError(
+        raise UserError(
             f"{owner}: grow_mask_by must be an integer in 0…{GROW_LIMIT}, got {grow_mask_by!r}; "
             "to shrink a mask, or to grow it further, use mask_offset"
         )
@@ -25,7 +27,7 @@ def check_grow_mask_by(grow_mask_by: int, owner: str = "grow_mask") -> None:
 def check_mask_offset(mask_offset: int, owner: str = "offset_mask") -> None:
     """Raise ValueError unless ``mask_offset`` is an integer in −128…128."""
     if not _is_integer(mask_offset) or not -OFFSET_LIMIT <= mask_offset <= OFFSET_LIMIT:
-        raise ValueError(
+        raise UserError(
             f"{owner}: mask_offset must be an integer in −{OFFSET_LIMIT}…{OFFSET_LIMIT}, got {mask_offset!r}; "
             "positive grows the mask, negative shrinks it"
         )

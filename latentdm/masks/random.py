@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from latentdm.batch import PIXELS
+from latentdm.draws import Draws, check_probability
+from latentdm.errors import UserError
 from latentdm.masks.shapes import Blobs, Borders, Boxes, Polygons, Shapes, Strokes
 from latentdm.masks.sources import MaskSource
-from latentdm.randomness import Draws, check_probability
 
 SHAPES_LIMIT = 32
 """The most shapes a mask may have: each costs a pass over the batch."""
@@ -70,11 +71,11 @@ class RandomMask(MaskSource):
             "borders": Borders(*_counts("sides", sides, 4)),
         }
         if isinstance(kinds, str) or not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(shapes):
-            raise ValueError(
+            raise UserError(
                 f"RandomMask: kinds must be a list of some of {', '.join(shapes)}, each once, got {_shown(kinds)}"
             )
         if isinstance(share, int | float) or len(share) != 2 or not 0 < share[0] <= share[1] < 1:
-            raise ValueError(
+            raise UserError(
                 f"RandomMask: share must be two numbers above 0 and below 1, in order, got {_shown(share)}; "
                 "for a tenth to a half of the image: [0.1, 0.5]"
             )
@@ -114,7 +115,7 @@ def _counts(setting: str, values: Sequence[int], limit: int = SHAPES_LIMIT) -> t
         low, high = values
         if 1 <= low <= high <= limit:
             return low, high
-    raise ValueError(
+    raise UserError(
         f"RandomMask: {setting} must be two integers in 1…{limit}, in order, got {_shown(values)}; "
         "for always three: [3, 3]"
     )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentdm.randomness import Draws
+from latentdm.draws import Draws
 
 MEASURED = 64
 """Side of the grid of pixels on which the share of a mask is measured."""

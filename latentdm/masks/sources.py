@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from latentdm.batch import MASK, PIXELS, SEGMENTATION, describe
-from latentdm.randomness import Draws
+from latentdm.draws import Draws
+from latentdm.errors import UserError
 
 
 class MaskSource(ABC):
@@ -47,7 +48,7 @@ class BatchMask(MaskSource):
     def check(self, inputs: Mapping[str, Tensor]) -> None:
         """Raise ValueError where the batch has no mask."""
         if inputs.get(MASK) is None:
-            raise ValueError(
+            raise UserError(
                 f"BatchMask: the batch has no {MASK!r}; say where it lies with keys={{{MASK}: …}}, "
                 "or choose another source: masks=random or masks=alpha"
             )
@@ -75,7 +76,7 @@ class AlphaMask(MaskSource):
         """Raise ValueError where the images have no alpha channel."""
         pixels = inputs[PIXELS]
         if pixels.ndim != 4 or pixels.shape[1] != 4:
-            raise ValueError(
+            raise UserError(
                 f"AlphaMask: expected {PIXELS} of shape b 4 H W, got {describe(pixels)}; let the data keep its alpha "
                 "channel (pixels.alpha=true), or choose another source: masks=random or masks=batch"
             )
@@ -101,7 +102,7 @@ class SegmentationMask(MaskSource):
 
     def __init__(self, classes: Sequence[int], invert: bool = False) -> None:
         if isinstance(classes, int | str) or not classes or any(type(label) is not int for label in classes):
-            raise ValueError(
+            raise UserError(
                 f"SegmentationMask: classes must be a list of the integer labels to repaint, got {classes!r}; "
                 "for one class: [15]"
             )
@@ -123,13 +124,13 @@ class SegmentationMask(MaskSource):
         """Raise ValueError where the batch has no label map of integers, one an image."""
         labels = inputs.get(SEGMENTATION)
         if labels is None:
-            raise ValueError(
+            raise UserError(
                 f"SegmentationMask: the batch has no {SEGMENTATION!r}; say where its label map lies with "
                 f"keys={{{SEGMENTATION}: …}}, or choose another source: masks=random or masks=batch"
             )
         shaped = isinstance(labels, Tensor) and (labels.ndim == 3 or (labels.ndim == 4 and labels.shape[1] == 1))
         if not shaped or labels.is_floating_point() or len(labels) != len(inputs[PIXELS]):
-            raise ValueError(
+            raise UserError(
                 f"SegmentationMask: {SEGMENTATION}: expected integer labels of shape b H W or b 1 H W for "
                 f"{len(inputs[PIXELS])} images, got {describe(labels)}"
             )

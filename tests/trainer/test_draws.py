@@ -27,8 +27,8 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
+from latentdm.draws import Draws, sample_generator, sample_seed
 from latentdm.masks import RandomMask
-from latentdm.randomness import Draws, sample_generator, sample_seed
 
 COUNT = 6
 
@@ -326,7 +326,7 @@ def two_ranks(tmp_path_factory):
     """What each of two CPU ranks saw."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "ranks.py").write_text(RANK_SCRIPT)
-    tests = Path(__file__).parent
+    tests = Path(__file__).parent.parent
     paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(folder / "ranks.py"), str(folder)]

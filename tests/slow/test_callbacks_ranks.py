@@ -89,7 +89,7 @@ def ranks(tmp_path_factory):
     """The folder that two ranks wrote to."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "ranks.py").write_text(SCRIPT, encoding="utf-8")
-    tests = Path(__file__).parent
+    tests = Path(__file__).parent.parent
     paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(folder / "ranks.py"), str(folder)]

@@ -11,6 +11,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from latentdm.errors import UserError
+
 
 def sample_seed(seed: int, epoch: int, index: int | str, purpose: str) -> int:
     """The 63-bit seed of one sample for one purpose: a hash, so that neighbours share nothing."""
@@ -30,12 +32,14 @@ class Draws:
     Args:
         seed: the run's seed.
         epoch: the training epoch; 0 outside training, so that the figures of two epochs compare.
-        ids: one id a sample: its ``index``, or for data without one any string that names rank, batch and place.
+        ids: one id a sample: its ``index``, or for data without one any string that names rank, batch and position.
+        training: False in validation, test and predict, where what is drawn for variety's sake is not drawn.
     """
 
     seed: int
     epoch: int
     ids: Sequence[int | str]
+    training: bool = True
 
     def uniform(self, purpose: str, count: int) -> Tensor:
         """``b count`` float32 in 0…1 on the CPU: the few numbers that place a mask or a crop, alike on every device."""
@@ -53,11 +57,11 @@ class Draws:
 
     def __getitem__(self, rows: slice) -> "Draws":
         """The draws of some of the samples."""
-        return Draws(self.seed, self.epoch, self.ids[rows])
+        return Draws(self.seed, self.epoch, self.ids[rows], self.training)
 
     def of(self, rows: Sequence[int]) -> "Draws":
-        """The draws of the samples at these places of the batch."""
-        return Draws(self.seed, self.epoch, [self.ids[row] for row in rows])
+        """The draws of the samples at these rows of the batch."""
+        return Draws(self.seed, self.epoch, [self.ids[row] for row in rows], self.training)
 
     def _generators(self, purpose: str, device: torch.device) -> Iterator[torch.Generator]:
         """One generator, seeded anew for each sample: making a generator costs more than seeding one."""
@@ -69,5 +73,5 @@ class Draws:
 def check_probability(owner: str, setting: str, value: float) -> float:
     """``value``; ValueError, naming the class and the setting, unless it is a number in 0…1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{owner}: {setting} must be a probability in 0…1, got {value!r}")
+        raise UserError(f"{owner}: {setting} must be a probability in 0…1, got {value!r}")
     return float(value)

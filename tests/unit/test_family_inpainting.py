@@ -11,7 +11,7 @@ from tiny_models import CONFIGS, FACTORS, build, close, frozen, pictures, signed
 
 from latentdm import FrozenVAE, InpaintEncoder
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("*inpaint*.safetensors"))
+GOLDEN = sorted((Path(__file__).parent.parent / "golden").glob("*inpaint*.safetensors"))
 FLUX2_OF_8 = {
     "block_out_channels": [8, 8, 16],
     "down_block_types": ["DownEncoderBlock2D"] * 3,

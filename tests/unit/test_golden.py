@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from latentdm import InpaintEncoder, LatentDataModule, PlainEncoder
 
-CASES = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
+CASES = sorted((Path(__file__).parent.parent / "golden").glob("*.safetensors"))
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
 
 

@@ -5,7 +5,7 @@ import torch
 from helpers import LatentModel, Photos, RecordingAutoencoder, fit, photo_columns, quiet_trainer
 
 from latentdm import Augment, FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
-from latentdm.randomness import Draws
+from latentdm.draws import Draws
 
 COLOURS = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.1}
 KINDS = {

@@ -10,7 +10,7 @@ from torch.utils.data import DistributedSampler
 
 from latentdm.data import PixelDataModule
 from latentdm.data.base import EpochSampler, PixelDataset
-from latentdm.randomness import sample_generator
+from latentdm.draws import sample_generator
 
 
 class Numbers(PixelDataset):

@@ -7,7 +7,7 @@ import torch
 from helpers import Photos, fit, noise_vae, photo_columns
 
 from latentdm import Captions, LatentDataModule, PlainEncoder
-from latentdm.randomness import Draws
+from latentdm.draws import Draws
 
 TAGS = "sks dog, grass , sun,sky, tree"
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from latentdm.draws import Draws
 from latentdm.masks import AlphaMask, BatchMask, FeatheredMask, MaskSource, MixedMask, RandomMask, SegmentationMask
-from latentdm.randomness import Draws
 
 SIZES = [(32, 56), (150, 67), (8, 8), (257, 400)]  # the last is painted from a coarse field
 ALL = ("boxes", "strokes", "polygons", "blobs", "borders")

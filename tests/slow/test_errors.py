@@ -13,12 +13,12 @@ from running import ROOT, compose_example
 
 import latentdm.cli
 from latentdm.data.stream import shuffled
-from latentdm.errors import Mistake, plain_errors
+from latentdm.errors import ConfigError, plain_errors
 
 
 def told(cfg, key="datamodule"):
     """What is said of a config from which a data module cannot be made."""
-    with pytest.raises(Mistake) as caught, plain_errors(cfg):
+    with pytest.raises(ConfigError) as caught, plain_errors(cfg):
         instantiate(cfg[key])
     return str(caught.value)
 
@@ -75,12 +75,12 @@ def test_the_example_tells_a_mistake_in_one_line(full, workplace):
     done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert ("Traceback" in done.stderr) == bool(full)
-    assert re.search(r"^(.*Mistake: )?AlphaMask: expected pixels of shape b 4 H W", done.stderr, re.M)
+    assert re.search(r"^(.*ConfigError: )?AlphaMask: expected pixels of shape b 4 H W", done.stderr, re.M)
 
 
 def test_the_command_tells_more_on_request(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(ConfigError) as caught:
         latentdm.cli.main(["preview", "pixels=folder", "pixels.root=nowhere"])
     assert caught.value.__context__ is not None
