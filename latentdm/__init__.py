@@ -7,12 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentdm import callbacks, data, masks
+    from latentdm import callbacks, data, finetune, masks
     from latentdm.augment import Augment
     from latentdm.autoencoders import FrozenVAE, register_family
     from latentdm.captions import Captions
     from latentdm.datamodule import LatentDataModule
     from latentdm.encoders import InpaintEncoder, PlainEncoder
+    from latentdm.text import TextEncoder
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "InpaintEncoder",
     "LatentDataModule",
     "PlainEncoder",
+    "TextEncoder",
     "callbacks",
     "data",
+    "finetune",
     "masks",
     "register_family",
 ]
@@ -36,6 +39,7 @@ _HOMES = {
     "InpaintEncoder": "latentdm.encoders",
     "PlainEncoder": "latentdm.encoders",
     "LatentDataModule": "latentdm.datamodule",
+    "TextEncoder": "latentdm.text",
 }
 
 
