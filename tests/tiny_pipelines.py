@@ -101,6 +101,7 @@ def sure_vae(**config):
     vae = tiny_kl(**config)
     half = vae.config.latent_channels
     with torch.no_grad():
+        vae.quant_conv.weight[:half] *= 8
         vae.quant_conv.weight[half:] = 0
         vae.quant_conv.bias[half:] = -30
     return vae
@@ -213,3 +214,39 @@ def save_pipeline(name, folder, seed=0):
     """Write one as ``save_pretrained`` does, and return the folder."""
     tiny_pipeline(name, seed).save_pretrained(folder)
     return folder
+
+
+def photographs(count, height, width, seed=5):
+    """uint8 ``count 3 height width``, and uint8 masks ``count 1 height width`` of a box each."""
+    from helpers import images
+
+    masks = torch.zeros(count, 1, height, width, dtype=torch.uint8)
+    for number, mask in enumerate(masks):
+        mask[:, 9 + number : 41, 13 : 50 - 2 * number] = 255
+    return images(count, height, width, seed=seed), masks
+
+
+def ready_batch(folder, count=3, height=64, width=96, inpaint=True, captions=None, **encoder):
+    """A batch as the data module hands it to the model, and the frozen VAE and text encoder that made it."""
+    from latentdm import FrozenVAE, InpaintEncoder, PlainEncoder, TextEncoder
+    from latentdm.draws import Draws
+
+    pixels, masks = photographs(count, height, width)
+    vae = FrozenVAE.from_pretrained(folder, dtype="float32")
+    text = TextEncoder.from_pretrained(folder, dtype="float32")
+    batch = {"pixels": pixels, "caption": captions or [f"a photo of the {word}" for word in WORDS[-count:]]}
+    batch |= {"index": torch.arange(count)}
+    if inpaint:
+        # chunks of the batch's size, as the pipelines encode: torch takes other kernels for other sizes
+        encode = InpaintEncoder(vae, grow_mask_by=0, per_batch=count, **encoder)
+        batch["mask"] = masks
+    else:
+        encode = PlainEncoder(vae, **encoder)
+    draws = Draws(0, 0, list(range(count)))
+    tokens = text.tokenizer(batch, draws)
+    sizes = {
+        "original_size": torch.tensor([[300, 400 + row] for row in range(count)]),
+        "crop_top_left": torch.tensor([[3 * row, 5] for row in range(count)]),
+        "target_size": torch.tensor([[height, width]] * count),
+    }
+    return encode(batch) | text(batch | tokens, draws) | sizes, encode, text
