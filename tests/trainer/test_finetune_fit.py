@@ -95,6 +95,7 @@ def test_guidance_asks_the_data_modules_text_encoder_for_no_prompt(folders, data
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before:UserWarning")
 @pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
 def test_a_resumed_run_goes_on_as_it_would_have(lora, folders, data, tmp_path):
     name = "sd15_inpaint"
