@@ -1,7 +1,6 @@
 """`LatentDataModule`: any data module of pixel batches, turned into one of latents inside the batch-transfer hooks."""
 
-from collections.abc import Callable, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
@@ -12,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from latentdm.ahead import Begun, SideStream, Upcoming, looking_ahead
 from latentdm.augment import GEOMETRY, Augment
 from latentdm.batch import CAPTION, INDEX, MASK, PIXELS, BatchKeys, Key, crop, describe, is_batch, sample_ids
 from latentdm.captions import Captions
@@ -47,10 +45,6 @@ class LatentDataModule(LightningDataModule):
             rank, batch and place instead. Validation, test and predict draw as in epoch 0, so that figures compare.
         augment: changes images, masks and label maps on the device, in training alone, before masks are made.
         captions: changes the batch's captions on the host; it draws in training alone.
-        encode_ahead: 1 lets a fit transfer and encode its next training batch while a step trains: on a GPU on a
-            stream of its own, at the price of that batch's memory and of what the encoder needs, beside the step's;
-            elsewhere one after the other, without a gain. The bits, their order and what a checkpoint resumes stay
-            the same, unless the pixels' own code draws from the global generator or asks for the trainer's step.
 
     Raises:
         ValueError: a value out of range.
@@ -72,10 +66,7 @@ class LatentDataModule(LightningDataModule):
         seed: int = 0,
         augment: Augment | None = None,
         captions: Captions | None = None,
-        encode_ahead: int = 0,
     ) -> None:
-        if type(encode_ahead) is not int or encode_ahead not in (0, 1):
-            raise UserError(f"LatentDataModule: encode_ahead must be 0 or 1 batches, got {encode_ahead!r}")
         for name, value, kind in (("pixels", pixels, LightningDataModule), ("encoder", encoder, Encoder)):
             if not isinstance(value, kind):
                 raise UserTypeError(f"LatentDataModule: {name} must be a {kind.__name__}, got {type(value).__name__}")
@@ -88,7 +79,6 @@ class LatentDataModule(LightningDataModule):
         self.seed = seed
         self.augment = augment
         self.captions = captions
-        self.encode_ahead = encode_ahead
         self.allow_zero_length_dataloader_with_multiple_devices = (
             pixels.allow_zero_length_dataloader_with_multiple_devices
         )
@@ -98,9 +88,6 @@ class LatentDataModule(LightningDataModule):
         self._warned = False
         self._rounding = False  # whether a trainer rounds float inputs
         self._calls = count()
-        self._beside = SideStream()
-        self._state_before: dict[str, Any] | None = None  # of the pixels, where a batch is ahead of the step
-        self._places_ahead = 0  # of the batch that is being encoded, before the one that Lightning counts
         if pixels.hparams:
             self.save_hyperparameters(dict(pixels.hparams))
         for name in LOADERS:  # Lightning takes a stage as defined where the method is overridden
@@ -132,7 +119,7 @@ class LatentDataModule(LightningDataModule):
     def __setattr__(self, name: str, value: Any) -> None:
         """What only ``pixels`` has is set there, as it is looked up there: a tuner's ``batch_size``."""
         own = self.__dict__
-        made = "_places_ahead" in own  # the last of __init__
+        made = "_calls" in own  # the last of __init__
         if name[0] == "_" or name in own or not made or hasattr(type(self), name) or not hasattr(self.pixels, name):
             object.__setattr__(self, name, value)
         else:
@@ -154,19 +141,12 @@ class LatentDataModule(LightningDataModule):
         """Delegates; then makes the autoencoder and puts it on this rank's device.
 
         Raises:
-            ValueError: the model would bypass or replace the hooks in which the latents are made, or the autoencoder
-                cannot work ahead.
+            ValueError: the model would bypass or replace the hooks in which the latents are made.
         """
         self.pixels.setup(stage)
         if self.trainer is not None:
             _check_model(self.trainer.lightning_module)
             self.encoder.setup(self.trainer.strategy.root_device)
-            if self.encode_ahead and self.encoder.vae.replays_graphs:
-                raise UserError(
-                    "LatentDataModule: encode_ahead=1 with an autoencoder that replays CUDA graphs, which share their "
-                    "memory with those of the model and may not run beside them; set compile: true (or "
-                    "max-autotune-no-cudagraphs), or encode_ahead: 0"
-                )
 
     def teardown(self, stage: str) -> None:
         """Delegates; then frees the device of the autoencoder, as Lightning frees it of the model."""
@@ -176,10 +156,7 @@ class LatentDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """Delegates."""
-        loader = self._whole(self.pixels.train_dataloader())
-        if self.encode_ahead:
-            looking_ahead(loader, self._fitting)
-        return loader
+        return self._whole(self.pixels.train_dataloader())
 
     def val_dataloader(self) -> Any:
         """Delegates."""
@@ -198,15 +175,11 @@ class LatentDataModule(LightningDataModule):
         self.pixels.on_exception(exception)
 
     def state_dict(self) -> dict[str, Any]:
-        """Delegates. Nothing here has a state of its own: every draw follows from the trainer's progress.
-
-        It knows nothing of a batch that no step has seen.
-        """
-        return self.pixels.state_dict() if self._state_before is None else self._state_before
+        """Delegates. Nothing here has a state of its own: every draw follows from the trainer's progress."""
+        return self.pixels.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Delegates."""
-        self._state_before = None
         self.pixels.load_state_dict(state_dict)
 
     # ---------------------------------------------------------------- the way of a batch
@@ -214,7 +187,7 @@ class LatentDataModule(LightningDataModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """On the host: notes the samples' ids, so that no draw waits for the device; changes captions if asked to."""
         self._passes, self._noted = self._is_example(batch), None
-        if self._passes or isinstance(batch, Upcoming):
+        if self._passes:
             return batch
         if self._rounding:
             self._warn_if_rounded(batch)
@@ -242,8 +215,6 @@ class LatentDataModule(LightningDataModule):
         """Delegates; Lightning's own copies pinned memory without blocking."""
         if self._passes:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        if isinstance(batch, Upcoming):
-            return batch
         return self.pixels.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -263,18 +234,11 @@ class LatentDataModule(LightningDataModule):
         passes, self._passes = self._passes, False
         if passes:
             return batch
-        if isinstance(batch, Upcoming):
-            return self._hand_over(batch)
-        self._beside.join()
         batch = self.pixels.on_after_batch_transfer(batch, dataloader_idx)
         if not is_batch(batch):
             self._warn_if_bare(batch)
             return batch
         inputs, outputs = self.encode(batch, dataloader_idx)
-        return self._encoded(batch, inputs, outputs)
-
-    def _encoded(self, batch: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> Any:
-        """The batch as the step receives it."""
         results = dict(outputs)
         if self.keep_pixels:
             results[PIXELS] = crop(inputs[PIXELS], self.encoder.vae.spatial_compression)
@@ -309,13 +273,6 @@ class LatentDataModule(LightningDataModule):
         """
         inputs = self.keys.read(batch)
         self._tell("on_encode_start", inputs)
-        inputs, finish = self._start(batch, inputs, dataloader_idx)
-        return inputs, finish()
-
-    def _start(
-        self, batch: Any, inputs: dict[str, Any], dataloader_idx: int
-    ) -> tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]:
-        """Begin `encode`: the inputs, augmented and with their mask, and what waits for the results."""
         draws = Draws(self.seed, self._epoch, self._ids(inputs, dataloader_idx))
         if self.augment is not None and self._training:
             inputs = self.augment(inputs, draws)
@@ -324,69 +281,7 @@ class LatentDataModule(LightningDataModule):
                 inputs[MASK] = self.masks(inputs, draws)
             if MASK not in inputs:
                 raise UserError(self.keys.missing_mask(batch))
-        return inputs, self.encoder.start(inputs, draws)
-
-    # ---------------------------------------------------------------- a batch ahead
-
-    def _fitting(self) -> bool:
-        trainer = self.trainer
-        return trainer is not None and trainer.training and trainer.state.status == TrainerStatus.RUNNING
-
-    def _hand_over(self, upcoming: Upcoming) -> Any:
-        """The batch of latents whose turn it is. The one behind it is begun before this one is waited for."""
-        (batch, begun), self._state_before = upcoming.taken(), None
-        if begun is None:  # the first of an epoch: none was before it
-            batch = self.on_after_batch_transfer(self._transferred(batch), 0)
-            self._begin_next(upcoming)
-            return batch
-        if isinstance(begun, Exception):
-            raise begun
-        begun.transferred(begun.batch)
-        if begun.finish is None:
-            self._begin_next(upcoming)
-            self._warn_if_bare(begun.batch)
-            return begun.batch
-        self._tell("on_encode_start", begun.read)
-        self._begin_next(upcoming)
-        begun.encoded(begun.inputs)
-        outputs = begun.finish()
-        begun.encoded(outputs)
-        return self._encoded(begun.batch, begun.inputs, outputs)
-
-    def _begin_next(self, upcoming: Upcoming) -> None:
-        """Begin the batch behind this one. What is wrong with it is said when its turn has come."""
-        trainer: Any = self.trainer
-        if trainer.is_last_batch:
-            return
-        before = deepcopy(self.pixels.state_dict())
-        following = upcoming.next()
-        if following is None:
-            return
-        self._state_before = before
-        self._places_ahead = 1
-        try:
-            following.begun = self._begin(following.batch)
-        except Exception as error:
-            following.begun = error
-        finally:
-            self._places_ahead = 0
-
-    def _begin(self, batch: Any) -> Begun:
-        trainer: Any = self.trainer
-        with self._beside.running(trainer.strategy.root_device) as mark:
-            batch = self.pixels.on_after_batch_transfer(self._transferred(batch), 0)
-            transferred = mark()
-            if not is_batch(batch):
-                return Begun(batch, transferred)
-            read = self.keys.read(batch)
-            inputs, finish = self._start(batch, dict(read), 0)
-            return Begun(batch, transferred, read, inputs, finish, mark())
-
-    def _transferred(self, batch: Any) -> Any:
-        """As Lightning does it."""
-        trainer: Any = self.trainer
-        batch = self.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
-        return self.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
+        return inputs, self.encoder.encode(inputs, draws)
 
     def _tell(self, hook: str, *observed: Any) -> None:
         """Callbacks of the trainer may observe the encoding: see `latentdm.callbacks.EncodeCallback`."""
@@ -425,7 +320,7 @@ class LatentDataModule(LightningDataModule):
             TrainerFn.TESTING: trainer.test_loop,
             TrainerFn.PREDICTING: trainer.predict_loop,
         }
-        return int(loops[trainer.state.fn].batch_progress.current.ready) + self._places_ahead
+        return int(loops[trainer.state.fn].batch_progress.current.ready)
 
     def _is_example(self, batch: Any) -> bool:
         """Whether this is the model's ``example_input_array``, which is made of latents already."""

@@ -26,7 +26,6 @@ class LatentDataModule:
     seed: int = 0
     augment: Any = None
     captions: Any = None
-    encode_ahead: int = 0
 
 
 @dataclass

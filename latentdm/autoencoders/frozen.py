@@ -7,6 +7,7 @@ and ``t`` the temporal compression.
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
+from math import isfinite
 from os import PathLike
 from typing import Any, Literal, Self
 
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from latentdm.autoencoders.chunks import Chunks
 from latentdm.autoencoders.compilation import compile_mode
 from latentdm.autoencoders.families import family_of
-from latentdm.autoencoders.finite import finite_later
 from latentdm.autoencoders.network import Network, outside_inference_mode
 from latentdm.autoencoders.posterior import Posterior
 from latentdm.autoencoders.views import View
@@ -205,11 +205,6 @@ class FrozenVAE:
         return not self._encoder_only and callable(getattr(self._weights.original, "decode", None))
 
     @property
-    def replays_graphs(self) -> bool:
-        """Whether its compiled encoder replays CUDA graphs, one after the other and never beside another's."""
-        return self._weights.compilation is not None and self._weights.compilation.replays
-
-    @property
     def retries(self) -> int:
         """How often a chunk was run again, smaller or tiled, because memory ran out."""
         return self._chunks.retries
@@ -289,26 +284,14 @@ class FrozenVAE:
         progress: bool = False,
         name: Callable[[int], str] = "row {}".format,
     ) -> Tensor:
-        """What `start_rows` starts, finished: ``rows z h/r w/r`` float32 normalised latents."""
-        return self.start_rows(views, noise, per_batch=per_batch, progress=progress, name=name)()
-
-    def start_rows(
-        self,
-        views: Sequence[View],
-        noise: Rows | None,
-        per_batch: int | None = None,
-        progress: bool = False,
-        name: Callable[[int], str] = "row {}".format,
-    ) -> Callable[[], Tensor]:
         """Encode images that are prepared a chunk at a time: the one place of the library that encodes.
 
         Where memory runs out, the chunk is run again with half as many images, and the limit is remembered for this
         size of image. The bits of what was encoded before stay.
 
-        On a GPU the work is queued when this returns. What it returns waits for it, the only wait, to look whether
-        all latents are finite. Each row that is not is encoded again alone in float32, from the weights as they came,
-        with a warning that names it; `reencoded` counts them. The bits of all other rows stay. The float32 copy that
-        this takes is kept for the next time.
+        The only wait for the device is a look whether all latents are finite. Each row that is not is encoded again
+        alone in float32, from the weights as they came, with a warning that names it; `reencoded` counts them. The bits
+        of all other rows stay. The float32 copy that this takes is kept for the next time.
 
         Args:
             views: images of one size, one view behind the other; no more than a chunk is ever prepared.
@@ -318,10 +301,10 @@ class FrozenVAE:
             name: what to call a row in a warning or an error.
 
         Returns:
-            A function that gives the ``rows z h/r w/r`` float32 normalised latents. It raises ValueError where those
-            of a row are not finite even in float32.
+            ``rows z h/r w/r`` float32 normalised latents.
 
         Raises:
+            ValueError: those of a row are not finite even in float32.
             torch.OutOfMemoryError: not even one image fits; it names the resolution, the need and the remedies.
         """
 
@@ -334,14 +317,9 @@ class FrozenVAE:
         with outside_inference_mode():
             latents = self._chunks.run(encode, rows, per_batch, shape, self.dtype, progress)
             joined = latents[0] if len(latents) == 1 else torch.cat(latents)
-            all_finite = finite_later(joined)
-
-        def finish() -> Tensor:
-            if not all_finite():
-                self._mend(joined, views, noise, name)
-            return joined
-
-        return finish
+        if not isfinite(joined.sum().item()):  # half the cost of isfinite(): what is not finite makes the sum so
+            self._mend(joined, views, noise, name)
+        return joined
 
     def _draw(self, posterior: Posterior, noise: Rows | None, chunk: slice) -> Tensor:
         drawn = posterior.mean if noise is None or posterior.std is None else posterior.draw(noise(chunk))

@@ -102,7 +102,7 @@ class Encoder(ABC):
             ids = sample_ids(batch[INDEX], count, type(self).__name__)
         else:  # a count of calls, so that no two batches share their noise
             ids = [f"call{next(self._calls)}.{place}" for place in range(count)]
-        encoded = self._start(batch, Draws(0, 0, ids))()
+        encoded = self._encode(batch, Draws(0, 0, ids))
         return {key: value for key, value in batch.items() if key not in self.consumes} | encoded
 
     def encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
@@ -112,12 +112,8 @@ class Encoder(ABC):
             batch: as for a call.
             draws: the batch's random numbers.
         """
-        return self.start(batch, draws)()
-
-    def start(self, batch: Mapping[str, Any], draws: Draws) -> Callable[[], dict[str, Tensor]]:
-        """Begin `encode`: on a GPU all work is queued when this returns, and what it returns waits for it."""
         self._check(batch)
-        return self._start(batch, draws)
+        return self._encode(batch, draws)
 
     def _check(self, batch: Mapping[str, Any]) -> None:
         owner, vae = type(self).__name__, self.vae
@@ -144,8 +140,8 @@ class Encoder(ABC):
     def _views(self, batch: Mapping[str, Any]) -> tuple[dict[str, View], dict[str, Tensor]]:
         """The images to encode, by output key, and the outputs that need no autoencoder; for checked pixels."""
 
-    def _start(self, batch: Mapping[str, Any], draws: Draws) -> Callable[[], dict[str, Tensor]]:
-        """Begin to encode a checked batch, all views of its ``b`` samples in one chunked pass.
+    def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
+        """Encode a checked batch, all views of its ``b`` samples in one chunked pass.
 
         The noise of each view is drawn for its output key: that is its purpose.
         """
@@ -161,7 +157,7 @@ class Encoder(ABC):
             ]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        finish = vae.start_rows(
+        latents = vae.encode_rows(
             list(views.values()),
             noise=noise if self.posterior == "sample" and vae.has_posterior else None,
             per_batch=self.per_batch,
@@ -169,11 +165,7 @@ class Encoder(ABC):
             name=lambda row: f"sample {draws.ids[row % b]} ({keys[row // b]})",
         )
 
-        def finished() -> dict[str, Tensor]:
-            latents = finish()
-            return dict(zip(keys, torch.split(latents, b) if len(keys) > 1 else [latents], strict=True)) | ready
-
-        return finished
+        return dict(zip(keys, torch.split(latents, b) if len(keys) > 1 else [latents], strict=True)) | ready
 
 
 def _check_vae(vae: object, owner: str) -> FrozenVAE:
