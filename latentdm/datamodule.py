@@ -17,8 +17,6 @@ from latentdm.captions import Captions
 from latentdm.draws import Draws
 from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError, UserTypeError
-from latentdm.float_images import ROUNDED, closing, opened
-from latentdm.loaders import each, restored
 from latentdm.masks.sources import MaskSource
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
@@ -86,7 +84,6 @@ class LatentDataModule(LightningDataModule):
         self._noted: list[int | str] | None = None  # ids of the batch between its first and its last hook
         self._passes = False
         self._warned = False
-        self._rounding = False  # whether a trainer rounds float inputs
         self._calls = count()
         if pixels.hparams:
             self.save_hyperparameters(dict(pixels.hparams))
@@ -156,19 +153,19 @@ class LatentDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """Delegates."""
-        return self._whole(self.pixels.train_dataloader())
+        return self.pixels.train_dataloader()
 
     def val_dataloader(self) -> Any:
         """Delegates."""
-        return self._whole(self.pixels.val_dataloader())
+        return self.pixels.val_dataloader()
 
     def test_dataloader(self) -> Any:
         """Delegates."""
-        return self._whole(self.pixels.test_dataloader())
+        return self.pixels.test_dataloader()
 
     def predict_dataloader(self) -> Any:
         """Delegates."""
-        return self._whole(self.pixels.predict_dataloader())
+        return self.pixels.predict_dataloader()
 
     def on_exception(self, exception: BaseException) -> None:
         """Delegates."""
@@ -189,9 +186,7 @@ class LatentDataModule(LightningDataModule):
         self._passes, self._noted = self._is_example(batch), None
         if self._passes:
             return batch
-        if self._rounding:
-            self._warn_if_rounded(batch)
-            batch = opened(batch)
+        self._warn_if_rounded(batch)
         batch = self.pixels.on_before_batch_transfer(batch, dataloader_idx)
         if is_batch(batch):
             index = self.keys.find(batch).get(INDEX)
@@ -327,33 +322,17 @@ class LatentDataModule(LightningDataModule):
         model = self.trainer.lightning_module if self.trainer is not None else None
         return model is not None and batch is not None and batch is model.example_input_array
 
-    # ---------------------------------------------------------------- float images, kept whole
-
-    @property
-    def _input_dtype(self) -> torch.dtype:
-        """What the trainer casts float inputs to, before any hook."""
-        plain = torch.ones(())
-        return plain.dtype if self.trainer is None else self.trainer.precision_plugin.convert_input(plain).dtype
-
-    def _whole(self, loaders: Any) -> Any:
-        """The loaders, with float images hidden from a trainer that would round them."""
-        self._rounding = self._input_dtype in ROUNDED
-        for loader in each(loaders):
-            restored(loader)
-            if self._rounding:
-                closing(loader, self.keys)
-        return loaders
-
     def _warn_if_rounded(self, batch: Any) -> None:
-        """Some loaders cannot be helped: say once what their images lose."""
-        if self._warned or not is_batch(batch):
+        """Say once what a precision plugin has taken from float images, which it casts before any hook."""
+        if self._warned or self.trainer is None or not is_batch(batch):
             return
         for name, value in self.keys.find(batch).items():
-            if isinstance(value, Tensor) and value.dtype in ROUNDED and value.dtype == self._input_dtype:
+            if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
                 self._warned = True
                 rank_zero_warn(
-                    f"LatentDataModule: {name} came as {describe(value)}: the trainer's precision rounds float images "
-                    "of a loader without an __iter__ before they are encoded; yield uint8 to keep every bit"
+                    f"LatentDataModule: {name} came as {describe(value)}: precision={self.trainer.precision} rounds "
+                    "float images before they are encoded, by up to half an 8-bit level; yield uint8, which loses "
+                    "nothing and crosses to the device at half the bytes"
                 )
                 return
 
