@@ -11,10 +11,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from latentdm.autoencoders.chunks import is_out_of_memory
 from latentdm.batch import LATENTS, MASKED_LATENTS, PIXELS, crop
 from latentdm.callbacks.base import EncodeCallback
 from latentdm.errors import UserError
+from latentdm.frozen.chunks import is_out_of_memory
 
 MARGIN = 1.03
 """A larger ``per_batch`` must be faster by this factor: the smaller one takes less memory."""

@@ -9,7 +9,7 @@ import torch
 from running import ROOT
 
 from benchmarks.rows import ROWS, Row, interleaved, row
-from latentdm.autoencoders.weights import computes_bfloat16
+from latentdm.frozen.weights import computes_bfloat16
 
 
 def run(*arguments, script="run"):

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
-from latentdm.batch import crop
+from latentdm.tensors import crop
 
 RESULTS = {"latents", "masked_latents", "noise_mask", "latent_mask"}
 
@@ -448,7 +448,7 @@ def test_a_model_that_fetches_batches_itself_is_refused(run, step, plain):
 def test_a_wrong_kind_of_argument_is_named(vae):
     with complains("LatentDataModule: pixels must be a LightningDataModule, got list", error=TypeError):
         LatentDataModule([], PlainEncoder(vae))
-    with complains("LatentDataModule: encoder must be a Encoder, got FrozenVAE", error=TypeError):
+    with complains("LatentDataModule: encoder must be an Encoder, got FrozenVAE", error=TypeError):
         LatentDataModule(Photos(photo_columns()), vae)
 
 
