@@ -1,5 +1,6 @@
 """The command ``latentdm``: ``latentdm preview`` shows what a model would see, without training one."""
 
+import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -80,7 +81,7 @@ def composed(settings: Namespace) -> DictConfig:
     )
     with where:
         try:
-            cfg = compose(settings.config_name, overrides=settings.overrides, return_hydra_config=True)
+            cfg = compose(settings.config_name, overrides=_overrides(settings), return_hydra_config=True)
         except ValueError as error:  # Hydra's answer to masks=null
             raise ConfigCompositionException(f"{error}; to leave a group out: ~masks instead of masks=null") from error
     with open_dict(cfg):
@@ -92,6 +93,16 @@ def composed(settings: Namespace) -> DictConfig:
             "pixels, vae, encoder and masks"
         )
     return cfg
+
+
+def _overrides(settings: Namespace) -> list[str]:
+    """The overrides, and latentdm's groups on the search path of a config of the user's own, behind what is there."""
+    if settings.config_dir is None or any(each.startswith("hydra.searchpath=") for each in settings.overrides):
+        return list(settings.overrides)
+    file = Path(settings.config_dir, settings.config_name.removesuffix(".yaml") + ".yaml")
+    own = OmegaConf.select(OmegaConf.load(file), "hydra.searchpath") if file.is_file() else None
+    paths = dict.fromkeys([*(own or []), "pkg://latentdm.conf"])
+    return [*settings.overrides, f"hydra.searchpath={json.dumps(list(paths), ensure_ascii=False)}"]
 
 
 def _draw(cfg: DictConfig, settings: Namespace) -> None:
