@@ -11,8 +11,6 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from latentdm.errors import UserError
-
 
 def sample_seed(seed: int, epoch: int, index: int | str, purpose: str) -> int:
     """The 63-bit seed of one sample for one purpose: a hash, so that neighbours share nothing."""
@@ -68,10 +66,3 @@ class Draws:
         generator = torch.Generator(device)
         for i in self.ids:
             yield generator.manual_seed(sample_seed(self.seed, self.epoch, i, purpose))
-
-
-def check_probability(owner: str, setting: str, value: float) -> float:
-    """``value``; ValueError, naming the class and the setting, unless it is a number in 0…1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise UserError(f"{owner}: {setting} must be a probability in 0…1, got {value!r}")
-    return float(value)
