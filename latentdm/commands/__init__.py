@@ -1,1 +1,1 @@
-"""The commands of ``latentdm``: each module has a function ``run(arguments)``, and its name in `latentdm.cli.COMMANDS`."""
+"""The commands of ``latentdm``: a module each, with ``run(arguments)``, named in `latentdm.cli.COMMANDS`."""
