@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentdm.batch import MASK, PIXELS, SEGMENTATION, describe, unit_mask
+from latentdm.batch import MASK, PIXELS, SEGMENTATION, SOURCE
 from latentdm.draws import Draws
-from latentdm.errors import UserError
+from latentdm.errors import UserError, attributed
 from latentdm.extras import require
 from latentdm.stages import Stage
+from latentdm.tensors import describe, unit_mask
 from latentdm.validation import Check
-
-SOURCE = "source"
 
 
 class Augment(Stage):
@@ -53,7 +52,10 @@ class Augment(Stage):
     """
 
     reads = (PIXELS,)
-    writes = (PIXELS, SOURCE, MASK, SEGMENTATION)
+    writes = (PIXELS,)
+    moves = (PIXELS, SOURCE, MASK, SEGMENTATION)
+    """Written as well, where the batch holds them. A mask source behind this stage may write ``mask`` anew."""
+
     training_only = True
 
     def __init__(
@@ -104,7 +106,7 @@ class Augment(Stage):
         """
         pixels: Tensor = batch[PIXELS]
         numbers = draws.uniform("augment", 9)
-        moved = {name: batch[name] for name in self.writes if isinstance(batch.get(name), Tensor)}
+        moved = {name: batch[name] for name in self.moves if isinstance(batch.get(name), Tensor)}
         if SOURCE in moved:
             _check_source(moved[SOURCE], pixels)
         if MASK in moved and len(moved[MASK]) == 1:  # one for all, until each is moved on its own
@@ -114,7 +116,8 @@ class Augment(Stage):
             moved = {name: _where(mirrored, value.flip(-1), value) for name, value in moved.items()}
         if self.crop is not None:
             if MASK in moved:
-                moved[MASK] = unit_mask(moved[MASK], pixels, "Augment")
+                with attributed("Augment"):
+                    moved[MASK] = unit_mask(moved[MASK], pixels)
             windows = self._windows(numbers[:, 1:5]).to(pixels.device, non_blocking=True)
             moved = {name: _cropped(value, windows, nearest=name == SEGMENTATION) for name, value in moved.items()}
         if any(self.colours.values()):

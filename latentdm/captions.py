@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from latentdm.batch import CAPTION, describe
+from latentdm.batch import CAPTION
 from latentdm.draws import Draws
 from latentdm.errors import UserError
 from latentdm.stages import Stage
+from latentdm.tensors import describe
 from latentdm.validation import Check
 
 PLACEHOLDER = "{caption}"

@@ -11,10 +11,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from latentdm.autoencoders.chunks import is_out_of_memory
-from latentdm.batch import LATENTS, MASKED_LATENTS, PIXELS, crop
+from latentdm.batch import LATENTS, MASKED_LATENTS, PIXELS
 from latentdm.callbacks.base import EncodeCallback, Inputs
 from latentdm.errors import UserError
+from latentdm.frozen.chunks import is_out_of_memory
 from latentdm.validation import Check
 
 MIN_SPEEDUP = 1.03
@@ -74,7 +74,7 @@ class PerBatchFinder(EncodeCallback):
         encoder = trainer.datamodule.encoder  # type: ignore[attr-defined]
         vae = encoder.vae
         views = sum(key in (LATENTS, MASKED_LATENTS) for key in encoder.channels)
-        shape = (3, *crop(inputs[PIXELS], vae.spatial_compression).shape[2:])
+        shape = (3, *encoder.crop(inputs[PIXELS]).shape[2:])
         self.table = self._measure(vae, self._choices(views * len(inputs[PIXELS])), shape, _reserve(pl_module))
         encoder.per_batch = trainer.strategy.broadcast(fastest(self.table))
         rank_zero_info(self._text(shape, vae, encoder.per_batch))

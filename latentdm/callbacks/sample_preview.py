@@ -11,11 +11,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from latentdm.batch import LATENTS, Key, describe, rebuild
+from latentdm.batch import LATENTS, Key, rebuild
 from latentdm.callbacks.base import EncodeCallback, Inputs, Outputs, encoder_of
 from latentdm.errors import UserError
 from latentdm.preview import before_and_after, captions_of
 from latentdm.preview.publish import folder_of, publish
+from latentdm.tensors import describe
 from latentdm.validation import Check
 
 TOLERANCE = 0.01

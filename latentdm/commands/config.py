@@ -1,5 +1,6 @@
 """What commands share: Hydra's options and overrides, the config that they ask for, and a device."""
 
+import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def compose_config(settings: Namespace) -> DictConfig:
     )
     with initialized:
         try:
-            cfg = compose(settings.config_name, overrides=settings.overrides, return_hydra_config=True)
+            cfg = compose(settings.config_name, overrides=_overrides(settings), return_hydra_config=True)
         except ValueError as error:  # Hydra's answer to masks=null
             raise ConfigCompositionException(f"{error}; to leave a group out: ~masks instead of masks=null") from error
     with open_dict(cfg):
@@ -50,6 +51,16 @@ def compose_config(settings: Namespace) -> DictConfig:
             "pixels, vae, encoder and masks"
         )
     return cfg
+
+
+def _overrides(settings: Namespace) -> list[str]:
+    """The overrides, and latentdm's groups on the search path of a config of the user's own, behind what is there."""
+    if settings.config_dir is None or any(each.startswith("hydra.searchpath=") for each in settings.overrides):
+        return list(settings.overrides)
+    file = Path(settings.config_dir, settings.config_name.removesuffix(".yaml") + ".yaml")
+    own = OmegaConf.select(OmegaConf.load(file), "hydra.searchpath") if file.is_file() else None
+    paths = dict.fromkeys([*(own or []), "pkg://latentdm.conf"])
+    return [*settings.overrides, f"hydra.searchpath={json.dumps(list(paths), ensure_ascii=False)}"]
 
 
 def device_of(name: str | None) -> Any:

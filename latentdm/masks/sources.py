@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentdm.batch import MASK, PIXELS, SEGMENTATION, describe, unit_mask
+from latentdm.batch import MASK, PIXELS, SEGMENTATION
 from latentdm.draws import Draws
-from latentdm.errors import UserError
+from latentdm.errors import UserError, attributed
 from latentdm.stages import Stage
+from latentdm.tensors import describe, unit_mask
 from latentdm.validation import Check
 
 MAX_FEATHER = 128
@@ -213,8 +214,7 @@ class MixedMask(MaskSource):
                 name: value.index_select(0, on_device) if isinstance(value, Tensor) and value.ndim else value
                 for name, value in batch.items()
             }
-            made = unit_mask(source.masks(some, draws.of(rows.tolist())), some[PIXELS], type(source).__name__)
-            masks.index_copy_(0, on_device, made)
+            masks.index_copy_(0, on_device, _unit_masks(source, some, draws.of(rows.tolist())))
         return masks
 
     def check(self, batch: Mapping[str, Any]) -> None:
@@ -254,7 +254,7 @@ class FeatheredMask(MaskSource):
 
     def masks(self, batch: Mapping[str, Any], draws: Draws) -> Tensor:
         """``b 1 H W`` float32 in 0…1."""
-        mask = unit_mask(self.source.masks(batch, draws), batch[PIXELS], type(self.source).__name__)
+        mask = _unit_masks(self.source, batch, draws)
         for reach in (self.pixels // 2, self.pixels - self.pixels // 2):
             for window, pad in (((1, 2 * reach + 1), (reach, reach, 0, 0)), ((2 * reach + 1, 1), (0, 0, reach, reach))):
                 # What lies outside the image counts as its nearest pixel: no edge is made at the border.
@@ -269,3 +269,9 @@ class FeatheredMask(MaskSource):
 def _check_source(check: Check, setting: str, source: object) -> None:
     if not isinstance(source, MaskSource):
         raise UserError(f"{check.owner}: {setting} must be a mask source, got {type(source).__name__}")
+
+
+def _unit_masks(source: MaskSource, batch: Mapping[str, Any], draws: Draws) -> Tensor:
+    """The masks of another source as ``b 1 H W`` float32 in 0…1."""
+    with attributed(type(source).__name__):
+        return unit_mask(source.masks(batch, draws), batch[PIXELS])

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from latentdm.alarms import MASK_RANGE, STD_RANGE, latent_std_alarm, mask_alarm
-from latentdm.augment import SOURCE
-from latentdm.batch import LATENT_MASK, LATENTS, MASK, MASKED_LATENTS, NOISE_MASK, PIXELS, Key, unit_mask
+from latentdm.batch import LATENT_MASK, LATENTS, MASK, MASKED_LATENTS, NOISE_MASK, PIXELS, SOURCE, Key
 from latentdm.datamodule import LatentDataModule
 from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError
 from latentdm.preview.sheet import ORANGE, Sheet, three_components, tinted
+from latentdm.tensors import unit_mask
 
 CAPTIONS: tuple[Key, ...] = ("name", "caption", "captions", "text", "prompt")
 """Where the titles of samples are looked for in a batch, if nobody says."""
@@ -51,7 +51,7 @@ def preview(
     columns = _columns(encoder, inputs, outputs)
     masked = [""] * b
     if NOISE_MASK in outputs:
-        shares = (part.flatten(1).mean(1).tolist() for part in _moved_masks(inputs, outputs))
+        shares = (part.flatten(1).mean(1).tolist() for part in _masks(encoder, inputs, outputs))
         masked = [f" · mask {mask:.0%}, noise_mask {moved:.0%}" for mask, moved in zip(*shares, strict=True)]
     titles = [
         f"{title}{masks} · latents' std {float(latents.std()):.2f}"
@@ -84,7 +84,7 @@ def before_and_after(
     images = {key: _frame(image) for key, image in encoder.images(inputs).items()}
     is_latents = sampled.shape[1:] == outputs[LATENTS].shape[1:]
     made = _decoded(encoder, sampled) if is_latents else sampled
-    columns = _given(images, inputs)
+    columns = _given(encoder, images, inputs)
     kept = columns.get("source", columns["image"]).to(made.device)
     if MASKED_LATENTS in images:
         columns["masked\nimage"] = images[MASKED_LATENTS]
@@ -100,8 +100,9 @@ def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, 
     vae, latents = encoder.vae, outputs[LATENTS]
     dtype = str(vae.dtype).removeprefix("torch.")
     r = vae.spatial_compression
-    whole, small = (f"{value.shape[-1]} by {value.shape[-2]}" for value in (inputs[PIXELS], latents))
-    cropped = f"{latents.shape[-1] * r} by {latents.shape[-2] * r}"
+    whole, cropped, small = (
+        f"{value.shape[-1]} by {value.shape[-2]}" for value in (inputs[PIXELS], encoder.crop(inputs[PIXELS]), latents)
+    )
     lines = [
         f"Images: {whole} pixels{'' if cropped == whole else f', cropped to {cropped},'} become {small} latents of "
         f"{latents.shape[1]} channels, by {vae.class_name} "
@@ -118,7 +119,7 @@ def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, 
     )
     alarms = [latent_std_alarm(std)]
     if NOISE_MASK in outputs:
-        mask, moved = (part.flatten(1).mean(1) for part in _moved_masks(inputs, outputs))
+        mask, moved = (part.flatten(1).mean(1) for part in _masks(encoder, inputs, outputs))
         lines.append(
             "Masks: white = repaint (red over the image, orange at latent resolution). The mask covers "
             f"{_spread(mask)} of the image, noise_mask, which is the mask moved by the encoder, {_spread(moved)}; is "
@@ -203,16 +204,16 @@ def captions_of(batch: Any, key: Key | None = None) -> list[str] | None:
 def _columns(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Header → ``b c h' w'`` images of the samples."""
     images = {key: _frame(image) for key, image in encoder.images(inputs).items()}
-    columns = _given(images, inputs)
+    columns = _given(encoder, images, inputs)
     if MASKED_LATENTS in images:
-        mask, _ = _moved_masks(inputs, outputs)
+        mask, _ = _masks(encoder, inputs, outputs)
         columns["mask\nover image"] = tinted(images[LATENTS], mask)
         columns["masked\nimage"] = images[MASKED_LATENTS]
     if encoder.vae.can_decode:
         for key in images:
             columns[f"decoded\n{key}"] = _decoded(encoder, outputs[key])
     if NOISE_MASK in outputs:
-        columns["noise_mask\n+ latent_mask"] = _masks(outputs[NOISE_MASK], outputs[LATENT_MASK])
+        columns["noise_mask\n+ latent_mask"] = _both_masks(outputs[NOISE_MASK], outputs[LATENT_MASK])
     columns["latents\nas colour"] = three_components(_frame(outputs[LATENTS]))
     return columns
 
@@ -223,7 +224,7 @@ def _decoded(encoder: Encoder, latents: Tensor) -> Tensor:
     return torch.cat([_frame(encoder.vae.decode(row)) for row in torch.split(first, 1)])
 
 
-def _masks(noise_mask: Tensor, latent_mask: Tensor) -> Tensor:
+def _both_masks(noise_mask: Tensor, latent_mask: Tensor) -> Tensor:
     """``b 3 h w``: the noise mask in white, over it the latent mask in orange."""
     if latent_mask.shape[1] > 1:  # unshuffled: as large as the noise mask again
         latent_mask = F.pixel_shuffle(latent_mask, round(latent_mask.shape[1] ** 0.5))
@@ -231,28 +232,21 @@ def _masks(noise_mask: Tensor, latent_mask: Tensor) -> Tensor:
     return tinted(noise_mask.float().expand(-1, 3, -1, -1), over, ORANGE, strength=0.6)
 
 
-def _given(images: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def _given(encoder: Encoder, images: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """The image, and the picture that the model is shown where it is another one."""
     columns = {"image": images[LATENTS]}
     if SOURCE in inputs:
         source = _frame(inputs[SOURCE])[:, :3]
         source = source.float() / 255 if source.dtype == torch.uint8 else source.float()
-        columns["source"] = _centre(source, images[LATENTS]).expand(-1, 3, -1, -1)
+        columns["source"] = encoder.crop(source).expand(-1, 3, -1, -1)
     return columns
 
 
-def _moved_masks(inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _masks(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """``b 1 h w`` in 0…1: the mask that the encoder was given, cropped, and its noise mask."""
     moved = outputs[NOISE_MASK]
-    mask = _centre(unit_mask(inputs[MASK], inputs[PIXELS], "preview"), moved)
+    mask = encoder.crop(unit_mask(inputs[MASK], inputs[PIXELS]))
     return mask.expand(len(moved), -1, -1, -1), moved
-
-
-def _centre(image: Tensor, like: Tensor) -> Tensor:
-    """The centred crop to the size of another image, as encoders take it."""
-    height, width = like.shape[-2:]
-    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
-    return image[..., top : top + height, left : left + width]
 
 
 def _spread(shares: Tensor) -> str:
