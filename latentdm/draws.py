@@ -86,10 +86,3 @@ class FreshDraws:
         ids = [f"call{self.calls}.{row}" for row in range(count)]
         self.calls += 1
         return Draws(self.seed, 0, ids)
-
-
-def check_probability(owner: str, setting: str, value: float) -> float:
-    """Until the merge."""
-    from latentdm.validation import Check
-
-    return Check(owner).probability(setting, value)
