@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from latentdm.errors import UserError
-from latentdm.tensors import check_pixels, check_range, crop, describe, how_to_stack, unit_mask  # noqa: F401  # TEMP
+from latentdm.tensors import describe, how_to_stack
 from latentdm.validation import Check
 
 PIXELS = "pixels"
