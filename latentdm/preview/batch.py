@@ -122,8 +122,8 @@ def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, 
         mask, moved = (part.flatten(1).mean(1) for part in _masks(encoder, inputs, outputs))
         lines.append(
             "Masks: white = repaint (red over the image, orange at latent resolution). The mask covers "
-            f"{_spread(mask)} of the image, noise_mask, which is the mask moved by the encoder, {_spread(moved)}; is "
-            "the mask the part which the model shall fill?"
+            f"{_spread(mask)} of the image, noise_mask, the mask as the encoder grew or shrank it, {_spread(moved)}; "
+            "is the mask the part which the model shall fill?"
         )
         if getattr(encoder, "latent_mask", None) == "nearest":
             lines.append(
