@@ -48,15 +48,6 @@ class Data(LightningDataModule):
         return self.loader(training=False)
 
 
-def planned(ranks, epoch=0, training=True, **settings):
-    """What each rank is to see: rank → batches of places."""
-    samplers = [
-        BucketBatches(range(COUNT), PLAN.bucket_of, BATCH, training, ranks, rank, seed=3, **settings)
-        for rank in range(ranks)
-    ]
-    return samplers[0], [[[place for place, _ in batch] for batch in sampler.batches(epoch)] for sampler in samplers]
-
-
 class Witness(LightningModule):
     """Writes down the batches of its rank."""
 

@@ -5,7 +5,6 @@ import shlex
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from running import ROOT, run_example, run_script
@@ -84,33 +83,6 @@ def test_a_group_is_left_out_as_the_config_says(workplace):
 def test_the_same_seed_gives_the_same_losses(tmp_path):
     first, again = (run_example(["trainer.max_steps=3"], tmp_path / name) for name in ("first", "again"))
     assert first == again
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        ["pixels=folder", "pixels.root=photos"],
-        ["pixels=huggingface", "pixels.path=dataset", "pixels.columns={caption: prompt}"],
-        ["pixels=huggingface", "pixels.path=dataset", "pixels.streaming=true", "pixels.val_split=train"],
-        ["pixels=webdataset", "pixels.shards='shards/train-{0000..0002}.tar'", "pixels.val_shards=shards/val.tar"],
-    ],
-    ids=["folder", "huggingface", "stream", "webdataset"],
-)
-def test_the_example_trains_from_each_source(source, workplace):
-    losses = run_example([*source, "pixels.size=64", "pixels.batch_size=2", "masks=batch"], workplace)
-    assert np.isfinite(losses["last"])
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        ["pixels=webdataset", "pixels.shards='shards/train-{0000..0002}.tar'", "pixels.val_shards=shards/val.tar"],
-        ["pixels=huggingface", "pixels.path=dataset", "pixels.columns={caption: prompt}"],
-    ],
-    ids=["webdataset", "huggingface"],
-)
-def test_the_example_trains_on_two_ranks(source, workplace):
-    run_example([*source, "pixels.size=64", "pixels.batch_size=1", "masks=batch", "trainer=ddp"], workplace)
 
 
 def test_the_module_runs_as_a_script(tmp_path):

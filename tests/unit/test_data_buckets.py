@@ -1,11 +1,16 @@
 """Buckets: each image in the nearest one, each batch of one, and all ranks in step, whatever Lightning is told."""
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import bucket_ranks
 import numpy as np
 import pytest
-from bucket_ranks import BATCH, COUNT, PLAN, planned
+from bucket_ranks import BATCH, COUNT, PLAN, SIZES
 
 from latentdm.data.bucket_batches import BucketBatches, BucketLoader
 from latentdm.data.buckets import Buckets
@@ -78,6 +83,15 @@ def test_wrong_sizes(sizes):
         Buckets().plan(sizes)
 
 
+def planned(ranks, epoch=0, training=True, **settings):
+    """What each rank is to see: rank → batches of places."""
+    samplers = [
+        BucketBatches(range(COUNT), PLAN.bucket_of, BATCH, training, ranks, rank, seed=3, **settings)
+        for rank in range(ranks)
+    ]
+    return samplers[0], [[[place for place, _ in batch] for batch in sampler.batches(epoch)] for sampler in samplers]
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_all_ranks_are_in_step_and_every_image_comes_once(ranks, training):
@@ -140,3 +154,33 @@ def test_the_loader_goes_on_where_a_state_was_saved(num_workers):
     third = loader()
     third.load_state_dict(second.state_dict())  # saved at the end of an epoch: the next one is whole
     assert len(epoch_of(third, epoch=1)) == len(whole)
+
+
+def lightning(folder, devices, use_distributed_sampler="true", stop=0):
+    """Train in other processes; rank → what it saw."""
+    command = [sys.executable, bucket_ranks.__file__, folder, devices, use_distributed_sampler, stop]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(bucket_ranks.__file__).parent)}
+    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    files = [Path(f"{folder}/seen.rank{rank}") for rank in range(devices)]
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
+@pytest.mark.parametrize("use_distributed_sampler", ["true", "false"])
+def test_two_ranks_under_lightning_see_what_was_planned(tmp_path, use_distributed_sampler):
+    seen = lightning(tmp_path, 2, use_distributed_sampler)
+    for rank in range(2):
+        expected = []
+        for stage, epoch in (("train", 0), ("train", 1), ("predict", 0)):
+            for places in planned(2, epoch, stage == "train")[1][rank]:
+                width, height = PLAN.shape(*SIZES[places[0]].tolist())
+                expected.append([stage, height, width, places, epoch])
+        assert seen[rank] == expected
+
+
+def test_two_ranks_go_on_in_the_middle_of_an_epoch(tmp_path):
+    steps = len(planned(2)[0])
+    lightning(tmp_path, 2, stop=steps + 3)
+    seen = [[batch for batch in of_rank if batch[0] == "train"] for of_rank in lightning(tmp_path, 2)]
+    for rank in range(2):
+        assert [batch[3] for batch in seen[rank]] == planned(2)[1][rank] + planned(2, epoch=1)[1][rank]

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
+from torch import nn
 
 from latentdm.data import ImageFolderData, PixelDataModule
 
@@ -269,12 +271,50 @@ def test_alpha_is_kept_when_asked_for_and_colours_under_it_stay(tmp_path):
 # Randomness
 
 
+class Recorder(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.batches = []
+
+    def training_step(self, batch, _):
+        self.batches.append(batch)
+        return self.layer(torch.ones(1, 1)).sum()
+
+    def validation_step(self, batch, _):
+        self.batches.append(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(root, **settings):
+    recorder = Recorder()
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    data = ImageFolderData(root, **{"size": 16, "batch_size": 3, "flip": True, **settings})
+    Trainer(accelerator="cpu", devices=1, max_epochs=2, num_sanity_val_steps=0, **quiet).fit(recorder, datamodule=data)
+    return recorder.batches
+
+
 @pytest.fixture
 def masked_photos(tmp_path):
     for number in range(8):
         noise(tmp_path / f"{number}.png", 20, 60, number)
         save(tmp_path / "masks" / f"{number}.png", coordinate_mask(20, 60))
     return tmp_path
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(masked_photos, workers):
+    mine, theirs = fit(masked_photos), fit(masked_photos, num_workers=workers)
+    for one, other in zip(mine, theirs, strict=True):
+        assert one["name"] == other["name"]
+        assert all(torch.equal(one[key], other[key]) for key in ("pixels", "mask", "index"))
 
 
 def test_crops_follow_the_seed_the_epoch_and_the_index(masked_photos):
@@ -289,6 +329,18 @@ def test_crops_follow_the_seed_the_epoch_and_the_index(masked_photos):
     assert min(changed.values()) >= len(data.train_set) - 1
     for place in range(len(data.val_set)):
         assert torch.equal(data.val_set[place, 0]["pixels"], data.val_set[place, 1]["pixels"])
+
+
+def test_a_sample_s_crop_does_not_depend_on_the_batch_size(masked_photos):
+    def by_index(batches):
+        return {
+            int(i): pixels for batch in batches[:1] for i, pixels in zip(batch["index"], batch["pixels"], strict=True)
+        }
+
+    small, large = by_index(fit(masked_photos, batch_size=1)), by_index(fit(masked_photos, batch_size=6))
+    assert len(small) == 1
+    for index, pixels in small.items():
+        assert torch.equal(pixels, large[index])
 
 
 # What is wrong

@@ -1,6 +1,7 @@
 """The index of a folder: built once, opened while it is true, rebuilt where it is not, and cheap to send to workers."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -278,6 +279,39 @@ def test_a_disk_that_is_full_leaves_nothing_behind(opener, monkeypatch):
     with pytest.warns(UserWarning, match="No space left on device"):
         assert len(opener()) == 12
     assert opener.files == []
+
+
+# Processes
+
+
+def _open_together(root, cache, barrier, results):
+    opener = Opener(root, cache)
+    build = opener.build
+
+    def late():
+        built = build()
+        barrier.wait(timeout=30)  # both have built before either keeps
+        return built
+
+    opener.build = late
+    results.put([entry.name for entry in everything(opener())])
+
+
+def test_two_processes_that_build_at_once_do_no_harm(opener):
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.SimpleQueue()
+    both = [
+        context.Process(target=_open_together, args=(opener.root, opener.cache, barrier, results)) for _ in range(2)
+    ]
+    for process in both:
+        process.start()
+    found = [results.get() for _ in both]
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    assert found[0] == found[1] == [entry.name for entry in everything(opener())]
+    assert opener.built == 0
+    assert len(opener.files) == 1
 
 
 def test_it_is_sent_to_workers_without_its_table(tmp_path):

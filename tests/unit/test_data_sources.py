@@ -5,10 +5,11 @@ import sys
 import tarfile
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import add_file, quiet_datasets
+from running import add_file, quiet_datasets, run_example
 
 from latentdm.data import HuggingFaceData, SampleError, WebDatasetData
 from latentdm.data.stream import own_share, stable_index
@@ -322,6 +323,36 @@ def test_the_index_of_a_streamed_sample_is_its_own(rows):
 
     assert indices() == indices(seed=3, shuffle_buffer=7)
     assert len(set(indices().values())) == 40
+
+
+# Through the example
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        ["pixels=folder", "pixels.root=photos"],
+        ["pixels=huggingface", "pixels.path=dataset", "pixels.columns={caption: prompt}"],
+        ["pixels=huggingface", "pixels.path=dataset", "pixels.streaming=true", "pixels.val_split=train"],
+        ["pixels=webdataset", "pixels.shards='shards/train-{0000..0002}.tar'", "pixels.val_shards=shards/val.tar"],
+    ],
+    ids=["folder", "huggingface", "stream", "webdataset"],
+)
+def test_the_example_trains_from_each_source(source, workplace):
+    losses = run_example([*source, "pixels.size=64", "pixels.batch_size=2", "masks=batch"], workplace)
+    assert np.isfinite(losses["last"])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        ["pixels=webdataset", "pixels.shards='shards/train-{0000..0002}.tar'", "pixels.val_shards=shards/val.tar"],
+        ["pixels=huggingface", "pixels.path=dataset", "pixels.columns={caption: prompt}"],
+    ],
+    ids=["webdataset", "huggingface"],
+)
+def test_the_example_trains_on_two_ranks(source, workplace):
+    run_example([*source, "pixels.size=64", "pixels.batch_size=1", "masks=batch", "trainer=ddp"], workplace)
 
 
 @pytest.mark.parametrize("make", [HuggingFaceData, WebDatasetData])
