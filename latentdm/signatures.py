@@ -30,15 +30,16 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
     "InpaintEncoder": {
         "vae": (Any, MISSING), "grow_mask_by": (int | None, None), "mask_offset": (int | None, None),
         "per_batch": (int | None, None), "posterior": (str, 'sample'), "latent_mask": (str, 'nearest'),
-        "progress": (bool, False),
+        "progress": (bool, False), "fill": (float, 0.5), "multiple": (int | None, None),
     },
     "LatentDataModule": {
-        "pixels": (Any, MISSING), "encoder": (Any, MISSING), "masks": (Any, None), "keys": (Any, None),
-        "layout": (str, 'CHW'), "keep_pixels": (bool, False), "seed": (int, 0), "augment": (Any, None),
-        "captions": (Any, None), "encode_ahead": (int, 0),
+        "pixels": (Any, MISSING), "encoder": (Any, MISSING), "masks": (Any, None), "augment": (Any, None),
+        "captions": (Any, None), "text": (Any, None), "stages": (Any, []), "keys": (Any, None), "layout": (str, 'CHW'),
+        "pixel_range": (list[float], [0, 1]), "keep_pixels": (bool, False), "seed": (int, 0),
     },
     "PlainEncoder": {
         "vae": (Any, MISSING), "per_batch": (int | None, None), "posterior": (str, 'sample'), "progress": (bool, False),
+        "multiple": (int | None, None),
     },
     "callbacks/EncodeMonitor": {
     },

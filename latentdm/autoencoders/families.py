@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdm.autoencoders.normalization import Normalization
-from latentdm.autoencoders.posterior import latent_of
-from latentdm.autoencoders.weights import first_weight
+from latentdm.autoencoders.posterior import Normalization, posterior_of
 from latentdm.errors import UserError, UserTypeError
+from latentdm.frozen.weights import first_weight
 
 
 def _decode(autoencoder: Any, z: Tensor) -> Tensor:
@@ -276,7 +275,7 @@ def _plain_family(autoencoder: Any) -> Family:
         parameter = first_weight(autoencoder)
         # A copy is tried, so that a module that counts or records its calls never hears of this one.
         with torch.no_grad():
-            trial = latent_of(deepcopy(autoencoder).eval().encode(parameter.new_zeros(1, 3, size, size)))
+            trial = posterior_of(deepcopy(autoencoder).eval().encode(parameter.new_zeros(1, 3, size, size)))
         factor, channels = factor or size // trial.mean.shape[-1], channels or trial.mean.shape[1]
-        has_posterior = trial.std is not None
+        has_posterior = trial.logvar is not None
     return Family(lambda _: int(factor), lambda _: int(channels), lambda _: scaled, has_posterior=has_posterior)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
 from latentdm.callbacks import SamplePreview
-from latentdm.pictures import Sheet
+from latentdm.preview.sheet import Sheet
 
 COLUMNS = ["image", "masked\nimage", "sampled", "sampled,\nin the image"]
 

@@ -8,8 +8,8 @@ from helpers import Photos, complains, images, masks, photo_columns
 from tiny_models import close
 
 from latentdm import InpaintEncoder, LatentDataModule, PlainEncoder
-from latentdm.autoencoders.views import View
-from latentdm.batch import crop, unit_mask
+from latentdm.autoencoders.images import Images
+from latentdm.tensors import crop, unit_mask
 
 RESULTS = {"latents", "masked_latents", "noise_mask", "latent_mask"}
 
@@ -214,11 +214,11 @@ def test_a_channels_first_batch_under_hwc_is_named(plain):
 
 
 WRONG_SETTINGS = {
-    "unknown name": ({"keys": {"image": "x"}}, ["keys: unknown name 'image'", "pixels, mask, index, latents"]),
+    "unknown name": ({"keys": {"image": "x"}}, ["keys: unknown name 'image'", "the names are pixels, mask, source"]),
     "mixed": ({"keys": {"pixels": 0, "latents": "x"}}, ["mixes keys and positions", "integers for tuples"]),
-    "left out input": ({"keys": {"pixels": None}}, ["keys: 'pixels' goes into the encoder", "only outputs"]),
+    "left out input": ({"keys": {"pixels": None}}, ["keys: 'pixels' goes into a stage", "only outputs"]),
     "negative": ({"keys": {"pixels": -1}}, ["negative position", "count from 0"]),
-    "layout": ({"layout": "NHWC"}, ["layout must be 'CHW' or 'HWC', got 'NHWC'"]),
+    "layout": ({"layout": "NHWC"}, ["layout must be one of CHW, HWC, got 'NHWC'"]),
 }
 
 
@@ -254,5 +254,5 @@ def test_a_mask_is_resized_bilinearly_without_antialias():
 def test_a_view_never_writes_into_the_batch():
     for pixels in (images(2), images(2, channels=1), images(2) / 255):
         before = pixels.clone()
-        View(pixels, hole=torch.ones(1, 1, 32, 32, dtype=torch.bool)).unit()
+        Images(pixels, hole=torch.ones(1, 1, 32, 32, dtype=torch.bool)).unit()
         assert torch.equal(pixels, before)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentdm import FrozenVAE, InpaintEncoder, PlainEncoder
-from latentdm.autoencoders.views import View
+from latentdm.autoencoders.images import Images
 
 BAD = 5
 NO_UPCAST = {"force_upcast": False}
@@ -152,7 +152,7 @@ def test_looking_costs_one_wait_for_the_device():
     pixels = gray_images()
     vae.encode(pixels)
     with Waits() as waits:
-        vae.encode_rows([View(pixels)], noise=None, per_batch=2)
+        vae.moments([Images(pixels)], per_batch=2)
     assert waits.count == 1
 
 
@@ -161,7 +161,7 @@ def test_looking_costs_one_wait_for_the_device():
 
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_is_bfloat16_where_the_device_computes_in_it(native, monkeypatch):
-    monkeypatch.setattr("latentdm.autoencoders.weights.computes_bfloat16", lambda device: native)
+    monkeypatch.setattr("latentdm.frozen.weights.computes_bfloat16", lambda device: native)
     assert FrozenVAE(tiny_kl()).dtype == (torch.bfloat16 if native else torch.float32)
     assert FrozenVAE(PlainModule()).dtype == torch.float32  # as it came
 

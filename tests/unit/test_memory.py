@@ -9,7 +9,7 @@ from helpers import complains, images, masks, no_warnings, tiny_kl
 from tiny_models import close
 
 from latentdm import FrozenVAE, InpaintEncoder, PlainEncoder
-from latentdm.autoencoders.chunks import is_out_of_memory
+from latentdm.frozen.chunks import is_out_of_memory
 
 CPU_TEXT = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "

@@ -11,8 +11,8 @@ from tiny_models import CONFIGS, VIDEO, frozen
 
 from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
 from latentdm.cli import main
-from latentdm.pictures import Sheet
 from latentdm.preview import captions_of, describe, first_samples, preview
+from latentdm.preview.sheet import Sheet
 
 CPU = torch.device("cpu")
 COLUMNS = [

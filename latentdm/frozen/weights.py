@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdm.autoencoders.compilation import Compilation
+from latentdm.frozen.compilation import Compilation
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,8 +71,6 @@ class Weights:
                 self._module = cast_copy(self.original, device, dtype, self.layout(dtype))
             if self._mode is not None:
                 self.compilation = Compilation(self._module, self._mode)
-        if self.first.device.type == "cuda":
-            torch.cuda.synchronize(self.first.device)  # a batch ahead may still read the weights on a stream of its own
         self._module = self._module.to(device)
         self._full = self._first = None
 

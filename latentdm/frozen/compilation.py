@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdm.autoencoders.chunks import is_out_of_memory, sides
 from latentdm.errors import UserError
+from latentdm.frozen.chunks import is_out_of_memory, sides
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 """What torch.compile calls its modes; the second and third replay CUDA graphs."""

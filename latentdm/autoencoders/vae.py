@@ -6,29 +6,24 @@ and ``t`` the temporal compression.
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
 from os import PathLike
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from latentdm.autoencoders.chunks import Chunks
-from latentdm.autoencoders.compilation import compile_mode
 from latentdm.autoencoders.families import family_of
-from latentdm.autoencoders.finite import finite_later
+from latentdm.autoencoders.images import Images
 from latentdm.autoencoders.network import Network, outside_inference_mode
 from latentdm.autoencoders.posterior import Posterior
-from latentdm.autoencoders.views import View
-from latentdm.autoencoders.weights import DTYPES, Weights
-from latentdm.batch import PIXELS, check_range
-from latentdm.draws import Draws
-from latentdm.errors import UserError
+from latentdm.draws import FreshDraws
+from latentdm.errors import UserError, attributed
+from latentdm.frozen.chunks import Chunks, best_chunk
+from latentdm.frozen.compilation import compile_mode
+from latentdm.frozen.weights import DTYPES, Weights
+from latentdm.tensors import check_range
 
 POSTERIORS = ("sample", "mode")
-
-Rows = Callable[[slice], Tensor]
-"""Gives some rows of noise, ``n z h/r w/r`` float32. Called a chunk at a time."""
 
 
 class FrozenVAE:
@@ -40,7 +35,7 @@ class FrozenVAE:
     In float32 it gives the bits of the family's own pipeline. In bfloat16 and float16 it computes channels-last. A
     cast that rounds is made on a copy, one tensor at a time and straight to the device; the weights as they came stay
     where they were. With them a sample whose latents are not finite is encoded again in float32, by itself: see
-    `encode_rows`.
+    `moments`.
 
     Args:
         autoencoder: a diffusers autoencoder, or any module with ``encode(x)`` for ``x`` ``b 3 h w`` in −1…1 that
@@ -85,7 +80,7 @@ class FrozenVAE:
         autoencoder.requires_grad_(False).eval()
         self._weights = Weights(autoencoder, dtype, channels_last=not family.frame_axis, mode=mode)
         self._encoder_only = encoder_only
-        self._calls = count()
+        self._fresh = FreshDraws()
         self.class_name: str = type(autoencoder).__name__
         """Of the autoencoder."""
         self.spatial_compression: int = family.spatial_compression(autoencoder)
@@ -205,11 +200,6 @@ class FrozenVAE:
         return not self._encoder_only and callable(getattr(self._weights.original, "decode", None))
 
     @property
-    def replays_graphs(self) -> bool:
-        """Whether its compiled encoder replays CUDA graphs, one after the other and never beside another's."""
-        return self._weights.compilation is not None and self._weights.compilation.replays
-
-    @property
     def retries(self) -> int:
         """How often a chunk was run again, smaller or tiled, because memory ran out."""
         return self._chunks.retries
@@ -268,93 +258,84 @@ class FrozenVAE:
         if pixels.shape[-2] % r or pixels.shape[-1] % r or not pixels.numel():
             raise UserError(
                 f"FrozenVAE.encode: {pixels.shape[-2]}×{pixels.shape[-1]} is no multiple of the factor {r}; "
-                "crop the images first, as latentdm.batch.crop does"
+                "crop the images first, as latentdm.tensors.crop does"
             )
         if pixels.is_floating_point():
-            check_range(pixels, PIXELS, "FrozenVAE.encode")
-        b = len(pixels)
-        noise_rows: Rows | None = None
-        if posterior == "sample":
-            if noise is None:
-                draws = Draws(0, 0, [f"call{next(self._calls)}.{i}" for i in range(b)])
-                noise = draws.normal("posterior", self.latent_shape(pixels.shape[2:]), self.device)
-            noise_rows = noise.__getitem__
-        return self.encode_rows([View(pixels)], noise=noise_rows)
+            with attributed("FrozenVAE.encode"):
+                check_range(pixels, "pixels")
+        if posterior == "mode":
+            noise = None
+        elif noise is None and self.has_posterior:
+            shape = self.latent_shape(pixels.shape[2:])
+            noise = self._fresh(len(pixels)).normal("posterior", shape, self.device)
+        return self.draw(self.moments([Images(pixels)]), noise)
 
-    def encode_rows(
+    def moments(
         self,
-        views: Sequence[View],
-        noise: Rows | None,
+        sets: Sequence[Images],
         per_batch: int | None = None,
         progress: bool = False,
         name: Callable[[int], str] = "row {}".format,
-    ) -> Tensor:
-        """What `start_rows` starts, finished: ``rows z h/r w/r`` float32 normalised latents."""
-        return self.start_rows(views, noise, per_batch=per_batch, progress=progress, name=name)()
-
-    def start_rows(
-        self,
-        views: Sequence[View],
-        noise: Rows | None,
-        per_batch: int | None = None,
-        progress: bool = False,
-        name: Callable[[int], str] = "row {}".format,
-    ) -> Callable[[], Tensor]:
-        """Encode images that are prepared a chunk at a time: the one place of the library that encodes.
+    ) -> Posterior:
+        """Encode images that are prepared a chunk at a time: the one method of the library that encodes.
 
         Where memory runs out, the chunk is run again with half as many images, and the limit is remembered for this
         size of image. The bits of what was encoded before stay.
 
-        On a GPU the work is queued when this returns. What it returns waits for it, the only wait, to look whether
-        all latents are finite. Each row that is not is encoded again alone in float32, from the weights as they came,
-        with a warning that names it; `reencoded` counts them. The bits of all other rows stay. The float32 copy that
-        this takes is kept for the next time.
+        The only wait for the device is a look whether all moments are finite. Each row that is not is encoded again
+        alone in float32, from the weights as they came, with a warning that names it; `reencoded` counts them. The bits
+        of all other rows stay. The float32 copy that this takes is kept for the next time.
 
         Args:
-            views: images of one size, one view behind the other; no more than a chunk is ever prepared.
-            noise: gives the rows of a slice, ``n z h/r w/r`` float32; None takes the posterior's mean.
-            per_batch: images in a chunk; None takes all at once. The last chunk may be smaller, or padded if compiled.
+            sets: images of one size, one set behind the other; no more than a chunk is ever prepared.
+            per_batch: images in a chunk; None takes as many as are best on this device, see
+                `latentdm.frozen.chunks.best_chunk`. The last chunk may be smaller, or padded if compiled.
             progress: show a bar when the call lasts longer than two seconds.
             name: what to call a row in a warning or an error.
 
         Returns:
-            A function that gives the ``rows z h/r w/r`` float32 normalised latents. It raises ValueError where those
-            of a row are not finite even in float32.
+            Of all ``rows``, ``rows z h/r w/r``, before normalisation.
 
         Raises:
+            UserError: the moments of a row are not finite even in float32.
             torch.OutOfMemoryError: not even one image fits; it names the resolution, the need and the remedies.
         """
 
-        def encode(chunk: slice, size: int, tiled: bool) -> Tensor:
-            drawn = self._draw(self._network.moments(views, chunk, size, tiled), noise, chunk)
+        def encode(rows: slice, size: int, tiled: bool) -> Posterior:
+            moments = self._network.moments(sets, rows, size, tiled)
             self.chunks += 1
-            return drawn
+            return moments
 
-        rows, shape = sum(map(len, views)), views[0].pixels.shape[2:]
+        count, shape = sum(map(len, sets)), sets[0].pixels.shape[2:]
         with outside_inference_mode():
-            latents = self._chunks.run(encode, rows, per_batch, shape, self.dtype, progress)
-            joined = latents[0] if len(latents) == 1 else torch.cat(latents)
-            all_finite = finite_later(joined)
+            size = per_batch or self._best_chunk(shape)
+            moments = Posterior.cat(self._chunks.run(encode, count, size, shape, self.dtype, progress))
+            return moments if moments.is_finite() else self._mend(moments, sets, name)
 
-        def finish() -> Tensor:
-            if not all_finite():
-                self._mend(joined, views, noise, name)
-            return joined
+    def draw(self, moments: Posterior, noise: Tensor | None) -> Tensor:
+        """Latents of a posterior.
 
-        return finish
+        Args:
+            moments: ``b z h/r w/r``, as `moments` gives them.
+            noise: standard normal, float32, alike; None takes the mean.
 
-    def _draw(self, posterior: Posterior, noise: Rows | None, chunk: slice) -> Tensor:
-        drawn = posterior.mean if noise is None or posterior.std is None else posterior.draw(noise(chunk))
-        return self._normalization.apply(drawn).contiguous()
+        Returns:
+            ``b z h/r w/r`` float32, normalised as the family's models expect them.
+        """
+        with outside_inference_mode(), torch.no_grad():
+            return self._normalization.apply(moments.draw(noise)).contiguous()
 
-    @torch.inference_mode(False)
-    def _mend(self, latents: Tensor, views: Sequence[View], noise: Rows | None, name: Callable[[int], str]) -> None:
+    def _best_chunk(self, shape: Sequence[int]) -> int | None:
+        if self._weights.compilation is not None:
+            return None  # one size for each size of image: the whole batch
+        return best_chunk(self.device, self._network.activation_bytes(shape))
+
+    def _mend(self, moments: Posterior, sets: Sequence[Images], name: Callable[[int], str]) -> Posterior:
         """Encode rows that are not finite again, each alone in float32."""
-        for row in (~latents.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+        for row in (~moments.finite_rows()).nonzero().flatten().tolist():
             if self.dtype != torch.float32:
-                chunk = slice(row, row + 1)
-                latents[row] = self._draw(self._network.moments(views, chunk, 1, full=True), noise, chunk)[0]
-            if not latents[row].isfinite().all():
+                moments = moments.replace(row, self._network.moments(sets, slice(row, row + 1), 1, full=True))
+            if not moments.finite_rows()[row]:
                 raise UserError(
                     f"FrozenVAE: the latents of {name(row)} are not finite in float32 either; look at that image, and "
                     f"whether the autoencoder's weights ({self.class_name}) are finite"
@@ -363,13 +344,14 @@ class FrozenVAE:
             dtype = str(self.dtype).removeprefix("torch.")
             warnings.warn(
                 f"FrozenVAE: the latents of {name(row)} are not finite in {dtype}; encoded again in float32",
-                stacklevel=3,
+                stacklevel=4,
             )
+        return moments
 
     @torch.inference_mode(False)
     def posterior(self, pixels: Tensor) -> Posterior:
-        """The distribution of the latents before normalisation, for ``b 3 h w`` or ``b 3 f h w`` in 0…1."""
-        return self._network.moments([View(pixels)], slice(0, len(pixels)), len(pixels))
+        """The moments of ``b 3 h w`` or ``b 3 f h w`` in 0…1, in one pass whatever it takes: for measuring."""
+        return self._network.moments([Images(pixels)], slice(0, len(pixels)), len(pixels))
 
     # ---------------------------------------------------------------- latents → pixels
 

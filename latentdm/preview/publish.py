@@ -1,4 +1,4 @@
-"""Where the pictures of the callbacks go: to a file, and to each logger that takes images."""
+"""Pictures of callbacks, written to a file and sent to each logger that takes images."""
 
 from pathlib import Path
 from typing import Any

@@ -10,11 +10,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-LARGEST, SMALLEST = 256, 96
+MAX_TILE, MIN_TILE = 256, 96
 """Longer sides of tiles in pixels: larger images shrink, smaller ones grow by a whole factor."""
 
-GAP, MARGIN = 6, 14
-LINE = 17
+GAP, MARGIN, LINE_HEIGHT = 6, 14, 17
+"""In pixels."""
+
 INK, FAINT, PAPER = (25, 25, 25), (110, 110, 110), (255, 255, 255)
 RED = (1.0, 0.15, 0.1)
 ORANGE = (1.0, 0.55, 0.0)
@@ -41,22 +42,22 @@ class Sheet:
     def tile(self) -> tuple[int, int]:
         """``(width, height)`` of a tile."""
         longer = max(self.size)
-        if longer > LARGEST:
-            width, height = (max(1, round(side * LARGEST / longer)) for side in self.size)
+        if longer > MAX_TILE:
+            width, height = (max(1, round(side * MAX_TILE / longer)) for side in self.size)
         else:
-            width, height = (side * max(1, -(-SMALLEST // longer)) for side in self.size)
+            width, height = (side * max(1, -(-MIN_TILE // longer)) for side in self.size)
         return width, height
 
     @property
     def _header(self) -> int:
         """The height of the headers."""
-        return LINE * max(column.count("\n") + 1 for column in self.columns)
+        return LINE_HEIGHT * max(column.count("\n") + 1 for column in self.columns)
 
     def box(self, row: int, column: int) -> tuple[int, int, int, int]:
         """Left, upper, right and lower edge of a tile, as Pillow's ``crop`` takes them."""
         width, height = self.tile
         left = MARGIN + column * (width + GAP)
-        upper = MARGIN + self._header + row * (height + LINE + 2 * GAP) + LINE + GAP
+        upper = MARGIN + self._header + row * (height + LINE_HEIGHT + 2 * GAP) + LINE_HEIGHT + GAP
         return left, upper, left + width, upper + height
 
     def draw(self, rows: Sequence[Sequence[Tensor]], titles: Sequence[str], notes: Sequence[str] = ()) -> Image.Image:
@@ -71,18 +72,18 @@ class Sheet:
         *_, right, lower = self.box(len(rows) - 1, len(self.columns) - 1)
         font = ImageFont.load_default(13)
         lines = [line for note in notes for line in _wrapped(note, font, right - MARGIN)]
-        footer = 2 * GAP + LINE * len(lines) if lines else 0
+        footer = 2 * GAP + LINE_HEIGHT * len(lines) if lines else 0
         picture = Image.new("RGB", (right + MARGIN, lower + footer + MARGIN), PAPER)
         pen = ImageDraw.Draw(picture)
         for column, header in enumerate(self.columns):
             pen.multiline_text((self.box(0, column)[0], MARGIN), header, INK, font, spacing=2)
         for row, (tiles, title) in enumerate(zip(rows, titles, strict=True)):
             left, upper, *_ = self.box(row, 0)
-            pen.text((left, upper - LINE - 1), _cut(title, font, right - left), FAINT, font)
+            pen.text((left, upper - LINE_HEIGHT - 1), _cut(title, font, right - left), FAINT, font)
             for column, tile in enumerate(tiles):
                 picture.paste(self._scaled(to_image(tile)), self.box(row, column))
         for number, line in enumerate(lines):
-            pen.text((MARGIN, lower + 2 * GAP + number * LINE), line, INK, font)
+            pen.text((MARGIN, lower + 2 * GAP + number * LINE_HEIGHT), line, INK, font)
         return picture
 
     def _scaled(self, image: Image.Image) -> Image.Image:

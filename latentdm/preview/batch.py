@@ -14,14 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from latentdm.alarms import MASK_RANGE, STD_RANGE, latent_std_alarm, mask_alarm
-from latentdm.batch import LATENT_MASK, LATENTS, MASK, MASKED_LATENTS, NOISE_MASK, PIXELS, Key, crop, unit_mask
+from latentdm.batch import LATENT_MASK, LATENTS, MASK, MASKED_LATENTS, NOISE_MASK, PIXELS, SOURCE, Key
 from latentdm.datamodule import LatentDataModule
 from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError
-from latentdm.pictures import ORANGE, Sheet, three_components, tinted
+from latentdm.preview.sheet import ORANGE, Sheet, three_components, tinted
+from latentdm.tensors import unit_mask
 
-CAPTIONS: tuple[Key, ...] = ("caption", "captions", "text", "prompt", "name")
-"""Where captions are looked for in a batch, if nobody says."""
+CAPTIONS: tuple[Key, ...] = ("name", "caption", "captions", "text", "prompt")
+"""Where the titles of samples are looked for in a batch, if nobody says."""
 
 
 def preview(
@@ -36,7 +37,7 @@ def preview(
 
     Args:
         encoder: the one that made the results.
-        inputs: what it was given: ``pixels``, ``mask``.
+        inputs: what it was given: ``pixels``, ``mask``, ``source``.
         outputs: what it gave: ``latents`` and, if it inpaints, ``masked_latents``, ``noise_mask``, ``latent_mask``.
         captions: titles of the rows.
         samples: how many of the batch; None draws all.
@@ -48,13 +49,15 @@ def preview(
     b = min(samples or len(outputs[LATENTS]), len(outputs[LATENTS]))
     inputs, outputs = _first(inputs, b), _first(outputs, b)
     columns = _columns(encoder, inputs, outputs)
-    height, width = next(iter(columns.values())).shape[-2:]
+    masked = [""] * b
+    if NOISE_MASK in outputs:
+        shares = (part.flatten(1).mean(1).tolist() for part in _masks(encoder, inputs, outputs))
+        masked = [f" · mask {mask:.0%}, noise_mask {moved:.0%}" for mask, moved in zip(*shares, strict=True)]
     titles = [
-        _title((captions or [])[row : row + 1], row, {name: value[row] for name, value in outputs.items()})
-        for row in range(b)
+        f"{title}{masks} · latents' std {float(latents.std()):.2f}"
+        for title, masks, latents in zip(_titles(captions, b), masked, outputs[LATENTS], strict=True)
     ]
-    rows = [[images[row] for images in columns.values()] for row in range(b)]
-    return Sheet(list(columns), (width, height)).draw(rows, titles, notes)
+    return _sheet(columns, titles, notes)
 
 
 def before_and_after(
@@ -64,13 +67,13 @@ def before_and_after(
     sampled: Tensor,
     captions: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Draw what a model made: image, masked image, the sample, and the sample in the image's masked part.
+    """Draw what a model made: image, source, masked image, the sample, and the sample in the masked part.
 
     Args:
         encoder: as for `preview`.
         inputs: as for `preview`.
         outputs: as for `preview`.
-        sampled: ``b z h/r w/r`` latents of the first ``b`` samples.
+        sampled: of the first ``b`` samples, latents ``b z h/r w/r`` or pixels ``b 3 h w`` float in 0…1.
         captions: titles of the rows.
 
     Returns:
@@ -79,29 +82,31 @@ def before_and_after(
     b = len(sampled)
     inputs, outputs = _first(inputs, b), _first(outputs, b)
     images = {key: _frame(image) for key, image in encoder.images(inputs).items()}
-    columns = {"image": images[LATENTS], "sampled": _decoded(encoder, sampled)}
+    is_latents = sampled.shape[1:] == outputs[LATENTS].shape[1:]
+    made = _decoded(encoder, sampled) if is_latents else sampled
+    columns = _given(encoder, images, inputs)
+    kept = columns.get("source", columns["image"]).to(made.device)
     if MASKED_LATENTS in images:
-        hole = outputs[NOISE_MASK].to(columns["sampled"].device)
-        image = images[LATENTS].to(hole.device)
-        columns = {"image": image, "masked\nimage": images[MASKED_LATENTS], "sampled": columns["sampled"]}
-        columns["sampled,\nin the image"] = image * (1 - hole) + columns["sampled"] * hole
-    titles = [captions[row] if captions else f"sample {row}" for row in range(b)]
-    rows = [[column[row] for column in columns.values()] for row in range(b)]
-    return Sheet(list(columns), (images[LATENTS].shape[-1], images[LATENTS].shape[-2])).draw(rows, titles)
+        columns["masked\nimage"] = images[MASKED_LATENTS]
+    columns["sampled"] = made
+    if MASKED_LATENTS in images:
+        hole = outputs[NOISE_MASK].to(made.device)
+        columns["sampled,\nin the image"] = kept * (1 - hole) + made * hole
+    return _sheet(columns, _titles(captions, b))
 
 
 def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> list[str]:
     """What a person should check in a preview, a sentence or two each; what is wrong begins with ``CHECK``."""
     vae, latents = encoder.vae, outputs[LATENTS]
     dtype = str(vae.dtype).removeprefix("torch.")
+    r = vae.spatial_compression
     whole, cropped, small = (
-        f"{value.shape[-1]} by {value.shape[-2]}"
-        for value in (inputs[PIXELS], crop(inputs[PIXELS], vae.spatial_compression), latents)
+        f"{value.shape[-1]} by {value.shape[-2]}" for value in (inputs[PIXELS], encoder.crop(inputs[PIXELS]), latents)
     )
     lines = [
         f"Images: {whole} pixels{'' if cropped == whole else f', cropped to {cropped},'} become {small} latents of "
         f"{latents.shape[1]} channels, by {vae.class_name} "
-        f"(1/{vae.spatial_compression} of the side, {dtype} on {vae.device})."
+        f"(1/{r} of the side, {dtype} on {vae.device})."
     ]
     if vae.can_decode:
         lines.append(
@@ -114,27 +119,26 @@ def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, 
     )
     alarms = [latent_std_alarm(std)]
     if NOISE_MASK in outputs:
-        shares = outputs[NOISE_MASK].flatten(1).mean(1)
+        mask, moved = (part.flatten(1).mean(1) for part in _masks(encoder, inputs, outputs))
         lines.append(
-            "Masks: white = repaint (red over the image, orange at latent resolution). They cover "
-            f"{float(shares.mean()):.0%} of the image "
-            f"({float(shares.min()):.0%} to {float(shares.max()):.0%}); is that the part which the model shall fill?"
+            "Masks: white = repaint (red over the image, orange at latent resolution). The mask covers "
+            f"{_spread(mask)} of the image, noise_mask, which is the mask moved by the encoder, {_spread(moved)}; is "
+            "the mask the part which the model shall fill?"
         )
         if getattr(encoder, "latent_mask", None) == "nearest":
-            side = vae.spatial_compression
             lines.append(
-                f"latent_mask=nearest takes the top left pixel of each {side} by {side} block, as in Stable Diffusion: "
+                f"latent_mask=nearest takes the top left pixel of each {r} by {r} block, as in Stable Diffusion: "
                 "orange should lie half a block further right and down than white, on average."
             )
         low, high = MASK_RANGE
-        alarms.append(mask_alarm(float((shares < low).float().mean()), float((shares > high).float().mean())))
+        alarms.append(mask_alarm(float((moved < low).float().mean()), float((moved > high).float().mean())))
     return lines + [f"CHECK: {alarm}." for alarm in alarms if alarm]
 
 
 def first_samples(
     datamodule: LatentDataModule, samples: int, device: torch.device, stage: str = "train"
 ) -> tuple[dict[str, Any], dict[str, Tensor], list[str] | None]:
-    """Take the first batches of a data module through its hooks, without a trainer.
+    """Take the first batches of a data module through its stages, without a trainer.
 
     Args:
         datamodule: it is set up here.
@@ -143,14 +147,13 @@ def first_samples(
         stage: ``"train"`` or ``"val"``.
 
     Returns:
-        Inputs and outputs under our names, as `preview` takes them, and captions if all batches have some.
+        Inputs and outputs under our names, as `preview` takes them, and titles if all batches have some.
 
     Raises:
-        ValueError: there is no batch.
+        UserError: there is no batch.
     """
     datamodule.prepare_data()
     datamodule.setup("fit")
-    datamodule.encoder.setup(device)
     loader = datamodule.train_dataloader() if stage == "train" else datamodule.val_dataloader()
     if isinstance(loader, list | tuple):
         loader = next(iter(loader), ())
@@ -158,17 +161,15 @@ def first_samples(
     captions: list[str] = []
     count = 0
     for batch in islice(loader, samples):
-        batch = datamodule.on_before_batch_transfer(batch, 0)
-        batch = datamodule.transfer_batch_to_device(batch, device, 0)
-        batch = datamodule.pixels.on_after_batch_transfer(batch, 0)
-        inputs, outputs = datamodule.encode(batch)
+        inputs, outputs = datamodule.encode(batch, device)
         if taken and inputs[PIXELS].shape[1:] != taken[0][0][PIXELS].shape[1:]:
             continue  # a bucket of another size
         b = len(outputs[LATENTS])
         if MASK in inputs and len(inputs[MASK]) == 1:
-            inputs[MASK] = inputs[MASK].expand(b, *inputs[MASK].shape[1:])
-        taken.append((inputs, outputs))
-        captions += captions_of(batch) or []
+            inputs = {**inputs, MASK: inputs[MASK].expand(b, *inputs[MASK].shape[1:])}
+        taken.append((_first(inputs, b), _first(outputs, b)))
+        # Captions as the stages changed them come before those that the loader gave.
+        captions += captions_of({**batch, **inputs} if isinstance(batch, Mapping) else inputs) or []
         count += b
         if count >= samples:
             break
@@ -180,13 +181,21 @@ def first_samples(
 
 
 def captions_of(batch: Any, key: Key | None = None) -> list[str] | None:
-    """The captions in a user's batch: a list of strings at ``key``, or where they usually are; None without any."""
-    for place in CAPTIONS if key is None else (key,):
+    """The titles of the samples of a user's batch.
+
+    Args:
+        batch: a dict, tuple or list.
+        key: where its list of strings lies; None looks for names, then for captions.
+
+    Returns:
+        One string a sample; None where there are none.
+    """
+    for name in CAPTIONS if key is None else (key,):
         value = None
         if isinstance(batch, Mapping):
-            value = batch.get(place)
-        elif isinstance(place, int) and place < len(batch):
-            value = batch[place]
+            value = batch.get(name)
+        elif isinstance(name, int) and name < len(batch):
+            value = batch[name]
         if isinstance(value, list | tuple) and value and all(isinstance(caption, str) for caption in value):
             return list(value)
     return None
@@ -195,16 +204,16 @@ def captions_of(batch: Any, key: Key | None = None) -> list[str] | None:
 def _columns(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Header → ``b c h' w'`` images of the samples."""
     images = {key: _frame(image) for key, image in encoder.images(inputs).items()}
-    columns = {"image": images[LATENTS]}
+    columns = _given(encoder, images, inputs)
     if MASKED_LATENTS in images:
-        mask = crop(unit_mask(inputs[MASK], inputs[PIXELS], "preview"), encoder.vae.spatial_compression)
+        mask, _ = _masks(encoder, inputs, outputs)
         columns["mask\nover image"] = tinted(images[LATENTS], mask)
         columns["masked\nimage"] = images[MASKED_LATENTS]
     if encoder.vae.can_decode:
         for key in images:
             columns[f"decoded\n{key}"] = _decoded(encoder, outputs[key])
     if NOISE_MASK in outputs:
-        columns["noise_mask\n+ latent_mask"] = _masks(outputs[NOISE_MASK], outputs[LATENT_MASK])
+        columns["noise_mask\n+ latent_mask"] = _both_masks(outputs[NOISE_MASK], outputs[LATENT_MASK])
     columns["latents\nas colour"] = three_components(_frame(outputs[LATENTS]))
     return columns
 
@@ -215,7 +224,7 @@ def _decoded(encoder: Encoder, latents: Tensor) -> Tensor:
     return torch.cat([_frame(encoder.vae.decode(row)) for row in torch.split(first, 1)])
 
 
-def _masks(noise_mask: Tensor, latent_mask: Tensor) -> Tensor:
+def _both_masks(noise_mask: Tensor, latent_mask: Tensor) -> Tensor:
     """``b 3 h w``: the noise mask in white, over it the latent mask in orange."""
     if latent_mask.shape[1] > 1:  # unshuffled: as large as the noise mask again
         latent_mask = F.pixel_shuffle(latent_mask, round(latent_mask.shape[1] ** 0.5))
@@ -223,22 +232,49 @@ def _masks(noise_mask: Tensor, latent_mask: Tensor) -> Tensor:
     return tinted(noise_mask.float().expand(-1, 3, -1, -1), over, ORANGE, strength=0.6)
 
 
-def _title(caption: Sequence[str], row: int, outputs: Mapping[str, Tensor]) -> str:
-    title = caption[0] if caption else f"sample {row}"
-    if NOISE_MASK in outputs:
-        title += f" · {float(outputs[NOISE_MASK].mean()):.0%} masked"
-    return f"{title} · latents' std {float(outputs[LATENTS].std()):.2f}"
+def _given(encoder: Encoder, images: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The image, and the picture that the model is shown where it is another one."""
+    columns = {"image": images[LATENTS]}
+    if SOURCE in inputs:
+        source = _frame(inputs[SOURCE])[:, :3]
+        source = source.float() / 255 if source.dtype == torch.uint8 else source.float()
+        columns["source"] = encoder.crop(source).expand(-1, 3, -1, -1)
+    return columns
 
 
-def _joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _masks(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """``b 1 h w`` in 0…1: the mask that the encoder was given, cropped, and its noise mask."""
+    moved = outputs[NOISE_MASK]
+    mask = encoder.crop(unit_mask(inputs[MASK], inputs[PIXELS]))
+    return mask.expand(len(moved), -1, -1, -1), moved
+
+
+def _spread(shares: Tensor) -> str:
+    """Mean, smallest and largest share."""
+    return f"{float(shares.mean()):.0%} ({float(shares.min()):.0%} to {float(shares.max()):.0%})"
+
+
+def _titles(captions: Sequence[str] | None, b: int) -> list[str]:
+    if captions is None:
+        return [f"sample {row}" for row in range(b)]
+    return [caption or "(no caption)" for caption in captions[:b]]
+
+
+def _sheet(columns: Mapping[str, Tensor], titles: Sequence[str], notes: Sequence[str] = ()) -> Image.Image:
+    """Header → ``b c h w`` images; the first ones give the size of the tiles."""
+    height, width = columns["image"].shape[-2:]
+    rows = [[images[row] for images in columns.values()] for row in range(len(titles))]
+    return Sheet(list(columns), (width, height)).draw(rows, titles, notes)
+
+
+def _joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
     """The tensors of several batches as those of one."""
-    tensors = [name for name, value in batches[0].items() if isinstance(value, Tensor)]
-    return {name: torch.cat([batch[name] for batch in batches]) for name in tensors}
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def _first(values: Mapping[str, Any], b: int) -> dict[str, Any]:
     """The first samples of each tensor (a mask for all stays one)."""
-    return {name: value[:b] for name, value in values.items() if isinstance(value, Tensor)}
+    return {name: value[:b] for name, value in values.items() if isinstance(value, Tensor) and value.ndim}
 
 
 def _frame(images: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentdm.pictures import INK, PAPER, Sheet, three_components, tinted, to_image
+from latentdm.preview.sheet import INK, PAPER, Sheet, three_components, tinted, to_image
 
 
 def image(height, width, seed=0):
