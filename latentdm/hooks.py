@@ -1,4 +1,4 @@
-"""What the batch-transfer hooks ask of Lightning: draws of a batch, callbacks to notify, models that bypass the hooks."""
+"""What the batch-transfer hooks ask of Lightning: draws, callbacks to notify, models that bypass the hooks."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -83,20 +81,3 @@ def test_a_group_is_left_out_as_the_config_says(workplace):
 def test_the_same_seed_gives_the_same_losses(tmp_path):
     first, again = (run_example(["trainer.max_steps=3"], tmp_path / name) for name in ("first", "again"))
     assert first == again
-
-
-def test_the_module_runs_as_a_script(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "latentdm",
-        "preview",
-        "pixels.size=64",
-        "pixels.batch_size=2",
-        "encoder=plain",
-        "--samples=1",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "preview.png").exists()
-    assert done.stdout.splitlines()[0] == str(tmp_path / "preview.png")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Photos, complains, predict
+from helpers import Photos, complains
 from pipelines import decoded_by_pipeline, qwen_image, wan
 from tiny_models import CONFIGS, build, close, frozen, pictures, signed
 
@@ -58,7 +58,8 @@ def test_clips_pass_the_data_module(layout):
     expected = PlainEncoder(vae, posterior="mode")({"pixels": clips})["latents"]
     columns = {"pixels": clips if layout == "CHW" else clips.movedim(1, -1), "index": torch.arange(2)}
     datamodule = LatentDataModule(Photos(columns), PlainEncoder(vae, posterior="mode"), layout=layout, keep_pixels=True)
-    (batch,) = predict(datamodule)
+    [batch] = datamodule.predict_dataloader()
+    batch = datamodule.process(batch, "cpu")
     close(batch["latents"], expected)
     assert torch.equal(batch["pixels"], clips)
 

@@ -12,14 +12,14 @@ from torch import nn
 
 from latentdm import FrozenVAE, register_family
 from latentdm.autoencoders import Family, Normalization, known_families
-from latentdm.autoencoders.families import _CLASSES, _FAMILIES
+from latentdm.autoencoders.families import CLASSES, FAMILIES
 
 
 @pytest.fixture
 def registry(monkeypatch):
     """The table, put back afterwards."""
-    monkeypatch.setattr("latentdm.autoencoders.families._FAMILIES", dict(_FAMILIES))
-    monkeypatch.setattr("latentdm.autoencoders.families._CLASSES", dict(_CLASSES))
+    monkeypatch.setattr("latentdm.autoencoders.families.FAMILIES", dict(FAMILIES))
+    monkeypatch.setattr("latentdm.autoencoders.families.CLASSES", dict(CLASSES))
 
 
 def test_an_unknown_class_of_diffusers_is_refused_with_the_list():

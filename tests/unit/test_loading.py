@@ -13,7 +13,7 @@ from tiny_models import CONFIGS, build, close, pictures
 
 from latentdm import FrozenVAE, register_family
 from latentdm.autoencoders import Family, Normalization
-from latentdm.autoencoders.families import _CLASSES, _FAMILIES
+from latentdm.autoencoders.families import CLASSES, FAMILIES
 
 PIXELS = pictures(1)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -317,14 +317,14 @@ def test_nothing_is_there(tmp_path, folder):
 
 
 def test_a_registered_class_is_found_by_from_pretrained(folder, monkeypatch):
-    monkeypatch.setattr("latentdm.autoencoders.families._FAMILIES", dict(_FAMILIES))
-    monkeypatch.setattr("latentdm.autoencoders.families._CLASSES", dict(_CLASSES))
+    monkeypatch.setattr("latentdm.autoencoders.families.FAMILIES", dict(FAMILIES))
+    monkeypatch.setattr("latentdm.autoencoders.families.CLASSES", dict(CLASSES))
 
     class Finetuned(type(build("kl"))):
         pass
 
     edit(folder, _class_name="Finetuned")
-    register_family(Finetuned, _FAMILIES["AutoencoderKL"])
+    register_family(Finetuned, FAMILIES["AutoencoderKL"])
     vae = load(folder)
     assert type(vae.module) is Finetuned
     assert same(vae)

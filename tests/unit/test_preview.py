@@ -1,6 +1,8 @@
 """``latentdm preview``: the picture of one's own data, and the words below it."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -177,6 +179,14 @@ def test_samples_are_counted_from_one(samples, capsys):
     with pytest.raises(SystemExit):
         main(["preview", "--samples", samples])
     assert "--samples" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_script(tmp_path):
+    command = [sys.executable, "-m", "latentdm", "preview", *SMALL, "encoder=plain", "--samples=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "preview.png").exists()
+    assert done.stdout.splitlines()[0] == str(tmp_path / "preview.png")
 
 
 # -------------------------------------------------------------------- any encoder and batch
