@@ -221,7 +221,7 @@ def test_what_cannot_be_compiled_is_said_at_once():
 
 
 def test_without_the_option_nothing_is_compiled(graphs):
-    LatentDataModule(Photos(photo_columns()), PlainEncoder(one_convolution())).encode({"pixels": images(2)})
+    LatentDataModule(Photos(photo_columns()), PlainEncoder(one_convolution())).encode({"pixels": images(2)}, "cpu")
     assert graphs() == 0
 
 
