@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -106,6 +107,15 @@ def app(folder, text):
     (folder / "app.yaml").write_text(f"hydra: {{searchpath: [pkg://latentdm.conf]}}\n{text}", encoding="utf-8")
     with initialize_config_dir(str(folder), version_base="1.3"):
         return compose("app")
+
+
+def test_the_config_in_readme_composes(tmp_path):
+    [text] = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        cfg = compose("config")
+    assert cfg.pixels.root == "photos"
+    assert cfg.datamodule.encoder.vae._target_ == "latentdm.FrozenVAE.from_pretrained"
 
 
 def test_a_typo_in_a_config_of_a_user_fails_at_composition(tmp_path):
