@@ -212,6 +212,7 @@ class ImageFolderData(_PixelData):
     index_dir: str | None = None
     random_crop: bool = True
     buckets: Any = None
+    sources: str = "auto"
 
 
 @dataclass
