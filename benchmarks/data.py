@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 
 from benchmarks.rows import interleaved, row
-from latentdm.data.pairing import list_files
 from latentdm.data.decode import image_to_tensor
-from latentdm.data.index import Entry, FolderIndex, folder_index, to_table
-from latentdm.data.photographs import photographs
 from latentdm.data.geometry import Record, ResizeCrop, square
+from latentdm.data.index import Entry, FolderIndex, folder_index, to_table
+from latentdm.data.pairing import list_files
+from latentdm.data.photographs import photographs
 
 SIDE = 512
 LARGE, SMALL = (3000, 2000), (SIDE, SIDE)

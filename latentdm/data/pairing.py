@@ -213,7 +213,7 @@ def _described(
                 columns = {column: value for column, value in row.items() if column is not None}
                 if pairing.captions == "ignore":
                     columns.pop(CAPTION, None)
-                described[name] = Entry(name, mask=kept["mask"], source=kept["source"], columns=columns)
+                described[name] = Entry(name, mask=kept.get("mask"), source=kept.get("source"), columns=columns)
     return described, named
 
 
