@@ -59,7 +59,7 @@ def test_a_source_has_the_crop_and_flip_of_its_image_to_the_pixel(tmp_path, sett
         # Else the two filters round halves to different sides.
         assert (255 - pixels.int() - source.int()).abs().max() <= 1
         seen.add((tuple(sample["crop_top_left"].tolist()), bool(pixels[0, 0, 0] > pixels[0, 0, -1])))
-    assert len(seen) > 8
+    assert len(seen) > 5
     assert len({mirrored for _, mirrored in seen}) == 2
 
 
@@ -87,16 +87,13 @@ def test_a_source_of_another_size_is_resized_along(tmp_path):
 def test_a_source_of_another_shape_is_named(tmp_path, content):
     write_pair(tmp_path)
     Image.new("RGB", (40, 70)).save(tmp_path / "1-source.png")
-    what = (
-        r".*1-source\.png has 40 × 70 pixels, which is another shape than the 70 × 40 of its image 1\.png; replace or"
-    )
+    what = r"has 40 × 70 pixels, which is another shape than the 70 × 40 of its image 1\.png; replace or remove it$"
     if content:
-        files = ((tmp_path / name).read_bytes() for name in ("1.png", "1-source.png"))
-        image, source = files
-        with pytest.raises(SampleError, match=r"^the source of 1\.png has 40 × 70 pixels"):
+        image, source = ((tmp_path / name).read_bytes() for name in ("1.png", "1-source.png"))
+        with pytest.raises(SampleError, match=r"^the source of 1\.png " + what):
             ResizeCrop(square(16))(Record("1.png", 0, image, source=source), epoch=0)
         return
-    with pytest.raises(SampleError, match=r"^ImageFolderData: " + what):
+    with pytest.raises(SampleError, match=r"^ImageFolderData: .*1-source\.png " + what):
         list(folder(tmp_path).train_dataloader())
 
 
