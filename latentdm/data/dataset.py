@@ -24,7 +24,7 @@ from latentdm.errors import RunError, attributed
 Sample = dict[str, Any]
 
 MAX_REPLACEMENTS = 100
-"""How many samples are tried in turn where one is broken: if half of all are, these all are once in 10³⁰ times."""
+"""How many samples are tried to replace a broken one: if half of all are broken, these all are once in 10³⁰ times."""
 
 
 class PixelDataset(Dataset[Sample], ABC):

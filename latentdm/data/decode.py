@@ -194,7 +194,7 @@ def _srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 @lru_cache(maxsize=64)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """None where there is nothing to convert, or no way to."""
+    """None if there is nothing to convert, or no way to."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "sRGB" in ImageCms.getProfileDescription(opened):

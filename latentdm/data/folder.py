@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ KEPT_FROM = 10_000
 """Images from which an index is kept: a smaller folder is listed anew each time, in less than a second."""
 
 
+@dataclass(eq=False)
 class FolderImages(PixelDataset):
     """Some of the images of a folder.
 
-    Args:
+    Attributes:
         index: all of them.
         rows: ``n``: those that belong here.
         crops: makes samples of them.
@@ -42,23 +43,14 @@ class FolderImages(PixelDataset):
         captions: every sample has a ``caption``, an empty one if need be.
     """
 
-    owner = OWNER
+    index: FolderIndex
+    rows: npt.NDArray[np.int64]
+    crops: ResizeCrop
+    first: int = 0
+    required: Collection[str] = ()
+    captions: bool = False
 
-    def __init__(
-        self,
-        index: FolderIndex,
-        rows: npt.NDArray[np.int64],
-        crops: ResizeCrop,
-        first: int = 0,
-        required: Collection[str] = (),
-        captions: bool = False,
-    ) -> None:
-        self.index = index
-        self.rows = rows
-        self.crops = crops
-        self.first = first
-        self.required = required
-        self.captions = captions
+    owner = OWNER
 
     def __len__(self) -> int:
         """The number of images."""

@@ -108,10 +108,11 @@ def square(side: int) -> Target:
     return partial(_square, side)  # workers may need to pickle it
 
 
+@dataclass(frozen=True)
 class ResizeCrop:
     """Makes a sample of a record: resized until it just covers its target; what sticks out is cut off.
 
-    Args:
+    Attributes:
         target: the size of the sample, from that of its image: `square`, or a bucket plan's ``shape``.
         random_crop: crop anywhere, drawn for each sample and epoch; otherwise in the centre.
         flip: mirror half of the samples.
@@ -120,21 +121,12 @@ class ResizeCrop:
         max_pixels: larger images are refused.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        random_crop: bool = False,
-        flip: bool = False,
-        alpha: bool = False,
-        seed: int = 0,
-        max_pixels: int = MAX_PIXELS,
-    ) -> None:
-        self.target = target
-        self.random_crop = random_crop
-        self.flip = flip
-        self.alpha = alpha
-        self.seed = seed
-        self.max_pixels = max_pixels
+    target: Target
+    random_crop: bool = False
+    flip: bool = False
+    alpha: bool = False
+    seed: int = 0
+    max_pixels: int = MAX_PIXELS
 
     def resized(self, width: int, height: int) -> Size:
         """What an image of this size is resized to, so that it just covers its target."""

@@ -74,23 +74,23 @@ class Rows:
         return Record(name, index, image, **companions, columns=others)
 
 
+@dataclass(eq=False)
 class HuggingFaceImages(PixelDataset):
     """Some rows of a data set at random access.
 
-    Args:
+    Attributes:
         table: all of them.
         rows: ``n``: those that belong here.
         crops: makes samples of them.
         first: the ``index`` of row 0.
     """
 
-    owner = OWNER
+    table: Rows
+    rows: npt.NDArray[np.int64]
+    crops: ResizeCrop
+    first: int = 0
 
-    def __init__(self, table: Rows, rows: npt.NDArray[np.int64], crops: ResizeCrop, first: int = 0) -> None:
-        self.table = table
-        self.rows = rows
-        self.crops = crops
-        self.first = first
+    owner = OWNER
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -129,7 +129,7 @@ class HuggingFaceData(StreamDataModule):
         split: the rows to train on.
         val_split: the rows to validate on; all of ``split`` then trains. None: a share of ``split``, and in a stream no
             validation.
-        val_share: share of the rows that validate, in 0…1, where there is no ``val_split``. A hash of its number
+        val_share: share of the rows that validate, in 0…1, without a ``val_split``. A hash of its number
             decides for each row.
         columns: our name → the data set's, where it is not the usual one: ``{image: photo, mask: matte, source: before,
             caption: en}``; ``mask: null`` leaves the masks out.
@@ -201,7 +201,7 @@ class HuggingFaceData(StreamDataModule):
 
     @attributed(OWNER)
     def prepare_data(self) -> None:
-        """Download, on one process of each node; ValueError where there is no such data set or split."""
+        """Download, on one process of each node; ValueError if there is no such data set or split."""
         self._load(self.split)
         if self.val_split is not None:
             self._load(self.val_split)
@@ -265,7 +265,7 @@ class HuggingFaceData(StreamDataModule):
         pictures = [name for name, kind in (dataset.features or {}).items() if isinstance(kind, datasets.Image)]
         columns: dict[str, str] = {}
         for ours, usual in USUAL.items():
-            usable = pictures if ours == "source" else names  # many data sets tell in such a column where a row is from
+            usable = pictures if ours == "source" else names  # often such a column says where a row is from
             theirs = self.columns[ours] if ours in self.columns else next((n for n in usual if n in usable), None)
             if theirs is None and ours != "image":
                 continue

@@ -70,7 +70,7 @@ class Entry:
 
     Attributes:
         name: its path inside the folder, with ``/`` on every system.
-        size: of the file in bytes; −1 where it cannot be told.
+        size: of the file in bytes; −1 where it is unknown.
         mtime: when it was changed last, in nanoseconds.
         mask: the name of its mask.
         source: the name of the picture that the model is shown in its stead.
@@ -132,7 +132,7 @@ class FolderIndex:
 
     @property
     def identity(self) -> bytes:
-        """Of the build: tells an index from one that was built later."""
+        """The id of the build, which distinguishes an index from one that was built later."""
         identity: bytes = self._metadata[b"id"]
         return identity
 
@@ -167,7 +167,7 @@ def folder_index(
     cache: Path,
     least: int,
 ) -> FolderIndex:
-    """The index of a folder: opened where it is kept and still true, else built, and kept where it is large.
+    """The index of a folder: opened if it is kept and still true, else built, and kept if it is large.
 
     Args:
         root: the folder.
@@ -239,7 +239,7 @@ def _keep(table: pa.Table, file: Path) -> None:
 
 
 def _kept(root: Path, file: Path) -> FolderIndex | None:
-    """The index in a file; None where there is none or it is broken."""
+    """The index in a file; None if it does not exist or is broken."""
     try:
         size = file.stat().st_size - SUM_BYTES
         with file.open("rb") as content:
@@ -286,7 +286,7 @@ def _is_true(index: FolderIndex) -> bool:
 
 
 def stamp(path: Path | str) -> tuple[int, int]:
-    """A file's time of change in nanoseconds and its size; of a folder the time alone; (0, −1) where there is none."""
+    """A file's time of change in nanoseconds and its size; of a folder the time alone; (0, −1) if it does not exist."""
     try:
         status = os.stat(path)
     except OSError:

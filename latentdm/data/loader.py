@@ -1,6 +1,6 @@
 """The loader of pixel batches: it can go on in the middle of an epoch, and says what a worker that died was reading.
 
-A process that is killed tells nobody why. Each worker notes in shared memory what it reads, which takes microseconds;
+A process that is killed cannot say why. Each worker notes in shared memory what it reads, which takes microseconds;
 PyTorch's error holds the ids of the processes that died, and so the note can be found.
 """
 
@@ -66,10 +66,10 @@ class Reading:
 
 
 class PixelLoader(DataLoader[Any]):
-    """A loader whose batch sampler, or else its sampler, tells ranks and epochs apart.
+    """A loader of a `BucketBatches` or an `EpochSampler`, which can go on in the middle of an epoch.
 
-    Its state in the middle of an epoch says how many batches were yielded; Lightning saves it with a checkpoint. Errors
-    are told as `explained` says.
+    Its state is how many batches of the epoch were yielded; Lightning saves it with a checkpoint. Errors of its workers
+    are `explained`.
     """
 
     _yielded = 0
@@ -78,7 +78,7 @@ class PixelLoader(DataLoader[Any]):
 
     @property
     def sampler(self) -> Any:
-        """What tells ranks and epochs apart, where Lightning looks for it."""
+        """The order of samples or of batches, where Lightning looks for it to set the epoch."""
         batches = self.batch_sampler
         return self._of_samples if batches is None or isinstance(batches, BatchSampler) else batches
 

@@ -77,7 +77,7 @@ class PixelDataModule(LightningDataModule):
         self.skips: Skips | None = None
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled batches; ValueError where there is nothing to train on."""
+        """Shuffled batches; ValueError if there is nothing to train on."""
         return self._loader(self._needed("train_set"), training=True)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
@@ -85,11 +85,11 @@ class PixelDataModule(LightningDataModule):
         return [] if self.val_set is None else self._loader(self.val_set, training=False)
 
     def test_dataloader(self) -> DataLoader[Sample]:
-        """Batches in order; ValueError where there is nothing to test on."""
+        """Batches in order; ValueError if there is nothing to test on."""
         return self._loader(self._needed("test_set"), training=False)
 
     def predict_dataloader(self) -> DataLoader[Sample]:
-        """Batches in order; ValueError where there is nothing to predict."""
+        """Batches in order; ValueError if there is nothing to predict."""
         return self._loader(self._needed("predict_set"), training=False)
 
     def problems(self) -> list[str]:

@@ -165,7 +165,7 @@ def split_hashes(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Split by a hash of each image, so that it stays on its side when others are added.
 
-    So ``val_share`` is met on average. Neither side is left empty where there are two images and ``val_share`` is
+    So ``val_share`` is met on average. Neither side is left empty if there are two images and ``val_share`` is
     above 0: the image that comes nearest to the other side then goes there. One image alone is for training.
 
     Args:

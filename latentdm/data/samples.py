@@ -1,5 +1,6 @@
 """Random crops of the photographs inside scikit-image: training data that needs no download."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,13 +15,14 @@ from latentdm.draws import sample_generator
 from latentdm.validation import Check
 
 
+@dataclass(eq=False)
 class PhotographCrops(PixelDataset):
     """Crops of the sample photographs, which take turns.
 
     A crop is a square with a side between ``size`` and ``2·size`` pixels (or less, where the photograph is smaller),
     resized to ``size`` and mirrored half of the time.
 
-    Args:
+    Attributes:
         split: ``"train"`` draws each crop anew every epoch, ``"val"`` draws it once.
         size: side of the square images in pixels.
         count: crops an epoch.
@@ -28,12 +30,11 @@ class PhotographCrops(PixelDataset):
         seed: the crops follow from it.
     """
 
-    def __init__(self, split: Literal["train", "val"], size: int, count: int, first_index: int, seed: int) -> None:
-        self.split = split
-        self.size = size
-        self.count = count
-        self.first_index = first_index
-        self.seed = seed
+    split: Literal["train", "val"]
+    size: int
+    count: int
+    first_index: int
+    seed: int
 
     def __len__(self) -> int:
         """Crops an epoch."""

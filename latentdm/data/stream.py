@@ -162,7 +162,7 @@ def shuffled(items: Iterator[T], buffer: int, random: Random) -> Iterator[T]:
 
 
 def own_share(shards: Sequence[str], read: Callable[[str], Iterator[T]], part: int, parts: int) -> Iterator[T]:
-    """What one part reads: its own shards where there are enough for all, else every n-th sample of them all."""
+    """What one part reads: its own shards if there are enough for all, else every n-th sample of them all."""
     if len(shards) >= parts:
         return (sample for shard in shards[part::parts] for sample in read(shard))
     return islice((sample for shard in shards for sample in read(shard)), part, None, parts)

@@ -87,7 +87,7 @@ class WebDatasetData(StreamDataModule):
     with a number. Other files are left out. Images are treated as by `latentdm.data.ImageFolderData`.
 
     Each epoch has a set length, the same on every rank, however unevenly the shards are filled. Shards are shuffled
-    each epoch and split over ranks and workers; where there are fewer than workers, each reads them all and takes
+    each epoch and split over ranks and workers; if there are fewer than workers, each reads them all and takes
     every n-th sample. Validation begins at the first shard each time. ``index`` is a hash of the name (of 63 bits),
     alike in every epoch and on every worker.
 

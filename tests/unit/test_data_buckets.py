@@ -80,7 +80,7 @@ def test_wrong_sizes(sizes):
 def planned(ranks, epoch=0, training=True, **settings):
     """What each rank is to see: rank → batches of positions."""
     samplers = [
-        BucketBatches(range(COUNT), PLAN.bucket_of, BATCH, training, ranks, rank, seed=3, **settings)
+        BucketBatches(range(COUNT), PLAN.bucket_of, BATCH, training, num_replicas=ranks, rank=rank, seed=3, **settings)
         for rank in range(ranks)
     ]
     return samplers[0], [

@@ -154,7 +154,7 @@ def test_names_that_are_no_utf_8(opener):
 
 
 def edit(root, name, content, same_time=False):
-    """Another content in place; a write of the same size shows in the time alone."""
+    """Another content under the same name; a write of the same size shows in the time alone."""
     (root / name).write_bytes(content)
     if same_time:
         os.utime(root / name, (LONG_AGO, LONG_AGO))
