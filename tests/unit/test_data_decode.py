@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentdm.data.images import image_to_tensor, read_image, read_mask, resize_mask
+from latentdm.data.decode import image_to_tensor, read_image, read_mask, resize_mask
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -13,7 +13,7 @@ GRAY = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
 
 
 def read(path):
-    return np.asarray(read_image(path, "Test")[0])
+    return np.asarray(read_image(path)[0])
 
 
 def saved(tmp_path, image, name="image.png", **options):
@@ -80,7 +80,7 @@ def test_sixteen_bits_are_rounded_to_eight_and_not_clipped(tmp_path, ending):
     levels = np.array([[0, 128, 129, 257, 32768, 40000, 65406, 65407, 65535]], dtype=np.uint16)
     expected = np.round(levels / 257)
     assert np.array_equal(read(saved(tmp_path, Image.fromarray(levels), f"image.{ending}"))[..., 0], expected)
-    mask = read_mask(saved(tmp_path, Image.fromarray(levels), f"mask.{ending}"), "Test")
+    mask = read_mask(saved(tmp_path, Image.fromarray(levels), f"mask.{ending}"))
     assert np.array_equal(mask[0], expected)
 
 
@@ -97,39 +97,37 @@ def test_exif_orientation(tmp_path, orientation):
 
 
 def test_masks_keep_their_gray_levels(tmp_path):
-    mask = read_mask(saved(tmp_path, Image.fromarray(GRAY)), "Test")
+    mask = read_mask(saved(tmp_path, Image.fromarray(GRAY)))
     assert mask.dtype == torch.uint8
     assert np.array_equal(mask, GRAY[None])
     rgba = np.stack([GRAY, GRAY, GRAY, 255 - GRAY], axis=-1)
-    assert np.array_equal(read_mask(saved(tmp_path, Image.fromarray(rgba)), "Test"), GRAY[None])
+    assert np.array_equal(read_mask(saved(tmp_path, Image.fromarray(rgba))), GRAY[None])
     bits = Image.fromarray(GRAY > 100)
-    assert np.array_equal(read_mask(saved(tmp_path, bits), "Test")[0], (GRAY > 100) * np.uint8(255))
+    assert np.array_equal(read_mask(saved(tmp_path, bits))[0], (GRAY > 100) * np.uint8(255))
 
 
 def test_a_mask_of_zeros_and_ones_is_black_and_white(tmp_path):
     ones = (GRAY > 100).astype(np.uint8)
-    assert np.array_equal(read_mask(saved(tmp_path, Image.fromarray(ones)), "Test")[0], ones * 255)
+    assert np.array_equal(read_mask(saved(tmp_path, Image.fromarray(ones)))[0], ones * 255)
 
 
 def test_a_palette_mask_with_transparency_warns_of_nothing(tmp_path):
     image = Image.new("P", (2, 1))
     image.putpalette([0, 0, 0, 255, 255, 255])
     image.putdata([0, 1])
-    assert read_mask(saved(tmp_path, image, transparency=bytes([0, 255])), "Test").tolist() == [[[0, 255]]]
+    assert read_mask(saved(tmp_path, image, transparency=bytes([0, 255]))).tolist() == [[[0, 255]]]
 
 
 def test_float_levels_are_refused(tmp_path):
     path = saved(tmp_path, Image.fromarray(GRAY.astype(np.float32)), "image.tif")
-    with pytest.raises(
-        ValueError, match=r"^Test: cannot read .*image.tif: its levels are floats, .*8 or 16 bits\); repair"
-    ):
-        read_image(path, "Test")
+    with pytest.raises(ValueError, match=r"^cannot read .*image.tif: its levels are floats, .*8 or 16 bits\); repair"):
+        read_image(path)
 
 
 def test_32_bit_levels_are_refused(tmp_path):
     path = saved(tmp_path, Image.fromarray(np.array([[0, 70000]], dtype=np.int32)), "image.tif")
     with pytest.raises(ValueError, match=r"its levels span 0…70000 \(save it with 8 or 16 bits\)"):
-        read_image(path, "Test")
+        read_image(path)
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "bmp", "tif"])
@@ -138,8 +136,8 @@ def test_truncated_files_are_named(tmp_path, ending, share):
     path = saved(tmp_path, Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), f"image.{ending}")
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ValueError, match=rf"^Test: cannot read .*image.{ending}: .+; repair or remove the file$"):
-        read_image(path, "Test")
+    with pytest.raises(ValueError, match=rf"^cannot read .*image.{ending}: .+; repair or remove the file$"):
+        read_image(path)
 
 
 def test_a_broken_chunk_is_named(tmp_path):
@@ -147,14 +145,14 @@ def test_a_broken_chunk_is_named(tmp_path):
     data = bytearray(path.read_bytes())
     data[33:37] = (1000).to_bytes(4, "big")  # the first chunk of pixels ends too early: a SyntaxError of Pillow's
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"^Test: cannot read .*image.png: .*broken PNG.*; repair or remove the file$"):
-        read_image(path, "Test")
+    with pytest.raises(ValueError, match=r"^cannot read .*image.png: .*broken PNG.*; repair or remove the file$"):
+        read_image(path)
 
 
 def test_an_absurd_size_is_named(tmp_path):
     path = saved(tmp_path, Image.fromarray(RGB))
-    with pytest.raises(ValueError, match=r"^Test: cannot read .*image.png: its 7 × 5 pixels exceed max_pixels=34; rep"):
-        read_image(path, "Test", max_pixels=34)
+    with pytest.raises(ValueError, match=r"^cannot read .*image.png: its 7 × 5 pixels exceed max_pixels=34; rep"):
+        read_image(path, max_pixels=34)
 
 
 def test_another_content_is_said(tmp_path):
@@ -162,7 +160,7 @@ def test_another_content_is_said(tmp_path):
     with pytest.raises(
         ValueError, match=r"image.png: its content is no image that Pillow knows; repair or remove the file$"
     ):
-        read_image(tmp_path / "image.png", "Test")
+        read_image(tmp_path / "image.png")
 
 
 def test_image_to_tensor():

@@ -1,90 +1,13 @@
 """The shared base: batches through a real Trainer, the order and the epoch that a dataset is told, several ranks."""
 
-import pickle
-
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from data_helpers import Numbers, NumbersData, Recorder, fit, trainer
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
 from torch.utils.data import DistributedSampler
 
-from latentdm.data import PixelDataModule
-from latentdm.data.base import EpochSampler, PixelDataset
-from latentdm.draws import sample_generator
-
-
-class Numbers(PixelDataset):
-    """Tiny noise images that follow from (index, epoch)."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def __len__(self):
-        return self.count
-
-    def sample(self, place, epoch):
-        generator = sample_generator(0, epoch, place, "crop")
-        pixels = torch.randint(256, (3, 4, 4), generator=generator, dtype=torch.uint8)
-        return {"pixels": pixels, "index": place, "name": f"{place}", "epoch": epoch}
-
-
-class NumbersData(PixelDataModule):
-    def __init__(self, train=10, val=5, **settings):
-        super().__init__(**{"batch_size": 4, **settings})
-        self.counts = train, val
-
-    def setup(self, stage=None):
-        train, val = self.counts
-        self.train_set = Numbers(train)
-        self.val_set = self.test_set = self.predict_set = Numbers(val) if val else None
-
-
-class Recorder(LightningModule):
-    """Keeps what every step received, as it was received."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-        self.seen = {"train": [], "val": [], "test": [], "predict": []}
-
-    def training_step(self, batch, batch_idx):
-        self.seen["train"].append((self.current_epoch, batch))
-        return self.layer(torch.ones(1, 1)).sum()
-
-    def validation_step(self, batch, batch_idx):
-        self.seen["val"].append((self.current_epoch, batch))
-
-    def test_step(self, batch, batch_idx):
-        self.seen["test"].append((self.current_epoch, batch))
-
-    def predict_step(self, batch, batch_idx):
-        self.seen["predict"].append((self.current_epoch, batch))
-        return batch["index"]
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def of(self, stage, key, epoch=None):
-        values = [batch[key] for e, batch in self.seen[stage] if epoch in (None, e)]
-        return torch.cat(values)
-
-
-def trainer(**settings):
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(
-        **{"accelerator": "cpu", "devices": 1, "max_epochs": 2, "num_sanity_val_steps": 0, **quiet, **settings}
-    )
-
-
-def fit(data, **settings):
-    recorder = Recorder()
-    trainer(**settings).fit(recorder, datamodule=data)
-    return recorder
+from latentdm.data import EpochSampler, ImageFolderData, SamplesData
 
 
 def test_a_batch_arrives_as_uint8_even_in_half_precision():
@@ -127,7 +50,7 @@ def test_the_seed_sets_the_order_and_no_sum_of_seed_and_epoch():
 
     assert order(0, 0) == order(0, 0)
     assert order(0, 0) != order(1, 0)
-    assert [place for place, _ in order(0, 1)] != [place for place, _ in order(1, 0)]
+    assert [position for position, _ in order(0, 1)] != [position for position, _ in order(1, 0)]
 
 
 def test_loading_leaves_the_global_generator_alone():
@@ -152,9 +75,11 @@ def test_training_drops_an_incomplete_batch_only_if_another_is_left(count, batch
 @pytest.mark.parametrize("training", [True, False])
 def test_every_rank_has_equally_many_batches(count, ranks, training):
     def batches(rank):
-        data = NumbersData()
+        data = NumbersData(count, count)
+        data.setup()
         data.trainer = type("Ranks", (), {"distributed_sampler_kwargs": {"num_replicas": ranks, "rank": rank}})()
-        return [batch["index"].tolist() for batch in data._loader(Numbers(count), training)]
+        loader = data.train_dataloader() if training else data.val_dataloader()
+        return [batch["index"].tolist() for batch in loader]
 
     of_rank = [batches(rank) for rank in range(ranks)]
     assert {tuple(map(len, batches)) for batches in of_rank} == {tuple(map(len, of_rank[0]))}
@@ -165,40 +90,6 @@ def test_every_rank_has_equally_many_batches(count, ranks, training):
     else:
         assert set(seen) == set(range(count))
         assert len(seen) == -(-count // ranks) * ranks
-
-
-class PickledRecorder(Recorder):
-    """Writes what its rank saw: a process that ends takes its lists with it."""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.folder = folder
-
-    def on_fit_end(self):
-        seen = {
-            (stage, epoch): self.of(stage, "index", epoch).tolist() for stage in ("train", "val") for epoch in range(2)
-        }
-        seen["epochs"] = sorted(set(self.of("train", "epoch").tolist()))
-        seen["sampler"] = type(self.trainer.train_dataloader.sampler)
-        (self.folder / f"{self.global_rank}").write_bytes(pickle.dumps(seen))
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("use_distributed_sampler", [True, False])
-def test_two_ranks_share_the_samples(tmp_path, use_distributed_sampler):
-    trainer(strategy="ddp_fork", devices=2, use_distributed_sampler=use_distributed_sampler).fit(
-        PickledRecorder(tmp_path), datamodule=NumbersData(train=17, val=5)
-    )
-    first, second = (pickle.loads((tmp_path / f"{rank}").read_bytes()) for rank in range(2))
-    assert first["sampler"] is second["sampler"] is EpochSampler
-    assert first["epochs"] == second["epochs"] == [0, 1]
-    for epoch in range(2):
-        mine, other = first["train", epoch], second["train", epoch]
-        assert len(mine) == len(other) == 8
-        assert len({*mine, *other}) == 16
-        assert first["val", epoch] == [0, 2, 4]
-        assert second["val", epoch] == [1, 3, 0]  # the first is repeated so that both have three
-    assert first["train", 0] != first["train", 1]
 
 
 def test_validate_test_and_predict_keep_every_sample_in_order():
@@ -252,13 +143,75 @@ def test_a_dataset_ends_and_reads_a_plain_index_as_epoch_0():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
-        ({"seed": -5}, "seed must be at least 0, got -5"),
-        ({"batch_size": 2.5}, "batch_size must be an integer, got 2.5; set it to 1 or more"),
-        ({"batch_size": True}, "batch_size must be an integer, got True"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"num_workers": -1}, "num_workers must be an integer of at least 0, got -1"),
+        ({"seed": -5}, "seed must be an integer of at least 0, got -5"),
+        ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),
+        ({"batch_size": True}, "batch_size must be an integer of at least 1, got True"),
     ],
 )
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=f"^NumbersData: {message}"):
         NumbersData(**settings)
+
+
+class CropsRecorder(Recorder):
+    """The images of each epoch, by index."""
+
+    def images(self, stage, epoch):
+        return dict(zip(self.of(stage, "index", epoch).tolist(), self.of(stage, "pixels", epoch), strict=True))
+
+
+def test_two_epochs_of_the_sample_photographs():
+    recorder = CropsRecorder()
+    trainer().fit(recorder, datamodule=SamplesData(size=16, batch_size=4, epoch_length=12, val_length=5))
+    first, second = (recorder.images("train", epoch) for epoch in range(2))
+    assert set(first) == set(second) == set(range(12))
+    assert not any(torch.equal(first[index], second[index]) for index in first)
+    first, second = (recorder.images("val", epoch) for epoch in range(2))
+    assert set(first) == set(second) == set(range(12, 17))
+    assert all(torch.equal(first[index], second[index]) for index in first)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_skips_samples_ends_with_a_report(tmp_path, workers):
+    photos = tmp_path / "photos"
+    (photos / "val").mkdir(parents=True)
+    for number in range(12):
+        Image.new("RGB", (10, 10), (number, 0, 0)).save(photos / f"{number:02}.png")
+    for number in (3, 4, 9):
+        (photos / f"{number:02}.png").write_bytes(b"broken")
+    Image.new("RGB", (10, 10)).save(photos / "val" / "1.png")
+    data = ImageFolderData(
+        photos, size=8, batch_size=7, val_root=photos / "val", on_error="skip", max_skipped_share=1, num_workers=workers
+    )
+    with pytest.warns(UserWarning, match=r"ImageFolderData: 3 of 13 samples could not be read .*skipped_sam") as caught:
+        fit(data, default_root_dir=tmp_path)
+    (report,) = [str(w.message) for w in caught if "could not be read" in str(w.message)]
+    assert all(f"{number:02}.png: its content is no image" in report for number in (3, 4, 9))
+    assert len((tmp_path / "skipped_samples" / "rank0.jsonl").read_text().splitlines()) == 3
+
+
+class SaveEnd(Callback):
+    """Saves after each step, so that the last one is left."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path, workers):
+    def indices(recorder):
+        return recorder.of("train", "index").tolist()
+
+    data = {"train": 22, "num_workers": workers}
+    whole = indices(fit(NumbersData(**data)))
+
+    first = fit(NumbersData(**data), max_steps=7, callbacks=[SaveEnd(tmp_path / "saved.ckpt")])
+    rest = Recorder()
+    trainer().fit(rest, datamodule=NumbersData(**data), ckpt_path=tmp_path / "saved.ckpt")
+    assert len(first.seen["train"]) == 7
+    assert indices(first) + indices(rest) == whole

@@ -9,14 +9,15 @@ Shapes: ``c h w`` tensors are uint8; Pillow's sizes are (width, height).
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from latentdm.data.skips import SampleError
@@ -34,10 +35,13 @@ RESAMPLE_REDUCED = Image.Resampling.BICUBIC
 MAX_PIXELS = 178_956_970
 """The largest image that is decoded unless a user says otherwise: Pillow's own limit against decompression bombs."""
 
+EXIF_ORIENTATION = 0x0112
+"""The EXIF tag."""
+
 TURNED = (5, 6, 7, 8)
 """The EXIF orientations of an image that lies on its side."""
 
-Source = Path | bytes
+ImageFile = Path | bytes
 """A file, or what it holds."""
 
 Resized = Callable[[int, int], tuple[int, int]]
@@ -45,11 +49,7 @@ Resized = Callable[[int, int], tuple[int, int]]
 
 
 def read_image(
-    source: Source,
-    owner: str,
-    name: str = "",
-    resized: Resized | None = None,
-    max_pixels: int = MAX_PIXELS,
+    file: ImageFile, name: str = "", resized: Resized | None = None, max_pixels: int = MAX_PIXELS
 ) -> tuple[Image.Image, tuple[int, int]]:
     """Read an image, upright (its EXIF orientation applied), as 8-bit RGB or RGBA in sRGB.
 
@@ -57,9 +57,8 @@ def read_image(
     animation the first frame is read. An ICC profile is converted to sRGB; one that cannot be read is passed over.
 
     Args:
-        source: the file or its content.
-        owner: the class that an error names.
-        name: what an error calls the content where ``source`` is no file.
+        file: the file or its content.
+        name: what an error calls the content where ``file`` is no path.
         resized: the size wanted in the end, from the full one: a JPEG is then decoded at a half, a quarter or an
             eighth of its sides, as long as neither falls below what is wanted.
         max_pixels: a larger image is refused before it is decoded.
@@ -70,14 +69,14 @@ def read_image(
     Raises:
         SampleError: the image cannot be read; it names the file and says why.
     """
-    image, size = _open(source, owner, name, resized, max_pixels)
+    image, size = _open(file, name, resized, max_pixels)
     if image.mode != "RGB" or image.has_transparency_data:  # converting RGB to itself would copy it
         # By way of RGBA: Pillow warns when it turns a palette with transparency into RGB.
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     return image, size
 
 
-def read_mask(source: Source, owner: str, name: str = "", max_pixels: int = MAX_PIXELS) -> Tensor:
+def read_mask(file: ImageFile, name: str = "", max_pixels: int = MAX_PIXELS) -> Tensor:
     """Read a mask as gray levels, upright; its own transparency is ignored.
 
     Returns:
@@ -86,20 +85,20 @@ def read_mask(source: Source, owner: str, name: str = "", max_pixels: int = MAX_
     Raises:
         SampleError: the mask cannot be read; it names the file and says why.
     """
-    image, _ = _open(source, owner, name, None, max_pixels, srgb=False)  # a mask's levels are no colours
+    image, _ = _open(file, name, None, max_pixels, srgb=False)  # a mask's levels are no colours
     mask = image_to_tensor(image.convert("L"))
     return mask * 255 if mask.max() == 1 else mask
 
 
-def read_size(source: Source, owner: str, name: str = "") -> tuple[int, int]:
+def read_size(file: ImageFile, name: str = "") -> tuple[int, int]:
     """The width and height of an image, upright, from the file's head alone.
 
     Raises:
         SampleError: the file cannot be read; it names the file and says why.
     """
-    with _reading(source, owner, name) as file:
-        width, height = file.size
-        return (height, width) if file.getexif().get(0x0112) in TURNED else (width, height)
+    with _opened(file, name) as image:
+        width, height = image.size
+        return (height, width) if image.getexif().get(EXIF_ORIENTATION) in TURNED else (width, height)
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
@@ -128,57 +127,42 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
     return (levels - 0.5).ceil_().clamp_(0, 255).to(torch.uint8)
 
 
-class _reading:
-    """Opens an image; whatever Pillow raises inside becomes a `SampleError`, and what it warns of is left unsaid.
+@contextmanager
+def _opened(file: ImageFile, name: str) -> Iterator[Image.Image]:
+    """Open an image; whatever Pillow raises inside becomes a `SampleError`, and what it warns of is left unsaid.
 
     A broken file makes Pillow raise nearly anything. It warns of odd metadata, which a person can do nothing about.
     """
-
-    def __init__(self, source: Source, owner: str, name: str) -> None:
-        self.source = source
-        self.file: io.BufferedReader | io.BytesIO | None = None  # ours: Pillow leaves some formats' files open
-        self.what = f"{owner}: cannot read {source if isinstance(source, Path) else name or 'an image'}"
-        self.quiet = warnings.catch_warnings()
-
-    def __enter__(self) -> Image.Image:
-        self.quiet.__enter__()
-        warnings.simplefilter("ignore")
-        try:
-            self.file = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source.open("rb")
-            return Image.open(self.file)
-        except Exception as error:
-            self.__exit__(type(error), error)
-            raise AssertionError from error
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        self.quiet.__exit__(None, None, None)
-        if self.file is not None:
-            self.file.close()
-        if isinstance(error, Exception):
-            unknown = type(error).__name__ == "UnidentifiedImageError"
-            why = "its content is no image that Pillow knows" if unknown else error
-            raise SampleError(f"{self.what}: {why}; repair or remove the file") from error
+    try:
+        # We open the file, because Pillow leaves those of some formats open.
+        with warnings.catch_warnings(), io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as stream:
+            warnings.simplefilter("ignore")
+            yield Image.open(stream)
+    except Exception as error:
+        what = file if isinstance(file, Path) else name or "an image"
+        why = "its content is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise SampleError(f"cannot read {what}: {why}; repair or remove the file") from error
 
 
 def _open(
-    source: Source, owner: str, name: str, resized: Resized | None, max_pixels: int, srgb: bool = True
+    file: ImageFile, name: str, resized: Resized | None, max_pixels: int, srgb: bool = True
 ) -> tuple[Image.Image, tuple[int, int]]:
     """The decoded first frame, upright, in a mode that Pillow converts rightly to 8 bits; and its full size."""
-    with _reading(source, owner, name) as file:
-        width, height = file.size
+    with _opened(file, name) as opened:
+        width, height = opened.size
         if width * height > max_pixels:
             raise UserError(f"its {width} × {height} pixels exceed max_pixels={max_pixels}")
-        orientation = file.getexif().get(0x0112, 1)
+        orientation = opened.getexif().get(EXIF_ORIENTATION, 1)
         turned = orientation in TURNED
         size = (height, width) if turned else (width, height)
         if resized is not None:
             wanted = resized(*size)
-            file.draft(None, wanted[::-1] if turned else wanted)  # None keeps the mode
-        file.load()
-        image = ImageOps.exif_transpose(file) if orientation != 1 else file
+            opened.draft(None, wanted[::-1] if turned else wanted)  # None keeps the mode
+        opened.load()
+        image = ImageOps.exif_transpose(opened) if orientation != 1 else opened
         image = _eight_bit(image)
-        if srgb and file.info.get("icc_profile"):
-            image = _srgb(image, file.info["icc_profile"])
+        if srgb and opened.info.get("icc_profile"):
+            image = _srgb(image, opened.info["icc_profile"])
     return image, size
 
 
@@ -210,7 +194,7 @@ def _srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 @lru_cache(maxsize=64)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """None where there is nothing to convert, or no way to."""
+    """None if there is nothing to convert, or no way to."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "sRGB" in ImageCms.getProfileDescription(opened):

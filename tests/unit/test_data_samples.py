@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import nn
 
 from latentdm.data import PixelDataModule, SamplesData
 from latentdm.data import samples as samples_module
@@ -18,7 +16,7 @@ def loaded(**settings):
 
 
 def samples(dataset, epoch=0):
-    return [dataset[place, epoch] for place in range(len(dataset))]
+    return [dataset[position, epoch] for position in range(len(dataset))]
 
 
 def test_a_batch():
@@ -46,14 +44,14 @@ def test_the_photographs_take_turns():
 
 def test_training_crops_change_with_the_epoch_and_the_seed_and_validation_crops_with_the_seed_alone():
     first, again, other = loaded(), loaded(), loaded(seed=1)
-    for place in range(10):
-        train = first.train_set[place, 0]["pixels"]
-        assert torch.equal(train, again.train_set[place, 0]["pixels"])
-        assert not torch.equal(train, first.train_set[place, 1]["pixels"])
-        assert not torch.equal(train, other.train_set[place, 0]["pixels"])
-        val = first.val_set[place, 0]["pixels"]
-        assert torch.equal(val, first.val_set[place, 1]["pixels"])
-        assert not torch.equal(val, other.val_set[place, 0]["pixels"])
+    for position in range(10):
+        train = first.train_set[position, 0]["pixels"]
+        assert torch.equal(train, again.train_set[position, 0]["pixels"])
+        assert not torch.equal(train, first.train_set[position, 1]["pixels"])
+        assert not torch.equal(train, other.train_set[position, 0]["pixels"])
+        val = first.val_set[position, 0]["pixels"]
+        assert torch.equal(val, first.val_set[position, 1]["pixels"])
+        assert not torch.equal(val, other.val_set[position, 0]["pixels"])
         assert not torch.equal(val, train)
 
 
@@ -91,6 +89,22 @@ def test_crops_lie_inside_the_photograph_with_sides_between_size_and_twice_size(
     assert all((sample["pixels"][2] == 50).all() for sample in samples(data.val_set))
 
 
+def test_the_sizes_that_ride_along_say_where_each_pixel_came_from(monkeypatch):
+    monkeypatch.setattr(samples_module, "photographs", encoded_coordinates)
+    for sample in samples(loaded(size=64, epoch_length=50).train_set):
+        assert sample["original_size"].tolist() == [200, 250]
+        assert sample["target_size"].tolist() == [64, 64]
+        assert {sample[name].dtype for name in ("original_size", "crop_top_left", "target_size")} == {torch.int64}
+        x, y = sample["pixels"][:2].float()
+        mirrored = bool(x[0, 0] > x[0, -1])
+        per_pixel = float(y[54, 32] - y[10, 32]) / 44
+        # The centre of the crop is at the same point of the photograph, whichever way it is computed.
+        middle = 249 - x[32, 31:33].mean() if mirrored else x[32, 31:33].mean()
+        top, left = sample["crop_top_left"].tolist()
+        assert abs((top + 32) * per_pixel - float(y[31:33, 32].mean())) < 4
+        assert abs((left + 32) * per_pixel - float(middle)) < 4
+
+
 def test_a_photograph_smaller_than_the_crop_is_enlarged():
     assert min(min(image.shape[:2]) for image in photographs("val").values()) < 200
     assert loaded(size=200, val_length=8).val_set[1]["pixels"].shape == (3, 200, 200)
@@ -113,49 +127,13 @@ def test_workers_change_nothing(workers):
         assert mine["name"] == theirs["name"]
 
 
-class Recorder(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-        self.train_crops, self.val_crops = [{}, {}], [{}, {}]
-
-    def training_step(self, batch, _):
-        self.train_crops[self.current_epoch].update(zip(batch["index"].tolist(), batch["pixels"], strict=True))
-        return self.layer(torch.ones(1, 1)).sum()
-
-    def validation_step(self, batch, _):
-        self.val_crops[self.current_epoch].update(zip(batch["index"].tolist(), batch["pixels"], strict=True))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def test_two_epochs_of_a_trainer():
-    recorder = Recorder()
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    Trainer(accelerator="cpu", devices=1, max_epochs=2, num_sanity_val_steps=0, **quiet).fit(
-        recorder, datamodule=SamplesData(size=16, batch_size=4, epoch_length=12, val_length=5)
-    )
-    first, second = recorder.train_crops
-    assert set(first) == set(second) == set(range(12))
-    assert not any(torch.equal(first[index], second[index]) for index in first)
-    first, second = recorder.val_crops
-    assert set(first) == set(second) == set(range(12, 17))
-    assert all(torch.equal(first[index], second[index]) for index in first)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 0}, "size must be at least 1, got 0"),
-        ({"epoch_length": 0}, "epoch_length must be at least 1, got 0"),
-        ({"val_length": -1}, "val_length must be at least 0, got -1"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"size": 0}, "size must be an integer of at least 1, got 0"),
+        ({"epoch_length": 0}, "epoch_length must be an integer of at least 1, got 0"),
+        ({"val_length": -1}, "val_length must be an integer of at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
     ],
 )
 def test_wrong_settings(settings, message):
