@@ -72,7 +72,7 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
         "val_root": (str | None, None), "masks": (str, 'auto'), "captions": (str, 'auto'), "columns": (Any, None),
         "alpha": (bool, False), "flip": (bool, False), "num_workers": (int, 0), "seed": (int, 0),
         "on_error": (str, 'raise'), "max_skipped_share": (float, 0.05), "max_pixels": (int, 178956970),
-        "index_dir": (str | None, None), "random_crop": (bool, True), "buckets": (Any, None),
+        "index_dir": (str | None, None), "random_crop": (bool, True), "buckets": (Any, None), "sources": (str, 'auto'),
     },
     "data/SamplesData": {
         "size": (int, 128), "batch_size": (int, 16), "epoch_length": (int, 1024), "val_length": (int, 64),

@@ -137,7 +137,8 @@ def explained(batches: Iterator[Any], dataset: Any) -> Iterator[Any]:
         kind = type(error)
         message = str(error).rpartition(f"{kind.__name__}: ")[2].strip()  # torch puts a traceback before it
         if message != str(error):
-            raise kind(message) from error
+            # Without the traceback: torch's reraise makes a cycle of it, which keeps workers alive for seconds.
+            raise kind(message) from error.with_traceback(None)
         raise
     except (RuntimeError, *CONNECTION_LOST) as error:
         why = explanation(error, dataset)
