@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from latentdm.autoencoders.families import family_of
 from latentdm.autoencoders.images import Images
-from latentdm.autoencoders.network import Network, outside_inference_mode
+from latentdm.autoencoders.network import Network, untracked
 from latentdm.autoencoders.posterior import Posterior
 from latentdm.draws import FreshDraws
 from latentdm.errors import UserError, attributed
@@ -307,7 +307,7 @@ class FrozenVAE:
             return moments
 
         count, shape = sum(map(len, sets)), sets[0].pixels.shape[2:]
-        with outside_inference_mode():
+        with untracked():
             size = per_batch or self._best_chunk(shape)
             moments = Posterior.cat(self._chunks.run(encode, count, size, shape, self.dtype, progress))
             return moments if moments.is_finite() else self._mend(moments, sets, name)
@@ -322,7 +322,7 @@ class FrozenVAE:
         Returns:
             ``b z h/r w/r`` float32, normalised as the family's models expect them.
         """
-        with outside_inference_mode(), torch.no_grad():
+        with untracked():
             return self._normalization.apply(moments.draw(noise)).contiguous()
 
     def _best_chunk(self, shape: Sequence[int]) -> int | None:
