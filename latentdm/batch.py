@@ -150,13 +150,12 @@ class BatchKeys:
             ValueError: a result would overwrite something of the user's, or a tuple has no place for it.
         """
         leaving = {self._key(name) for name in drop}
-        free = leaving | {self._key(name) for name in results if name not in OUTPUTS}
         placed: dict[Key, Any] = {}
         for name, value in results.items():
             if name in self.left_out:
                 continue
             key = self._key(name)
-            self._check_place(name, key, batch, free, placed)
+            self._check_place(name, key, batch, leaving, placed)
             placed[key] = value
         if isinstance(batch, MAPPINGS):
             return rebuild(batch, placed, leaving)
@@ -186,13 +185,13 @@ class BatchKeys:
     def _key(self, name: str) -> Key:
         return self.keys.get(name, name)
 
-    def _check_place(self, name: str, key: Key, batch: Any, free: set[Key], placed: Mapping[Key, Any]) -> None:
+    def _check_place(self, name: str, key: Key, batch: Any, leaving: set[Key], placed: Mapping[Key, Any]) -> None:
         if key in placed:
             raise UserError(
                 f"LatentDataModule: keys: {name!r} and another result both go to {key!r}; give each a place of its own"
             )
         if isinstance(batch, MAPPINGS):
-            if key in batch and key not in free:
+            if key in batch and key not in leaving and name in OUTPUTS:
                 raise UserError(
                     f"LatentDataModule: the batch already has {key!r} ({describe(batch[key])}), which the encoder's "
                     f"{name!r} would overwrite; rename one, as in keys={{{name}: my_{name}}}"
@@ -202,7 +201,7 @@ class BatchKeys:
                 f"LatentDataModule: keys: the encoder's {name!r} has no position in a {type(batch).__name__} batch of "
                 f"{len(batch)}; give it one, as in keys={{…, {name}: {len(batch)}}}, or leave it out with null"
             )
-        elif key < len(batch) and key not in free:
+        elif key < len(batch) and key not in leaving and name in OUTPUTS:
             raise UserError(
                 f"LatentDataModule: keys: position {key} already holds {describe(batch[key])}, which {name!r} would "
                 f"overwrite; use {len(batch)} or more to append it"
@@ -215,7 +214,8 @@ def rebuild(batch: Any, placed: Mapping[Any, Any], leaving: Set[Any] = frozenset
     A named tuple that grows becomes a plain one.
     """
     if isinstance(batch, MAPPINGS):
-        rebuilt = copy(batch) if isinstance(batch, (dict, MutableMapping)) else dict(batch)
+        plain = type(batch) is dict or not isinstance(batch, MutableMapping)  # a plain dict is known at once
+        rebuilt = dict(batch) if plain else copy(batch)
         for key in leaving:
             rebuilt.pop(key, None)
         rebuilt.update(placed)

@@ -145,9 +145,10 @@ class LatentDataModule(Wrapper):
                 self._warn_once(lost)
             draws = self._draws(found, dataloader_idx)
             written = self._stages(batch, found, draws, on_host=True) if draws is not None else {}
-            self._prepared = draws, {name: value for name, value in written.items() if name not in found}
             changed = {name: value for name, value in written.items() if name in found}
-            batch = self.keys.replace(batch, changed) if changed else batch
+            self._prepared = draws, {name: value for name, value in written.items() if name not in changed}
+            if changed:
+                batch = self.keys.replace(batch, changed)
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -198,7 +199,7 @@ class LatentDataModule(Wrapper):
         """Run the device's stages on a user's batch."""
         (draws, prepared), self._prepared = self._prepared or (None, {}), None
         inputs = self.keys.read(batch) | prepared
-        if draws is None or len(draws.ids) != len(inputs[PIXELS]):
+        if draws is None or len(draws.ids) != inputs[PIXELS].shape[0]:  # len of a tensor is slow
             draws = self._draws(inputs, dataloader_idx)
             assert draws is not None
         notify(self.trainer, "on_encode_start", inputs)

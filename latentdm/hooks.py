@@ -57,16 +57,24 @@ def batch_draws(
     """
     training = trainer is not None and bool(trainer.training)
     epoch = trainer.current_epoch if trainer is not None and training else 0
-    sizes = [len(found[name]) for name in (PIXELS, INDEX, CAPTION) if hasattr(found.get(name), "__len__")]
-    if not sizes:
+    count = _count(found)
+    if count is None:
         return None
     if found.get(INDEX) is not None:
         with attributed("LatentDataModule"):
-            return Draws(seed, epoch, sample_ids(found[INDEX], sizes[0]), training)
+            return Draws(seed, epoch, sample_ids(found[INDEX], count), training)
     if trainer is None or trainer.state.status != TrainerStatus.RUNNING:
-        return Draws(seed, epoch, by_hand(sizes[0]).ids, training)
+        return Draws(seed, epoch, by_hand(count).ids, training)
     prefix = f"rank{trainer.global_rank}.loader{dataloader_idx}.batch{_batch_number(trainer)}"
-    return Draws(seed, epoch, [f"{prefix}.{row}" for row in range(sizes[0])], training)
+    return Draws(seed, epoch, [f"{prefix}.{row}" for row in range(count)], training)
+
+
+def _count(found: Mapping[str, Any]) -> int | None:
+    """How many samples a batch holds; None where nothing in it tells."""
+    for name in (PIXELS, INDEX, CAPTION):
+        if hasattr(found.get(name), "__len__"):
+            return len(found[name])
+    return None
 
 
 def _batch_number(trainer: Trainer) -> int:

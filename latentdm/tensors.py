@@ -47,14 +47,15 @@ def check_pixels(pixels: object, multiple: int, name: str = "pixels") -> None:
     if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
         hint = how_to_stack(pixels)
         raise UserError(f"{name}: expected a tensor of shape b c H W, got {describe(pixels)}{hint}")
-    if pixels.shape[1] not in (1, 3, 4):
-        hint = "; for channels-last images set layout=HWC" if pixels.shape[-1] in (1, 3, 4) else ""
+    shape = pixels.shape
+    if shape[1] not in (1, 3, 4):
+        hint = "; for channels-last images set layout=HWC" if shape[-1] in (1, 3, 4) else ""
         raise UserError(f"{name}: expected 1, 3 or 4 channels in b c H W, got {describe(pixels)}{hint}")
-    if pixels.shape[0] == 0:
+    if shape[0] == 0:
         raise UserError(f"{name}: the batch is empty, got {describe(pixels)}")
-    if min(pixels.shape[-2:]) < multiple:
+    if shape[-2] < multiple or shape[-1] < multiple:
         raise UserError(
-            f"{name}: {pixels.shape[-2]}×{pixels.shape[-1]} is smaller than the autoencoder's factor {multiple}; use "
+            f"{name}: {shape[-2]}×{shape[-1]} is smaller than the autoencoder's factor {multiple}; use "
             f"images of at least {multiple}×{multiple}"
         )
     if pixels.dtype == torch.uint8:

@@ -5,7 +5,7 @@ the spatial compression.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
 from typing import Any
 
@@ -64,7 +64,7 @@ class Network:
         device, dtype = weights.first.device, torch.float32 if full else weights.first.dtype
         compilation = None if full else weights.compilation
         layout = weights.layout(dtype)
-        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
+        with untracked():
             images = prepare(sets, rows, size, family.pixel_range, self._image_channels, device, dtype, layout)
             one_frame = family.frame_axis and images.ndim == 4
             if one_frame:
@@ -104,9 +104,21 @@ class Network:
 _NOTHING = nullcontext()
 
 
-def outside_inference_mode() -> Any:
-    """No inference tensor may reach training, nor make a compiled encoder compile again."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
+def untracked() -> AbstractContextManager[None]:
+    """Without gradients, and outside of inference mode.
+
+    No inference tensor may reach training, nor make a compiled encoder compile again. A context costs microseconds,
+    which a small batch feels: none is entered where there is nothing to change.
+    """
+    if torch.is_inference_mode_enabled():
+        return _untracked()
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+
+
+@contextmanager
+def _untracked() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():  # in this order: leaving inference mode turns gradients on
+        yield
 
 
 def _no_autocast(device: torch.device) -> Any:

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 from latentdm.autoencoders.families import family_of
 from latentdm.autoencoders.images import Images
-from latentdm.autoencoders.network import Network, outside_inference_mode
+from latentdm.autoencoders.limits import POSTERIORS, check_encodable, warn_of_overflow
+from latentdm.autoencoders.network import Network, untracked
 from latentdm.autoencoders.posterior import Posterior
 from latentdm.draws import FreshDraws
 from latentdm.errors import UserError, attributed
 from latentdm.frozen.chunks import Chunks, best_chunk
 from latentdm.frozen.compilation import compile_mode
 from latentdm.frozen.weights import DTYPES, Weights
-from latentdm.tensors import check_range
-
-POSTERIORS = ("sample", "mode")
+from latentdm.validation import Check
 
 
 class FrozenVAE:
@@ -102,13 +101,8 @@ class FrozenVAE:
             for part in family.decoder_parts:
                 if isinstance(getattr(autoencoder, part, None), nn.Module):
                     setattr(autoencoder, part, nn.Module())  # empty, not None: QwenImage walks its decoder to encode
-        if dtype == "float16" and getattr(getattr(autoencoder, "config", None), "force_upcast", False):
-            warnings.warn(
-                f"FrozenVAE: dtype=float16, but the config of this {type(autoencoder).__name__} sets force_upcast: its "
-                "activations may overflow. Samples that do are encoded again in float32, which is slow; "
-                "use bfloat16 or auto",
-                stacklevel=2,
-            )
+        if dtype == "float16":
+            warn_of_overflow(autoencoder)
 
     @classmethod
     def from_pretrained(
@@ -217,20 +211,6 @@ class FrozenVAE:
         frames = [(size[0] - 1) // (self.temporal_compression or 1) + 1] if len(size) == 3 else []
         return (self.latent_channels, *frames, *(side // self.spatial_compression for side in size[-2:]))
 
-    def check_clip(self, frames: int, owner: str) -> None:
-        """Raise ValueError unless clips of so many frames can be encoded whole."""
-        t = self.temporal_compression
-        if t is None:
-            raise UserError(
-                f"{owner}: {self.class_name} encodes images, not clips of {frames} frames; use a video "
-                "autoencoder (vae=wan, vae=qwen_image), or yield the frames as images b c h w"
-            )
-        if frames % t != 1 % t:
-            raise UserError(
-                f"{owner}: a clip of {frames} frames: {self.class_name} takes 1 + {t}·n of them, such as "
-                f"{(frames - 1) // t * t + 1}; it would drop the rest in silence"
-            )
-
     def encode(
         self, pixels: Tensor, posterior: Literal["sample", "mode"] = "sample", noise: Tensor | None = None
     ) -> Tensor:
@@ -249,20 +229,9 @@ class FrozenVAE:
         Raises:
             ValueError: a wrong shape, range or posterior, or latents that are not finite even in float32.
         """
-        check_posterior(posterior, "FrozenVAE.encode")
-        if pixels.ndim not in (4, 5) or pixels.shape[1] != 3:
-            raise UserError(f"FrozenVAE.encode: expected pixels of shape b 3 h w, got {tuple(pixels.shape)}")
-        if pixels.ndim == 5:
-            self.check_clip(pixels.shape[2], "FrozenVAE.encode")
-        r = self.spatial_compression
-        if pixels.shape[-2] % r or pixels.shape[-1] % r or not pixels.numel():
-            raise UserError(
-                f"FrozenVAE.encode: {pixels.shape[-2]}×{pixels.shape[-1]} is no multiple of the factor {r}; "
-                "crop the images first, as latentdm.tensors.crop does"
-            )
-        if pixels.is_floating_point():
-            with attributed("FrozenVAE.encode"):
-                check_range(pixels, "pixels")
+        Check("FrozenVAE.encode").choice("posterior", posterior, POSTERIORS)
+        with attributed("FrozenVAE.encode"):
+            check_encodable(pixels, self)
         if posterior == "mode":
             noise = None
         elif noise is None and self.has_posterior:
@@ -307,7 +276,7 @@ class FrozenVAE:
             return moments
 
         count, shape = sum(map(len, sets)), sets[0].pixels.shape[2:]
-        with outside_inference_mode():
+        with untracked():
             size = per_batch or self._best_chunk(shape)
             moments = Posterior.cat(self._chunks.run(encode, count, size, shape, self.dtype, progress))
             return moments if moments.is_finite() else self._mend(moments, sets, name)
@@ -322,7 +291,7 @@ class FrozenVAE:
         Returns:
             ``b z h/r w/r`` float32, normalised as the family's models expect them.
         """
-        with outside_inference_mode(), torch.no_grad():
+        with untracked():
             return self._normalization.apply(moments.draw(noise)).contiguous()
 
     def _best_chunk(self, shape: Sequence[int]) -> int | None:
@@ -378,9 +347,3 @@ class FrozenVAE:
     def denormalize(self, latents: Tensor) -> Tensor:
         """The inverse of `normalize`, in float32."""
         return self._normalization.undo(latents)
-
-
-def check_posterior(posterior: str, owner: str) -> None:
-    """Raise ValueError unless ``posterior`` is ``"sample"`` or ``"mode"``."""
-    if posterior not in POSTERIORS:
-        raise UserError(f"{owner}: posterior must be one of {', '.join(POSTERIORS)}, got {posterior!r}")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from latentdm.autoencoders.images import Images
-from latentdm.autoencoders.vae import FrozenVAE, check_posterior
+from latentdm.autoencoders.limits import POSTERIORS, check_clip
+from latentdm.autoencoders.vae import FrozenVAE
 from latentdm.batch import INDEX, LATENTS, MAPPINGS, PIXELS, SOURCE, sample_ids
 from latentdm.draws import Draws, FreshDraws
 from latentdm.errors import UserError, attributed
@@ -55,10 +56,9 @@ class Encoder(Stage):
             check.integer("multiple", multiple, 1)
         if isinstance(vae, nn.Module) or not callable(vae):  # a module can be called, and makes no FrozenVAE
             _check_vae(vae, check.owner)
-        check_posterior(posterior, check.owner)
         self._vae = vae
         self.per_batch = per_batch
-        self.posterior = posterior
+        self.posterior = check.choice("posterior", posterior, POSTERIORS)
         self.progress = progress
         self.multiple = multiple
         self._fresh = FreshDraws()
@@ -145,7 +145,7 @@ class Encoder(Stage):
         check_pixels(batch.get(PIXELS), self.multiple or self.vae.spatial_compression)
         pixels, source = batch[PIXELS], batch.get(SOURCE)
         if pixels.ndim == 5:
-            self.vae.check_clip(pixels.shape[2], type(self).__name__)
+            check_clip(pixels.shape[2], self.vae)
         if source is not None:
             check_pixels(source, 1, SOURCE)
             if len(source) != len(pixels) or source.shape[2:] != pixels.shape[2:]:

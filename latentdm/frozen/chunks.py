@@ -22,6 +22,8 @@ It is about what a core has of all levels of the cache."""
 MOST_ON_CPU = 16
 """Beyond this many images, a pass costs next to nothing beside its arithmetic."""
 
+_NO_BAR = nullcontext()
+
 T = TypeVar("T")
 
 Encode = Callable[[slice, int, bool], T]
@@ -88,7 +90,7 @@ class Chunks:
         size, tiled = self._start(key, rows, per_batch)
         limit, done = self._limits.get(key), 0
         encoded: list[T] = []
-        with self._bar(rows) if progress else nullcontext() as bar:
+        with self._bar(rows) if progress else _NO_BAR as bar:
             while done < rows:
                 chunk = slice(done, min(done + size, rows))
                 images = size if self.fixed else chunk.stop - chunk.start
@@ -165,7 +167,11 @@ def best_chunk(device: torch.device, image_bytes: int) -> int | None:
         device: where they are encoded.
         image_bytes: of the widest layer's activations, for one image.
     """
-    return None if device.type != "cpu" else max(1, min(MOST_ON_CPU, CACHE_BYTES // max(image_bytes, 1)))
+    if device.type != "cpu":
+        return None
+    if image_bytes * MOST_ON_CPU <= CACHE_BYTES:
+        return MOST_ON_CPU
+    return max(1, CACHE_BYTES // image_bytes)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
