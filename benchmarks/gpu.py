@@ -82,8 +82,7 @@ def encode(sizes: Sizes, side: int, count: int, peak: float, operations: float) 
     for name, vae in vaes.items():
         latents = vae.encode(pixels, posterior="mode")
         say(f"accuracy_{name}_{side}", float((latents - exact).norm() / exact.norm()), "relative error")
-    script = peers.InpaintScript(deepcopy(sizes.autoencoder()).bfloat16(), data)
-    script.pixels = script.pixels.bfloat16()
+    script = peers.InpaintScript(sizes.autoencoder(), data, torch.bfloat16)
     ways = {"peer": timed(script.plain)} | {name: timed(hook(PlainEncoder(vae), data)) for name, vae in vaes.items()}
     memory = {name: first_call(way) for name, way in ways.items()}
     interleaved(ways, 1)

@@ -214,8 +214,9 @@ def rebuild(batch: Any, placed: Mapping[Any, Any], leaving: Set[Any] = frozenset
     A named tuple that grows becomes a plain one.
     """
     if isinstance(batch, MAPPINGS):
-        plain = type(batch) is dict or not isinstance(batch, MutableMapping)  # a plain dict is known at once
-        rebuilt = dict(batch) if plain else copy(batch)
+        # a plain dict is known at once
+        keeps_kind = type(batch) is not dict and isinstance(batch, MutableMapping)
+        rebuilt: Any = copy(batch) if keeps_kind else dict(batch)
         for key in leaving:
             rebuilt.pop(key, None)
         rebuilt.update(placed)

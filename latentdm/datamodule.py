@@ -133,7 +133,8 @@ class LatentDataModule(Wrapper):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """On the host: settles the samples' draws, so that none waits for the device, and runs the host's stages."""
-        model = self.trainer.lightning_module if self.trainer is not None else None
+        trainer = self.trainer
+        model = trainer.lightning_module if trainer is not None else None
         self._is_example = model is not None and batch is not None and batch is model.example_input_array
         self._prepared = None
         if self._is_example:
@@ -141,14 +142,15 @@ class LatentDataModule(Wrapper):
         batch = self.pixels.on_before_batch_transfer(batch, dataloader_idx)
         if is_batch(batch):
             found = self.keys.find(batch)
-            if (lost := rounded_pixels(found, self.trainer)) is not None:
+            if (lost := rounded_pixels(found, trainer)) is not None:
                 self._warn_once(lost)
             draws = self._draws(found, dataloader_idx)
-            written = self._stages(batch, found, draws, on_host=True) if draws is not None else {}
-            changed = {name: value for name, value in written.items() if name in found}
-            self._prepared = draws, {name: value for name, value in written.items() if name not in changed}
-            if changed:
-                batch = self.keys.replace(batch, changed)
+            self._prepared = draws, {}
+            if draws is not None and self.line.host:
+                written = self._stages(batch, found, draws, on_host=True)
+                changed = {name: value for name, value in written.items() if name in found}
+                self._prepared = draws, {name: value for name, value in written.items() if name not in changed}
+                batch = self.keys.replace(batch, changed) if changed else batch
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

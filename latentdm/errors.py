@@ -1,6 +1,6 @@
 """A user's mistake: an error of its own kind, told in one line. A bug keeps its traceback."""
 
-from contextlib import AbstractContextManager
+from contextlib import ContextDecorator
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +44,11 @@ class MissingExtraError(UserError, ImportError):
     """A package that an extra of latentdm brings is not installed."""
 
 
-def attributed(owner: str) -> AbstractContextManager[None]:
+class attributed(ContextDecorator):  # a class: every batch enters two, and a generator costs more
     """Name the class on whose behalf something is done, in an error of code that serves many.
+
+    Args:
+        owner: the name of that class.
 
     Example:
         >>> with attributed("InpaintEncoder"):
@@ -53,18 +56,16 @@ def attributed(owner: str) -> AbstractContextManager[None]:
         Traceback (most recent call last):
         latentdm.errors.UserError: InpaintEncoder: pixels: the batch is empty
     """
-    return _Attributed(owner)
-
-
-class _Attributed(AbstractContextManager[None]):
-    """As a class: a generator's context costs three times as much, and every batch enters two."""
 
     def __init__(self, owner: str) -> None:
-        self.owner = owner
+        self._owner = owner
+
+    def __enter__(self) -> None:
+        pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, UserError) and error.owner is None:
-            error.owner = self.owner
+            error.owner = self._owner
 
 
 def __getattr__(name: str) -> Any:

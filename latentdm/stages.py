@@ -85,8 +85,8 @@ class Line:
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.stages = tuple(stages)
-        self._host = tuple(stage for stage in stages if stage.on_host)
-        self._device = tuple(stage for stage in stages if not stage.on_host)
+        self.host = tuple(stage for stage in stages if stage.on_host)
+        self.device = tuple(stage for stage in stages if not stage.on_host)
         self.drops = tuple(dict.fromkeys(name for stage in stages for name in stage.drops))
         self.names = frozenset(name for stage in stages for name in (*stage.reads, *stage.writes, *stage.drops))
         writers: dict[str, Stage] = {}
@@ -164,9 +164,8 @@ class Line:
             MissingKeyError: a stage reads what neither the batch nor a stage before it gives.
         """
         written: dict[str, Any] = {}
-        stages = self._host if on_host else self._device
-        seen = dict(batch) if stages else {}
-        for stage in stages:
+        seen = dict(batch)
+        for stage in self.host if on_host else self.device:
             if stage.training_only and not draws.training:
                 continue
             for name in stage.reads:

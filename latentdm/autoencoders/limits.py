@@ -1,4 +1,7 @@
-"""What an autoencoder can encode: sizes, clips, dtypes. Shapes: ``f h w`` frames and pixels, ``r`` and ``t`` factors."""
+"""What an autoencoder can encode: sizes, clips, dtypes.
+
+Shapes: ``f h w`` frames and pixels, ``r`` and ``t`` the spatial and the temporal factor.
+"""
 
 import warnings
 from typing import Protocol

@@ -47,7 +47,7 @@ class Network:
     def moments(
         self, sets: Sequence[Images], rows: slice, size: int, tiled: bool = False, full: bool = False
     ) -> Posterior:
-        """Encode some rows of sets of images that lie one behind the other.
+        """Encode some rows of sets of images that lie one behind the other, inside of `untracked`.
 
         Args:
             sets: images of one size.
@@ -64,23 +64,22 @@ class Network:
         device, dtype = weights.first.device, torch.float32 if full else weights.first.dtype
         compilation = None if full else weights.compilation
         layout = weights.layout(dtype)
-        with untracked():
-            images = prepare(sets, rows, size, family.pixel_range, self._image_channels, device, dtype, layout)
-            one_frame = family.frame_axis and images.ndim == 4
-            if one_frame:
-                images = images.unsqueeze(2)
-            with _tiling(module) if tiled else _NOTHING, _no_autocast(images.device):
-                output = module.encode(images) if compilation is None else compilation.encode(module, images)
-            posterior = posterior_of(output)
-            if size > n:
-                posterior = posterior.map(lambda moment: moment[:n])
-            if compilation is not None and compilation.replays:
-                posterior = posterior.map(torch.clone)  # the next chunk writes where these lie
-            if one_frame:
-                posterior = posterior.map(lambda moment: moment.squeeze(2))
-            if self._patch != 1:
-                posterior = posterior.map(lambda moment: F.pixel_unshuffle(moment, self._patch))
-            return posterior
+        images = prepare(sets, rows, size, family.pixel_range, self._image_channels, device, dtype, layout)
+        one_frame = family.frame_axis and images.ndim == 4
+        if one_frame:
+            images = images.unsqueeze(2)
+        with _tiling(module) if tiled else _NOTHING, _no_autocast(images.device):
+            output = module.encode(images) if compilation is None else compilation.encode(module, images)
+        posterior = posterior_of(output)
+        if size > n:
+            posterior = posterior.map(lambda moment: moment[:n])
+        if compilation is not None and compilation.replays:
+            posterior = posterior.map(torch.clone)  # the next chunk writes where these lie
+        if one_frame:
+            posterior = posterior.map(lambda moment: moment.squeeze(2))
+        if self._patch != 1:
+            posterior = posterior.map(lambda moment: F.pixel_unshuffle(moment, self._patch))
+        return posterior
 
     def activation_bytes(self, size: Sequence[int]) -> int:
         """Of the first convolution's output for one image ``h w`` (or ``f h w``): nothing later is larger by far."""

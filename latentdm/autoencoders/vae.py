@@ -211,6 +211,12 @@ class FrozenVAE:
         frames = [(size[0] - 1) // (self.temporal_compression or 1) + 1] if len(size) == 3 else []
         return (self.latent_channels, *frames, *(side // self.spatial_compression for side in size[-2:]))
 
+    def best_chunk(self, size: Sequence[int]) -> int | None:
+        """How many images ``h w`` or clips ``f h w`` are encoded at once where nobody says; None: all of a batch."""
+        if self._weights.compilation is not None:
+            return None  # one size for each size of image: the whole batch
+        return best_chunk(self.device, self._network.activation_bytes(size))
+
     def encode(
         self, pixels: Tensor, posterior: Literal["sample", "mode"] = "sample", noise: Tensor | None = None
     ) -> Tensor:
@@ -257,8 +263,7 @@ class FrozenVAE:
 
         Args:
             sets: images of one size, one set behind the other; no more than a chunk is ever prepared.
-            per_batch: images in a chunk; None takes as many as are best on this device, see
-                `latentdm.frozen.chunks.best_chunk`. The last chunk may be smaller, or padded if compiled.
+            per_batch: images in a chunk; None takes `best_chunk`. The last chunk may be smaller, or padded if compiled.
             progress: show a bar when the call lasts longer than two seconds.
             name: what to call a row in a warning or an error.
 
@@ -277,7 +282,7 @@ class FrozenVAE:
 
         count, shape = sum(map(len, sets)), sets[0].pixels.shape[2:]
         with untracked():
-            size = per_batch or self._best_chunk(shape)
+            size = per_batch or self.best_chunk(shape)
             moments = Posterior.cat(self._chunks.run(encode, count, size, shape, self.dtype, progress))
             return moments if moments.is_finite() else self._mend(moments, sets, name)
 
@@ -293,11 +298,6 @@ class FrozenVAE:
         """
         with untracked():
             return self._normalization.apply(moments.draw(noise)).contiguous()
-
-    def _best_chunk(self, shape: Sequence[int]) -> int | None:
-        if self._weights.compilation is not None:
-            return None  # one size for each size of image: the whole batch
-        return best_chunk(self.device, self._network.activation_bytes(shape))
 
     def _mend(self, moments: Posterior, sets: Sequence[Images], name: Callable[[int], str]) -> Posterior:
         """Encode rows that are not finite again, each alone in float32."""
@@ -317,10 +317,10 @@ class FrozenVAE:
             )
         return moments
 
-    @torch.inference_mode(False)
     def posterior(self, pixels: Tensor) -> Posterior:
         """The moments of ``b 3 h w`` or ``b 3 f h w`` in 0…1, in one pass whatever it takes: for measuring."""
-        return self._network.moments([Images(pixels)], slice(0, len(pixels)), len(pixels))
+        with untracked():
+            return self._network.moments([Images(pixels)], slice(0, len(pixels)), len(pixels))
 
     # ---------------------------------------------------------------- latents → pixels
 
