@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from latentdm.captions import Captions
     from latentdm.datamodule import LatentDataModule
     from latentdm.encoders import InpaintEncoder, PlainEncoder
+    from latentdm.stages import Stage
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "InpaintEncoder",
     "LatentDataModule",
     "PlainEncoder",
+    "Stage",
     "callbacks",
     "data",
     "masks",
@@ -36,6 +38,7 @@ _HOMES = {
     "InpaintEncoder": "latentdm.encoders",
     "PlainEncoder": "latentdm.encoders",
     "LatentDataModule": "latentdm.datamodule",
+    "Stage": "latentdm.stages",
 }
 
 
