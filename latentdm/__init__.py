@@ -7,13 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentdm import callbacks, data, masks
+    from latentdm import callbacks, data, finetune, masks
     from latentdm.augment import Augment
     from latentdm.autoencoders import FrozenVAE, register_family
     from latentdm.captions import Captions
     from latentdm.datamodule import LatentDataModule
     from latentdm.encoders import InpaintEncoder, PlainEncoder
     from latentdm.stages import Stage
+    from latentdm.text import TextEncoder
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "LatentDataModule",
     "PlainEncoder",
     "Stage",
+    "TextEncoder",
     "callbacks",
     "data",
+    "finetune",
     "masks",
     "register_family",
 ]
@@ -39,6 +42,7 @@ _HOMES = {
     "PlainEncoder": "latentdm.encoders",
     "LatentDataModule": "latentdm.datamodule",
     "Stage": "latentdm.stages",
+    "TextEncoder": "latentdm.text",
 }
 
 

@@ -1,0 +1,336 @@
+"""`FineTune`: what the fine-tunes share: loading, the loss, the optimizer, checkpoints.
+
+Shapes: ``b`` batch, ``z h w`` latents, ``r`` the VAE's factor, ``H W`` pixels.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from latentdm.batch import LATENT_MASK, LATENTS, MASKED_LATENTS
+from latentdm.draws import Draws
+from latentdm.errors import UserError
+from latentdm.extras import require
+from latentdm.finetune.lora import Lora
+from latentdm.finetune.objectives import Objective
+from latentdm.finetune.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, make_optimizer
+from latentdm.pipelines import PipelineSource
+from latentdm.text.encoder import POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
+from latentdm.validation import Check
+
+WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class FineTune(LightningModule):
+    """Trains the denoiser of a pipeline, all of it or a LoRA, on what a `latentdm.LatentDataModule` gives.
+
+    What is wrong with the settings or the pipeline is told when it is made, and what does not fit the data module
+    before the denoiser is loaded. Noise and times are drawn by the step and the sample's row, so that a resumed run
+    goes on as it would have.
+
+    It logs ``train/loss`` and ``val/loss``, mean squared errors, and those inside the mask as ``train/loss_in_mask``
+    and ``val/loss_in_mask``. The samples of a validation meet the same noise each time.
+
+    Args:
+        pretrained: a pipeline's folder or hub id.
+        lora: a LoRA's settings; without a rank all weights are trained.
+        learning_rate: of the optimizer, after the warm-up.
+        warmup_steps: optimizer steps in which the learning rate rises from 0.
+        schedule: ``"constant"``, or ``"cosine"`` or ``"linear"``, which fall to 0 at the trainer's last step.
+        optimizer: ``"adamw"``, or ``"adamw_8bit"``, whose state takes a quarter of the memory (bitsandbytes, a GPU).
+        weight_decay: of the optimizer.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them: a third more
+            time, a fraction of the memory.
+        dtype: of the loaded weights: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32, and for the
+            frozen weights under a LoRA that of the trainer's precision.
+        masked_weight: how much more an error inside the mask counts than one outside of it; 1 counts alike, as the
+            published models were trained. More learns to fill faster, and less to leave the rest as it is.
+        sampling_steps: of `predict_step`.
+        guidance_scale: of `predict_step`; at most 1 is without guidance.
+        seed: of noise and times.
+        revision: of a hub repository.
+        variant: of the weights' files, such as ``"fp16"``.
+
+    Raises:
+        UserError: a value out of range, or a pipeline without a component that is needed.
+        MissingExtraError: a package is not installed.
+    """
+
+    component: ClassVar[str]
+    """Of the pipeline, which is trained."""
+    network_class: ClassVar[str]
+    """Its class."""
+    lora_targets: ClassVar[Sequence[str]]
+    """Where `Lora` puts its adapters unless told."""
+
+    network: Any
+    objective: Objective
+
+    def __init__(
+        self,
+        pretrained: str,
+        lora: Lora | Mapping[str, Any] | None = None,
+        learning_rate: float = 1e-5,
+        warmup_steps: int = 0,
+        schedule: str = "constant",
+        optimizer: str = "adamw",
+        weight_decay: float = 0.01,
+        gradient_checkpointing: bool = False,
+        dtype: str = "auto",
+        masked_weight: float = 1.0,
+        sampling_steps: int = 30,
+        guidance_scale: float = 7.5,
+        seed: int = 0,
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.owner = type(self).__name__
+        check = Check(self.owner)
+        self.lora = Lora.of(lora)
+        self.learning_rate = check.number("learning_rate", learning_rate, 0)
+        self.warmup_steps = check.integer("warmup_steps", warmup_steps, 0)
+        self.schedule = check.choice("schedule", schedule, SCHEDULES)
+        self.optimizer = check_optimizer(check.choice("optimizer", optimizer, OPTIMIZERS), self.owner)
+        self.weight_decay = check.number("weight_decay", weight_decay, 0)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.weights_dtype = check.choice("dtype", dtype, ("auto", *WEIGHTS))
+        self.masked_weight = check.number("masked_weight", masked_weight, 0)
+        self.sampling_steps = check.integer("sampling_steps", sampling_steps, 1)
+        self.guidance_scale = check.number("guidance_scale", guidance_scale, 0)
+        self.seed = check.integer("seed", seed, 0)
+        require("transformers", "finetune", self.owner)
+        self.pipeline = PipelineSource(self.owner, pretrained, revision, variant)
+        self.config = dict(self._read_config())
+        self.save_hyperparameters(
+            {
+                "pretrained": str(pretrained),
+                "learning_rate": self.learning_rate,
+                "lora_rank": self.lora.rank,
+                "lora_alpha": self.lora.alpha,
+                "optimizer": optimizer,
+            }
+        )
+        self.strict_loading = self.lora.rank is None  # a LoRA's checkpoint holds the adapter alone
+        self.network = None
+
+    def _read_config(self) -> Mapping[str, Any]:
+        """The denoiser's config; that all parts of the pipeline are there is looked at on the way."""
+        for component in (self.component, "scheduler", "vae"):
+            if component not in self.pipeline.components:
+                raise UserError(
+                    f"{self.owner}: the pipeline {self.pipeline.source!r} ({self.pipeline.pipeline_class}) has no "
+                    f"{component}; its components are {', '.join(sorted(self.pipeline.components))}"
+                )
+            self.pipeline.class_name(component)
+        found = self.pipeline.class_name(self.component)
+        if found != self.network_class:
+            raise UserError(
+                f"{self.owner}: the {self.component} of {self.pipeline.source!r} is a {found}, not a "
+                f"{self.network_class}; choose the model of its family: model=stable_diffusion, sdxl or flux_fill"
+            )
+        return self.pipeline.config(self.component)
+
+    # ---------------------------------------------------------------- what fits
+
+    def check(self, datamodule: Any) -> None:
+        """Compare the channels of a data module with those of the denoiser, before that is loaded.
+
+        Args:
+            datamodule: one with ``channels``, as `latentdm.LatentDataModule` has; others are passed over.
+
+        Raises:
+            UserError: they do not fit; the text says which setting makes them.
+        """
+        channels = getattr(datamodule, "channels", None)
+        if isinstance(channels, Mapping) and LATENTS in channels:
+            self._check_channels(channels)
+
+    @abstractmethod
+    def _check_channels(self, channels: Mapping[str, int]) -> None:
+        """Raise UserError unless the denoiser takes latents and conditions of so many channels."""
+
+    def _check_latents(self, channels: Mapping[str, int], expected: int) -> None:
+        if channels[LATENTS] != expected:
+            raise UserError(
+                f"{self.owner}: the VAE gives latents of {channels[LATENTS]} channels, and the {self.component} of "
+                f"{self.pipeline.source!r} takes {expected}; use the pipeline's own VAE: "
+                f"vae.source={self.pipeline.source} vae.subfolder=vae"
+            )
+
+    # ---------------------------------------------------------------- loading
+
+    def configure_model(self) -> None:
+        """Load the denoiser, once; add the adapter of a LoRA."""
+        if self.network is not None:
+            return
+        import diffusers
+
+        trainer = self._attached_trainer()
+        self.check(getattr(trainer, "datamodule", None))
+        with torch.device("cpu"):  # the strategy moves it; on a GPU a whole model of random weights would come first
+            network = self.pipeline.load(
+                diffusers, self.component, torch_dtype=self._loading_dtype(str(getattr(trainer, "precision", "")))
+            )
+            self._adapt(network)
+            if self.gradient_checkpointing:
+                network.enable_gradient_checkpointing()
+            network.train()
+            if self.lora.rank is not None:
+                self.lora.add_to(network, self.lora_targets, self.owner)
+        self.network = network
+
+    def _adapt(self, network: Any) -> None:
+        """Change the loaded denoiser before an adapter is added."""
+
+    def _attached_trainer(self) -> Any:
+        try:
+            return self.trainer
+        except RuntimeError:  # made by hand, as in a notebook
+            return None
+
+    def _loading_dtype(self, precision: str) -> torch.dtype:
+        if self.weights_dtype != "auto":
+            return WEIGHTS[self.weights_dtype]
+        if self.lora.rank is None:
+            return torch.float32
+        return (
+            torch.bfloat16
+            if precision.startswith("bf16")
+            else torch.float16
+            if precision[:2] == "16"
+            else torch.float32
+        )
+
+    # ---------------------------------------------------------------- the loss
+
+    @abstractmethod
+    def network_input(self, batch: Mapping[str, Any], noisy: Tensor, times: Tensor) -> dict[str, Any]:
+        """The denoiser's arguments, as the pipeline passes them.
+
+        Args:
+            batch: of the data module.
+            noisy: ``b z h w``.
+            times: ``b``, of the objective.
+        """
+
+    @abstractmethod
+    def predict(self, batch: Mapping[str, Any], noisy: Tensor, times: Tensor) -> Tensor:
+        """What the denoiser predicts, ``b z h w``."""
+
+    def losses(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
+        """``loss`` and, with a mask, ``loss_in_mask``: means over a batch.
+
+        Args:
+            batch: ``latents`` ``b z h w``, ``prompt_embeds`` and what the denoiser takes.
+            draws: of the batch's rows.
+        """
+        self._check_batch(batch)
+        latents: Tensor = batch[LATENTS]
+        noise = draws.normal("noise", latents.shape[1:], latents.device)
+        uniform = draws.uniform("time", 1)[:, 0].to(latents.device)
+        times = self.objective.times(uniform, latents.shape[-2] * latents.shape[-1] // 4)
+        noisy = self.objective.mix(latents, noise, times).to(latents.dtype)
+        error = self.predict(batch, noisy, times).float() - self.objective.target(latents, noise, times)
+        error = error.square().mean(dim=1, keepdim=True)
+        weights = self.objective.weights(times).view(-1, 1, 1, 1)
+        if LATENT_MASK not in batch:
+            return {"loss": (error * weights).mean()}
+        mask = batch[LATENT_MASK].float().mean(dim=1, keepdim=True)  # FLUX's 64 channels are the pixels of a latent
+        emphasis = 1 + (self.masked_weight - 1) * mask
+        return {
+            "loss": (error * emphasis * weights).mean() / emphasis.mean(),
+            "loss_in_mask": (error * mask).sum().detach() / mask.sum().clamp(min=1e-6),
+        }
+
+    def _check_batch(self, batch: Mapping[str, Any]) -> None:
+        for name in (LATENTS, PROMPT_EMBEDS, *self.conditions):
+            if name not in batch:
+                remedy = {
+                    LATENTS: "use a latentdm.LatentDataModule",
+                    PROMPT_EMBEDS: "let a text encoder make it of captions: text=pipeline",
+                    POOLED_PROMPT_EMBEDS: "SDXL and FLUX need the text encoders of their own pipeline: text=pipeline",
+                }.get(name, "use encoder=inpaint")
+                raise UserError(
+                    f"{self.owner}: the batch has no {name!r}, only {', '.join(map(repr, batch))}; {remedy}"
+                )
+        width, expected = batch[PROMPT_EMBEDS].shape[-1], self._text_width()
+        if width != expected:
+            raise UserError(
+                f"{self.owner}: prompt_embeds have {width} channels, and the {self.component} of "
+                f"{self.pipeline.source!r} reads {expected}; use its own text encoders: "
+                f"text.source={self.pipeline.source}"
+            )
+
+    @property
+    @abstractmethod
+    def conditions(self) -> tuple[str, ...]:
+        """What a batch must hold besides latents and prompt embeddings."""
+
+    @abstractmethod
+    def _text_width(self) -> int:
+        """Channels of the prompt embeddings."""
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        step = self.trainer.fit_loop.total_batch_idx
+        return self._logged("train", batch, f"train{step}", prog_bar=True)
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """The same, with the same noise and times in each validation."""
+        self._logged("val", batch, f"val{batch_idx}", sync_dist=True)
+
+    def _logged(self, stage: str, batch: Mapping[str, Any], draw: str, **settings: Any) -> Tensor:
+        rows = range(len(batch[LATENTS]) if LATENTS in batch else 0)
+        draws = Draws(self.seed, 0, [f"{draw}.{self.global_rank}.{row}" for row in rows])
+        losses = self.losses(batch, draws)
+        for name, loss in losses.items():
+            self.log(f"{stage}/{name}", loss, batch_size=len(rows), **settings)
+        return losses["loss"]
+
+    # ---------------------------------------------------------------- training
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over what is trained, with its learning rate's schedule."""
+        weights = [weight for weight in self.parameters() if weight.requires_grad]
+        return make_optimizer(
+            weights,
+            self.optimizer,
+            self.learning_rate,
+            self.weight_decay,
+            self.schedule,
+            self.warmup_steps,
+            self.trainer,
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Of a LoRA keep the adapter alone: the rest lies in the pipeline as it was."""
+        if self.lora.rank is None or "averaging_state" in checkpoint:  # Lightning's averages need every weight
+            return
+        trained = {name for name, weight in self.named_parameters() if weight.requires_grad}
+        checkpoint["state_dict"] = {
+            name: weight for name, weight in checkpoint["state_dict"].items() if name in trained
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that lacks the adapter, which would leave it as it was made."""
+        trained = {name for name, weight in self.named_parameters() if weight.requires_grad}
+        missing = sorted(trained - checkpoint["state_dict"].keys())
+        if missing:
+            raise UserError(
+                f"{self.owner}: the checkpoint lacks {len(missing)} of the weights that are trained, the first "
+                f"{missing[0]!r}; resume with the LoRA settings that it was written with"
+            )
+
+    @property
+    def pipeline_class(self) -> str:
+        """The pipeline that a full save is loaded with."""
+        return self.pipeline.pipeline_class
+
+
+CONDITIONS = (LATENT_MASK, MASKED_LATENTS)
+"""What an inpainting model sees besides the noisy latents."""

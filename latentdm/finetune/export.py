@@ -1,0 +1,135 @@
+"""What a fine-tune leaves behind: a pipeline's folder, or a LoRA's file, whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from latentdm.errors import UserError
+from latentdm.finetune.lora import adapter_metadata, adapter_weights, kohya_weights
+from latentdm.pipelines import INDEX, PipelineSource
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "lora_kohya.safetensors"
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its name when all is written; after an error it is gone."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp's folders are for their owner alone
+        old = temporary.with_name(f"{temporary.name}-old")
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_pipeline(
+    folder: Path, network: Any, component: str, pipeline: PipelineSource, class_name: str, previous: Path | None
+) -> None:
+    """Write a pipeline: the trained component, and all others as they were.
+
+    Args:
+        folder: an empty one.
+        network: the trained diffusers model.
+        component: its name.
+        pipeline: where the others come from.
+        class_name: of the pipeline, for its index.
+        previous: a folder that an earlier call wrote, whose unchanged files are linked instead of copied.
+    """
+    network.save_pretrained(folder / component)
+    index = dict(pipeline.index) | {"_class_name": class_name}
+    index[component] = ["diffusers", type(network).__name__]
+    source = previous if previous is not None and (previous / INDEX).exists() else _local(pipeline)
+    copy = _link if source == previous else shutil.copy2
+    for name in pipeline.components:
+        if name != component and (source / name).is_dir():
+            (folder / name).mkdir()
+            for file in _chosen(source / name, pipeline.variant):
+                target = folder / name / file.name.replace(f".{pipeline.variant}.", ".")
+                copy(file, target)
+                if target.name.endswith(".index.json") and target.name != file.name:  # it names files of the variant
+                    text = file.read_text(encoding="utf-8").replace(f".{pipeline.variant}.", ".")
+                    target.write_text(text, encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_lora(folder: Path, network: Any, component: str, kohya: bool) -> None:
+    """Write a LoRA in diffusers' format with its adapter's settings and, if asked for, in kohya's beside it.
+
+    Args:
+        folder: an empty one.
+        network: a diffusers model with an adapter.
+        component: its name, which the keys begin with.
+        kohya: also write ``lora_kohya.safetensors``, which ComfyUI reads.
+    """
+    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin, StableDiffusionLoraLoaderMixin
+    from safetensors.torch import save_file
+
+    loader: Any = StableDiffusionLoraLoaderMixin if component == "unet" else FluxLoraLoaderMixin
+    settings = {
+        f"{component}_lora_layers": adapter_weights(network),
+        f"{component}_lora_adapter_metadata": adapter_metadata(network),
+    }
+    loader.save_lora_weights(folder, weight_name=LORA_FILE, **settings)
+    if kohya:
+        save_file(kohya_weights(network), folder / KOHYA_FILE, metadata={"format": "pt"})
+
+
+def check_kohya(component: str, owner: str) -> None:
+    """Raise UserError for FLUX, of whose keys in kohya's names the loaders drop some without a word."""
+    if component != "unet":
+        raise UserError(
+            f"{owner}: kohya=true is for Stable Diffusion; of a FLUX LoRA in kohya's names diffusers drops layers in "
+            "silence, and ComfyUI reads diffusers' own; set kohya: false"
+        )
+
+
+def _local(pipeline: PipelineSource) -> Path:
+    """The folder of a pipeline; of a hub repository that of the cache, downloaded if it is not there."""
+    if pipeline.folder is not None:
+        return pipeline.folder
+    from diffusers import DiffusionPipeline
+
+    return Path(DiffusionPipeline.download(pipeline.source, revision=pipeline.revision, variant=pipeline.variant))
+
+
+def _chosen(folder: Path, variant: str | None) -> list[Path]:
+    """The files of a component: of weights in several variants the one that is asked for, safe before pickled."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    names = {path.name for path in files}
+    of_variant = {path.name for path in files if variant is not None and f".{variant}." in path.name}
+    safe = any(name.endswith(".safetensors") for name in names)
+
+    def wanted(path: Path) -> bool:
+        name = path.name
+        if path.suffix in (".bin", ".ckpt", ".msgpack", ".h5") and safe:
+            return False
+        weights = name.endswith((".safetensors", ".bin", ".index.json"))
+        return not (weights and of_variant) or name in of_variant
+
+    return [path for path in files if wanted(path)]
+
+
+def _link(source: Path, target: Path) -> None:
+    """Of a file that this callback wrote itself a second name is as good as a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

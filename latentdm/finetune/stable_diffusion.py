@@ -1,0 +1,211 @@
+"""`StableDiffusion`: UNets with 4 channels, or with 9 for inpainting: Stable Diffusion 1.5, 2 and XL.
+
+Shapes: ``b`` batch, ``z h w`` latents, ``l d`` tokens and channels of the text, ``H W`` pixels.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from latentdm.batch import LATENT_MASK, LATENTS, MASKED_LATENTS, NOISE_MASK
+from latentdm.errors import UserError
+from latentdm.finetune.base import CONDITIONS, FineTune
+from latentdm.finetune.lora import Lora
+from latentdm.finetune.objectives import Diffusion
+from latentdm.finetune.sampling import frozen_vae, generators
+from latentdm.finetune.widen import widen_input
+from latentdm.text.encoder import POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
+from latentdm.validation import Check
+
+SIZES = ("original_size", "crop_top_left", "target_size")
+FACTOR = 8
+"""Pixels a latent along one side, of every Stable Diffusion."""
+
+
+class StableDiffusion(FineTune):
+    """Fine-tunes the UNet of Stable Diffusion 1.5, 2 or XL.
+
+    An inpainting UNet sees noisy latents, the mask at latent resolution and the masked image's latents, in this order;
+    one that is 9 channels wide already is taken as it is. What the UNet predicts is what the pipeline's scheduler says.
+
+    Args:
+        pretrained: as for `FineTune`.
+        widen: give a UNet of 4 channels the 5 that inpainting needs, with weights of zero, so that it starts as what
+            it was. They are trained and saved with all others, so that this is not for a LoRA.
+        snr_gamma: weigh the loss by min-SNR; 5 is usual, None is without.
+        settings: those of `FineTune`.
+
+    Example:
+        >>> model = StableDiffusion("stable-diffusion-v1-5/stable-diffusion-inpainting")  # doctest: +SKIP
+        >>> Trainer(precision="bf16-mixed").fit(model, datamodule=dm)  # doctest: +SKIP
+    """
+
+    component = "unet"
+    network_class = "UNet2DConditionModel"
+    lora_targets: ClassVar = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __init__(
+        self,
+        pretrained: str,
+        lora: Lora | Mapping[str, Any] | None = None,
+        widen: bool = False,
+        snr_gamma: float | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(pretrained, lora, **settings)
+        if snr_gamma is not None and Check(self.owner).number("snr_gamma", snr_gamma, 0) == 0:
+            raise Check(self.owner).fail("snr_gamma", "a number above 0", snr_gamma, "null is without")
+        self.objective = Diffusion(self.pipeline.config("scheduler"), snr_gamma, self.owner)
+        self.xl = self.config.get("addition_embed_type") == "text_time"
+        if self.xl and self.pipeline.index.get("requires_aesthetics_score"):
+            raise UserError(
+                f"{self.owner}: {self.pipeline.source!r} is an SDXL refiner, which reads an aesthetic score; "
+                "fine-tune the base or the inpainting model"
+            )
+        self.latent_channels = int(self.config["out_channels"])
+        self.in_channels = int(self.config["in_channels"])
+        plain, inpaint = self.latent_channels, 2 * self.latent_channels + 1
+        if self.in_channels not in (plain, inpaint):
+            raise UserError(
+                f"{self.owner}: the unet of {self.pipeline.source!r} takes {self.in_channels} channels; "
+                f"known are {plain}, and {inpaint} for inpainting"
+            )
+        if widen and self.lora.rank is not None:
+            raise UserError(
+                f"{self.owner}: widen=true with lora.rank={self.lora.rank}: the new channels would be neither trained "
+                "nor saved; train all weights (lora.rank: null), or start from an inpainting model"
+            )
+        self.widen = widen and self.in_channels == plain
+        if self.widen:
+            self.in_channels = inpaint
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet sees a mask."""
+        return self.in_channels != self.latent_channels
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Mask and masked image of an inpainting UNet, SDXL's pooled embeddings."""
+        return (CONDITIONS if self.inpaints else ()) + ((POOLED_PROMPT_EMBEDS,) if self.xl else ())
+
+    @property
+    def pipeline_class(self) -> str:
+        """The source's own, or the inpainting one where the UNet was widened."""
+        if not self.inpaints or "Inpaint" in self.pipeline.pipeline_class:
+            return self.pipeline.pipeline_class
+        return f"StableDiffusion{'XL' if self.xl else ''}InpaintPipeline"
+
+    def _text_width(self) -> int:
+        return int(self.config["cross_attention_dim"])
+
+    def _check_channels(self, channels: Mapping[str, int]) -> None:
+        self._check_latents(channels, self.latent_channels)
+        masked = MASKED_LATENTS in channels
+        if masked and not self.inpaints:
+            raise UserError(
+                f"{self.owner}: the unet of {self.pipeline.source!r} takes {self.in_channels} channels, and the "
+                f"encoder gives it a mask besides ({2 * self.latent_channels + 1}); set widen: true to add channels "
+                "for it, start from an inpainting model, or use encoder=plain"
+            )
+        if self.inpaints and not masked:
+            raise UserError(
+                f"{self.owner}: the unet takes {self.in_channels} channels, those of a mask among them, and the "
+                "encoder gives latents alone; use encoder=inpaint encoder.grow_mask_by=0"
+            )
+        if masked and channels[LATENT_MASK] != 1:
+            raise UserError(
+                f"{self.owner}: latent_mask has {channels[LATENT_MASK]} channels, and Stable Diffusion takes 1; "
+                "set encoder.latent_mask=nearest"
+            )
+
+    def _adapt(self, network: Any) -> None:
+        if self.widen:
+            widen_input(network, self.in_channels)
+
+    def network_input(self, batch: Mapping[str, Any], noisy: Tensor, times: Tensor) -> dict[str, Any]:
+        """``sample`` ``b 4 h w`` or ``b 9 h w``, ``timestep``, the text, and SDXL's sizes."""
+        conditions = [batch[key].to(noisy.dtype) for key in CONDITIONS] if self.inpaints else []
+        arguments = {
+            "sample": torch.cat([noisy, *conditions], dim=1),
+            "timestep": times,
+            "encoder_hidden_states": batch[PROMPT_EMBEDS],
+        }
+        if self.xl:
+            arguments["added_cond_kwargs"] = {
+                "text_embeds": batch[POOLED_PROMPT_EMBEDS],
+                "time_ids": time_ids(batch).to(batch[PROMPT_EMBEDS]),
+            }
+        return arguments
+
+    def predict(self, batch: Mapping[str, Any], noisy: Tensor, times: Tensor) -> Tensor:
+        """What the UNet predicts, ``b 4 h w``."""
+        predicted: Tensor = self.network(**self.network_input(batch, noisy, times), return_dict=False)[0]
+        return predicted
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Sample with diffusers' own pipeline, as a user of the result will.
+
+        Args:
+            batch: of the data module.
+            batch_idx: keys the noise.
+
+        Returns:
+            ``b 3 H W`` float32 in 0…1.
+        """
+        latents = batch[LATENTS]
+        vae = frozen_vae(self)
+        prompts = self._prompts(batch)
+        settings: dict[str, Any] = {
+            "height": latents.shape[-2] * FACTOR,
+            "width": latents.shape[-1] * FACTOR,
+            "num_inference_steps": self.sampling_steps,
+            "guidance_scale": self.guidance_scale if len(prompts) > 1 + self.xl else 1.0,
+            "generator": generators(self, len(latents), batch_idx),
+            "output_type": "latent",
+        }
+        if self.inpaints:
+            # From pure noise, and without the picture: what lies under the mask must not show through.
+            settings |= {"image": batch[MASKED_LATENTS], "masked_image_latents": batch[MASKED_LATENTS]}
+            settings |= {"mask_image": batch[NOISE_MASK], "strength": 1.0}
+        return vae.decode(self._pipeline(vae)(**prompts, **settings).images.float())  # type: ignore[no-any-return]
+
+    def _prompts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The batch's embeddings and, where there is a text encoder to ask, those for no prompt."""
+        names = (PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS) if self.xl else (PROMPT_EMBEDS,)
+        prompts = {name: batch[name] for name in names}
+        text: Any = getattr(getattr(self.trainer, "datamodule", None), "text", None)
+        if self.guidance_scale > 1 and hasattr(text, "encode"):
+            for name, embedding in text.encode([""]).items():
+                given = prompts[name]
+                prompts[f"negative_{name}"] = embedding.to(given).expand_as(given)
+        return prompts
+
+    def _pipeline(self, vae: Any) -> Any:
+        import diffusers
+
+        kind = "StableDiffusionXL" if self.xl else "StableDiffusion"
+        parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
+        if self.xl:
+            parts |= {"text_encoder_2": None, "tokenizer_2": None, "add_watermarker": False}
+        else:
+            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = getattr(diffusers, f"{kind}{'Inpaint' if self.inpaints else ''}Pipeline")(
+            vae=vae.module, unet=self.network, scheduler=self.pipeline.load(diffusers, "scheduler"), **parts
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def time_ids(batch: Mapping[str, Any]) -> Tensor:
+    """SDXL's ``b 6``: the picture's own size, where it was cut, and the size it is trained at, rows first.
+
+    A batch without them is taken for pictures that were never cut.
+    """
+    latents: Tensor = batch[LATENTS]
+    size = torch.tensor([side * FACTOR for side in latents.shape[-2:]], device=latents.device)
+    defaults = dict(zip(SIZES, (size, torch.zeros_like(size), size), strict=True))
+    parts = [batch.get(name, defaults[name].expand(len(latents), 2)) for name in SIZES]
+    return torch.cat([part.to(latents.device).float() for part in parts], dim=1)
