@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 
 from benchmarks.rows import interleaved, row
-from latentdm.data.files import list_files
-from latentdm.data.images import image_to_tensor
+from latentdm.data.decode import image_to_tensor
+from latentdm.data.geometry import Record, ResizeCrop, square
 from latentdm.data.index import Entry, FolderIndex, folder_index, to_table
+from latentdm.data.pairing import list_files
 from latentdm.data.photographs import photographs
-from latentdm.data.squares import Record, Squares
 
 SIDE = 512
 LARGE, SMALL = (3000, 2000), (SIDE, SIDE)
@@ -55,7 +55,7 @@ def _theirs(file: bytes, resample: Image.Resampling = Image.Resampling.LANCZOS) 
 
 def _ours(file: bytes) -> torch.Tensor:
     """``3 h w`` uint8."""
-    pixels: torch.Tensor = Squares("benchmark", SIDE)(Record("image", 0, file), epoch=0)["pixels"]
+    pixels: torch.Tensor = ResizeCrop(square(SIDE))(Record("image", 0, file), epoch=0)["pixels"]
     return pixels
 
 

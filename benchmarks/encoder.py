@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -15,6 +16,7 @@ from benchmarks import models, peers
 from benchmarks.rows import interleaved, row
 from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
 from latentdm.encoders import Encoder
+from latentdm.frozen.weights import computes_bfloat16
 
 ROUNDS = 5
 PRODUCTS = 8
@@ -88,6 +90,7 @@ def rounds(model: str, view: str, side: int, count: int, ways: tuple[str, ...]) 
         "ours float32 compiled": lambda: ours("float32", compile=True),
         "ours compiled": lambda: ours("auto", compile=True),
         "diffusers": lambda: getattr(peers.InpaintScript(autoencoder, data), view),
+        "diffusers bfloat16": lambda: getattr(peers.InpaintScript(autoencoder, data, torch.bfloat16), view),
         "sliced": lambda: getattr(peers.Sliced(autoencoder, data), view),
         "float32 matrices": lambda: matrices(torch.float32),
         "bfloat16 matrices": lambda: matrices(torch.bfloat16),
@@ -111,12 +114,14 @@ def _sd_count(quick: bool) -> int:
 
 def _versus(model: str, quick: bool) -> dict[str, list[float]]:
     if model == "demo":
-        return rounds(model, "inpaint", 256, 4, (*EAGER, "sliced", *COMPILED))
+        half = ("diffusers bfloat16",) if computes_bfloat16(models.DEVICE) else ()
+        return rounds(model, "inpaint", 256, 4, (*EAGER, *half, "sliced", *COMPILED))
     ways = (*EAGER, *MATRICES) if quick else (*EAGER, *COMPILED, *MATRICES)
     return rounds(model, "inpaint", 256, _sd_count(quick), ways)
 
 
 SCRIPT = "the diffusers inpaint script's way: float32, NCHW, two calls, eager; 256²"
+SCRIPT_BF16 = "the same script with --mixed_precision bf16: bfloat16 weights, NCHW, two calls, eager; 256²"
 
 
 @row("encode_vs_diffusers_default", unit="times", versus=f"{SCRIPT}, SD-size encoder; ours in its defaults")
@@ -157,6 +162,19 @@ def encode_vs_diffusers_fp32(quick: bool) -> float:
 def encode_vs_diffusers_fp32_eager(quick: bool) -> float:
     """At equal precision, eager."""
     return times_faster(_versus("demo", quick), "diffusers", "ours float32")
+
+
+@row(
+    "encode_vs_diffusers_bf16",
+    unit="times",
+    versus=f"{SCRIPT_BF16}, demo VAE, four images; ours in its defaults; left out where the device lacks bfloat16; "
+    "aim: at least 1.5",
+)
+def encode_vs_diffusers_bf16(quick: bool) -> float | None:
+    """As the script's users run it. Where bfloat16 is emulated, a call takes a minute and would flatter us."""
+    if not computes_bfloat16(models.DEVICE):
+        return None
+    return times_faster(_versus("demo", quick), "diffusers bfloat16", "ours")
 
 
 @row("encode_vs_diffusers_demo", unit="times", versus=f"{SCRIPT}, demo VAE; ours in its defaults")
@@ -213,6 +231,43 @@ for _model in MODELS:
     for _view in ("plain", "inpaint"):
         for _side in (256, 512):
             _register(_model, _view, _side)
+
+
+# ---------------------------------------------------------------- the default chunk
+
+
+CHUNKS = (1, 2, 4, 8, 16)
+CHUNK_ROWS = 16
+"""Rows that are encoded in a call: so many images, or half as many of which each is encoded clean and masked."""
+
+
+@cache
+def chunk_ratio(view: str, dtype: str, side: int, turns: int) -> float:
+    """Seconds of the best of `CHUNKS` over those of the default: 1 where the default is the best of them."""
+    vae = FrozenVAE(models.demo(), dtype=dtype).to(models.DEVICE)
+    kind, views = (PlainEncoder, 1) if view == "plain" else (InpaintEncoder, 2)
+    data = models.batch(CHUNK_ROWS // views, side)
+    default = vae.best_chunk((side, side)) or CHUNK_ROWS
+    others = [per_batch for per_batch in CHUNKS if per_batch != default]
+    ways = {str(per_batch): timed(hook(kind(vae, per_batch=per_batch), data)) for per_batch in (None, *others)}
+    interleaved(ways, 1)
+    seconds = interleaved(ways, turns)
+    ratios = [times_faster(seconds, str(per_batch), str(None)) for per_batch in others]
+    return min(ratios if len(others) == len(CHUNKS) else [1.0, *ratios])
+
+
+@row(
+    "encode_auto_chunk",
+    unit="times",
+    versus="the best of 1, 2, 4, 8 and 16 images a chunk, demo VAE, 16 rows; the worst of plain and inpaint, bfloat16 "
+    "(where the device computes in it) and float32, 128², 256² and 512²; aim: at least 0.95",
+)
+def encode_auto_chunk(quick: bool) -> float:
+    """How near ``per_batch: null`` comes to what a search would find."""
+    dtypes = ("bfloat16", "float32") if computes_bfloat16(models.DEVICE) else ("float32",)
+    cases = [("plain", 128), ("inpaint", 256)] if quick else product(("plain", "inpaint"), (128, 256, 512))
+    turns = 3 if quick else ROUNDS
+    return min(chunk_ratio(view, dtype, side, turns) for view, side in cases for dtype in dtypes)
 
 
 # ---------------------------------------------------------------- the floor

@@ -63,4 +63,4 @@ def batch(count: int, side: int) -> dict[str, Tensor]:
     """A batch as the data modules of this package yield it."""
     pixels = images(count, side)
     mask = RandomMask()({"pixels": pixels}, Draws(0, 0, range(count)))
-    return {"pixels": pixels, "mask": mask, "index": torch.arange(count)}
+    return {"pixels": pixels, **mask, "index": torch.arange(count)}

@@ -1,5 +1,6 @@
 """What others do, in our own words: the ways that the rows compare with."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -8,13 +9,19 @@ from torch import Tensor
 
 
 class InpaintScript:
-    """Diffusers' inpainting training scripts: float images, float32 and NCHW, one call for each of two views, eagerly.
+    """Diffusers' inpainting training scripts: float images, NCHW, one call for each of two views, eagerly.
 
     Their data sets make the floats on the CPU's workers; here they are made beforehand and cost nothing.
+
+    Args:
+        autoencoder: whose weights they cast; it stays as it is.
+        batch: ``pixels`` ``b 3 h w`` uint8 and ``mask`` ``b 1 h w``.
+        dtype: of weights and images: float32, or what the option ``--mixed_precision`` names.
     """
 
-    def __init__(self, autoencoder: Any, batch: dict[str, Tensor]) -> None:
-        self.vae = autoencoder
+    def __init__(self, autoencoder: Any, batch: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+        self.vae = autoencoder if dtype == torch.float32 else deepcopy(autoencoder).to(dtype=dtype)
+        self.dtype = dtype
         device = next(autoencoder.parameters()).device
         self.pixels = (batch["pixels"].float() / 127.5 - 1).to(device)
         self.mask = batch["mask"].float().to(device)
@@ -22,13 +29,15 @@ class InpaintScript:
 
     def plain(self) -> Tensor:
         """The images' latents, as their text-to-image scripts make them."""
-        return self.vae.encode(self.pixels).latent_dist.sample() * self.vae.config.scaling_factor
+        return self._encode(self.pixels)
 
     def inpaint(self) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, masked latents and the mask in their size."""
-        latents = self.plain()
-        masked = self.vae.encode(self.masked).latent_dist.sample() * self.vae.config.scaling_factor
+        latents, masked = self.plain(), self._encode(self.masked)
         return latents, masked, F.interpolate(self.mask, size=latents.shape[-2:])
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.vae.encode(images.to(self.dtype)).latent_dist.sample() * self.vae.config.scaling_factor
 
 
 class Sliced(InpaintScript):

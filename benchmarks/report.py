@@ -15,8 +15,7 @@ NOT_MEASURED = """## On a GPU
 
 Not measured: no CUDA device was at hand. The same command measures it, there with larger batches, and
 `benchmarks/gpu.py` adds what only a GPU shows (correctness against float32, 512² and 1024², eager and compiled,
-memory, the share of the matrix peak). CUDA graphs (`compile: reduce-overhead`) and the side stream of
-`encode_ahead: 1` are untested there as well; that one's gain is not measured, and so it is off by default.
+memory, the share of the matrix peak). CUDA graphs (`compile: reduce-overhead`) are untested there as well.
 """
 
 

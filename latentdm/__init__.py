@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from latentdm.captions import Captions
     from latentdm.datamodule import LatentDataModule
     from latentdm.encoders import InpaintEncoder, PlainEncoder
+    from latentdm.stages import Stage
     from latentdm.text import TextEncoder
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "InpaintEncoder",
     "LatentDataModule",
     "PlainEncoder",
+    "Stage",
     "TextEncoder",
     "callbacks",
     "data",
@@ -39,6 +41,7 @@ _HOMES = {
     "InpaintEncoder": "latentdm.encoders",
     "PlainEncoder": "latentdm.encoders",
     "LatentDataModule": "latentdm.datamodule",
+    "Stage": "latentdm.stages",
     "TextEncoder": "latentdm.text",
 }
 

@@ -1,36 +1,49 @@
-"""The keys of a batch, how a user's batch is read and written, and what is wrong with one, said once.
+"""The names of a batch, and how a user's batch is read and written.
 
 Shapes: ``b`` batch, ``c`` channels, ``H W`` pixels as they come, ``h w`` pixels after the crop to the VAE's multiple.
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence, Set
+from collections.abc import Collection, Mapping, MutableMapping, Sequence, Set
 from copy import copy
-from math import isfinite
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from latentdm.errors import UserError
+from latentdm.tensors import describe, how_to_stack
+from latentdm.validation import Check
 
 PIXELS = "pixels"
 MASK = "mask"
+SOURCE = "source"
 INDEX = "index"
 SEGMENTATION = "segmentation"
 CAPTION = "caption"
 LATENTS = "latents"
 MASKED_LATENTS = "masked_latents"
+SOURCE_LATENTS = "source_latents"
 NOISE_MASK = "noise_mask"
 LATENT_MASK = "latent_mask"
+PROMPT_EMBEDS = "prompt_embeds"
+POOLED_PROMPT_EMBEDS = "pooled_prompt_embeds"
+ORIGINAL_SIZE = "original_size"
+CROP_TOP_LEFT = "crop_top_left"
+TARGET_SIZE = "target_size"
 
-INPUTS = (PIXELS, MASK, INDEX)
-OUTPUTS = (LATENTS, MASKED_LATENTS, NOISE_MASK, LATENT_MASK)
-OPTIONAL = (SEGMENTATION, CAPTION)
-"""Inputs that one mask source or the captions' settings read; they stay in the batch."""
-
-ROUNDING = 1e-4
-"""How far beyond 0…1 floats may lie: resizing in float32 goes some 1e-7 beyond."""
+OUTPUTS = (
+    LATENTS,
+    MASKED_LATENTS,
+    SOURCE_LATENTS,
+    NOISE_MASK,
+    LATENT_MASK,
+    PROMPT_EMBEDS,
+    POOLED_PROMPT_EMBEDS,
+)
+NAMES = (
+    *(PIXELS, MASK, SOURCE, INDEX, SEGMENTATION, CAPTION, ORIGINAL_SIZE, CROP_TOP_LEFT, TARGET_SIZE),
+    *OUTPUTS,
+)
+"""The names that a batch may hold whatever stages there are; see the table in README."""
 
 Key = str | int
 
@@ -39,31 +52,37 @@ MAPPINGS = (dict, Mapping)
 
 
 class BatchKeys:
-    """Finds our keys in a user's batch and puts the results where the user wants them.
+    """Finds our names in a user's batch and puts the results where the user wants them.
 
     Args:
         keys: our name → the user's: a key of a dict batch, or a position in a tuple or list batch, for inputs and
             outputs alike. Names left out keep ours; in a tuple batch ``pixels`` must be given a position. None keeps
             an output out of the batch.
         layout: ``"CHW"``, or ``"HWC"`` for channels-last images.
+        pixel_range: of float images, black and white: ``(0, 1)`` or ``(-1, 1)``.
+        names: what the stages read and write, beside `NAMES`.
 
     Raises:
-        ValueError: an unknown name or layout, or a mix of keys and positions.
+        UserError: an unknown name, layout or range, or a mix of keys and positions.
     """
 
-    def __init__(self, keys: Mapping[str, Key | None] | None = None, layout: str = "CHW") -> None:
+    def __init__(
+        self,
+        keys: Mapping[str, Key | None] | None = None,
+        layout: str = "CHW",
+        pixel_range: Sequence[float] = (0, 1),
+        names: Collection[str] = (),
+    ) -> None:
         given = dict(keys or {})
         self.keys: dict[str, Key] = {name: key for name, key in given.items() if key is not None}
         self.left_out = given.keys() - self.keys.keys()
-        unknown = [name for name in given if name not in INPUTS + OUTPUTS + OPTIONAL]
+        unknown = [name for name in given if name not in NAMES and name not in names]
         if unknown:
-            names = ", ".join(INPUTS + OUTPUTS + OPTIONAL)
-            raise UserError(f"LatentDataModule: keys: unknown name {unknown[0]!r}; the names are {names}")
-        if not self.left_out <= set(OUTPUTS):
-            name = min(self.left_out - set(OUTPUTS))
-            raise UserError(
-                f"LatentDataModule: keys: {name!r} goes into the encoder; only outputs can be left out (null)"
-            )
+            known = ", ".join(dict.fromkeys((*NAMES, *sorted(names))))
+            raise UserError(f"LatentDataModule: keys: unknown name {unknown[0]!r}; the names are {known}")
+        if not self.left_out.isdisjoint(set(NAMES) - set(OUTPUTS)):
+            name = min(self.left_out & (set(NAMES) - set(OUTPUTS)))
+            raise UserError(f"LatentDataModule: keys: {name!r} goes into a stage; only outputs can be left out (null)")
         if any(isinstance(key, int) and key < 0 for key in self.keys.values()):
             raise UserError(f"LatentDataModule: keys: {self.keys} has a negative position; count from 0, at the front")
         if len({isinstance(key, int) for key in self.keys.values()}) > 1:
@@ -71,43 +90,50 @@ class BatchKeys:
                 f"LatentDataModule: keys: {self.keys} mixes keys and positions; "
                 "use strings for dict batches, or integers for tuples"
             )
-        if layout not in ("CHW", "HWC"):
-            raise UserError(f"LatentDataModule: layout must be 'CHW' or 'HWC', got {layout!r}")
-        self.layout = layout
-        self._inputs = [(name, self._key(name)) for name in INPUTS + OPTIONAL]
+        self.layout = Check("LatentDataModule").choice("layout", layout, _LAYOUTS)
+        if tuple(pixel_range) not in ((0, 1), (-1, 1)):
+            raise Check("LatentDataModule").fail("pixel_range", "[0, 1] or [-1, 1]", list(pixel_range))
+        self.signed = tuple(pixel_range) == (-1, 1)
+        self._ours = {key: name for name, key in self.keys.items() if name not in OUTPUTS}
 
     def find(self, batch: Mapping[Any, Any] | Sequence[Any]) -> dict[str, Any]:
-        """Our inputs under our names, as they lie in the batch; what is not there is left out."""
+        """What the batch holds, under our names: of a dict all of it, of a tuple what has a name."""
         if isinstance(batch, MAPPINGS):
-            return {name: batch[key] for name, key in self._inputs if key in batch}
-        return {name: batch[key] for name, key in self._inputs if isinstance(key, int) and key < len(batch)}
+            if not self._ours:
+                return dict(batch)
+            found = {key: value for key, value in batch.items() if key not in self._ours and key not in self.keys}
+            return found | {name: batch[key] for key, name in self._ours.items() if key in batch}
+        return {name: batch[key] for key, name in self._ours.items() if isinstance(key, int) and key < len(batch)}
 
-    def read(self, batch: Mapping[Any, Any] | Sequence[Any]) -> dict[str, Tensor]:
-        """Our inputs, under our names and channels first.
-
-        Returns:
-            ``pixels`` ``b c H W`` (clips ``b c f H W``) and, where the batch has them, ``mask`` and ``index``.
+    def read(self, batch: Mapping[Any, Any] | Sequence[Any]) -> dict[str, Any]:
+        """As `find`, images channels first and float ones in 0…1.
 
         Raises:
-            ValueError: the batch has no pixels, or they are no tensor of four or five dimensions.
+            UserError: the batch has no pixels, or they are no tensor of four or five dimensions.
         """
         found = self.find(batch)
         if PIXELS not in found:
-            raise UserError(self._no_pixels(batch))
-        pixels, mask = found[PIXELS], found.get(MASK)
+            raise UserError(self.missing(batch, PIXELS))
+        pixels = found[PIXELS]
         if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
             raise UserError(
                 f"LatentDataModule: batch[{self._key(PIXELS)!r}]: expected a tensor of shape {_LAYOUTS[self.layout]}, "
-                f"got {describe(pixels)}"
+                f"got {describe(pixels)}{how_to_stack(pixels)}"
             )
         if self.layout == "HWC":
-            found[PIXELS] = pixels.movedim(-1, 1)
-            if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-1] == 1:
-                found[MASK] = mask.movedim(-1, 1)
+            for name in (PIXELS, SOURCE, MASK):
+                image = found.get(name)
+                if isinstance(image, Tensor) and image.ndim > 3 and (name != MASK or image.shape[-1] == 1):
+                    found[name] = image.movedim(-1, 1)
+        if self.signed:
+            for name in (PIXELS, SOURCE):
+                image = found.get(name)
+                if isinstance(image, Tensor) and image.is_floating_point():
+                    found[name] = image.float().add(1).div_(2)
         return found
 
     def replace(self, batch: Mapping[Any, Any] | Sequence[Any], values: Mapping[str, Any]) -> Any:
-        """A batch of the same kind with some of our inputs replaced, each in its place."""
+        """A batch of the same kind with some of our inputs replaced, each under its own key."""
         return rebuild(batch, {self._key(name): value for name, value in values.items()})
 
     def write(
@@ -124,13 +150,12 @@ class BatchKeys:
             ValueError: a result would overwrite something of the user's, or a tuple has no place for it.
         """
         leaving = {self._key(name) for name in drop}
-        free = leaving | {key for name, key in self._inputs if name in results}
         placed: dict[Key, Any] = {}
         for name, value in results.items():
             if name in self.left_out:
                 continue
             key = self._key(name)
-            self._check_place(name, key, batch, free, placed)
+            self._check_place(name, key, batch, leaving, placed)
             placed[key] = value
         if isinstance(batch, MAPPINGS):
             return rebuild(batch, placed, leaving)
@@ -142,35 +167,31 @@ class BatchKeys:
             )
         return rebuild(batch, placed)
 
-    def missing_mask(self, batch: Mapping[Any, Any] | Sequence[Any]) -> str:
-        """What to tell a user whose encoder needs a mask that the batch does not hold."""
+    def missing(self, batch: Mapping[Any, Any] | Sequence[Any], name: str) -> str:
+        """What to tell a user whose batch lacks what a stage reads."""
+        key = self._key(name)
         if isinstance(batch, MAPPINGS):
-            held, example = f"only {_listed(batch)}", "masks"
+            held, example = f"only {', '.join(map(repr, batch)) or 'nothing'}", _USUAL.get(name, "…")
         else:
-            held, example = f"being a {type(batch).__name__} of {len(batch)}", "1"
-        return (
-            f"LatentDataModule: the batch has no {self._key(MASK)!r}, {held}; name the masks with keys, as in "
-            f"keys={{mask: {example}}}, or choose a source (masks=random, masks=alpha)"
-        )
-
-    def missing_caption(self, batch: Mapping[Any, Any] | Sequence[Any]) -> str:
-        """What to tell a user who asks for changes of captions that the batch does not hold."""
-        held = f"only {_listed(batch)}" if isinstance(batch, MAPPINGS) else f"being a {type(batch).__name__}"
-        return (
-            f"LatentDataModule: the batch has no {self._key(CAPTION)!r}, {held}; name the captions with keys, as in "
-            "keys={caption: text}, or leave out the captions' settings (captions=null)"
-        )
+            held, example = f"being a {type(batch).__name__} of {len(batch)}", "0" if name == PIXELS else "1"
+        what = "images" if name == PIXELS else f"{name}s" if name in _ELSE else name
+        hint = f"name the {what} with keys, as in keys={{{name}: {example}}}{_ELSE.get(name, '')}"
+        if name == PIXELS and not isinstance(batch, MAPPINGS):
+            if isinstance(key, int):
+                return f"LatentDataModule: the batch has no position {key} for the pixels, {held}; count from 0"
+            return f"LatentDataModule: the batch has no {key!r}, {held}; {hint[:-1]}, latents: 0}}"
+        return f"LatentDataModule: the batch has no {key!r}, {held}; {hint}"
 
     def _key(self, name: str) -> Key:
         return self.keys.get(name, name)
 
-    def _check_place(self, name: str, key: Key, batch: Any, free: set[Key], placed: Mapping[Key, Any]) -> None:
+    def _check_place(self, name: str, key: Key, batch: Any, leaving: set[Key], placed: Mapping[Key, Any]) -> None:
         if key in placed:
             raise UserError(
                 f"LatentDataModule: keys: {name!r} and another result both go to {key!r}; give each a place of its own"
             )
         if isinstance(batch, MAPPINGS):
-            if key in batch and key not in free:
+            if key in batch and key not in leaving and name in OUTPUTS:
                 raise UserError(
                     f"LatentDataModule: the batch already has {key!r} ({describe(batch[key])}), which the encoder's "
                     f"{name!r} would overwrite; rename one, as in keys={{{name}: my_{name}}}"
@@ -180,23 +201,11 @@ class BatchKeys:
                 f"LatentDataModule: keys: the encoder's {name!r} has no position in a {type(batch).__name__} batch of "
                 f"{len(batch)}; give it one, as in keys={{…, {name}: {len(batch)}}}, or leave it out with null"
             )
-        elif key < len(batch) and key not in free:
+        elif key < len(batch) and key not in leaving and name in OUTPUTS:
             raise UserError(
                 f"LatentDataModule: keys: position {key} already holds {describe(batch[key])}, which {name!r} would "
                 f"overwrite; use {len(batch)} or more to append it"
             )
-
-    def _no_pixels(self, batch: Mapping[Any, Any] | Sequence[Any]) -> str:
-        key = self._key(PIXELS)
-        if isinstance(batch, MAPPINGS):
-            return (
-                f"LatentDataModule: the batch has no {key!r}, only {_listed(batch)}; "
-                "name the images with keys, as in keys={pixels: image}"
-            )
-        held = f"LatentDataModule: the batch is a {type(batch).__name__} of {len(batch)}"
-        if isinstance(key, int):
-            return f"{held} and has no position {key} for the pixels; count from 0 in keys={{pixels: …}}"
-        return f"{held}; say where its images lie and the latents go, as in keys={{pixels: 0, latents: 0}}"
 
 
 def rebuild(batch: Any, placed: Mapping[Any, Any], leaving: Set[Any] = frozenset()) -> Any:
@@ -205,7 +214,9 @@ def rebuild(batch: Any, placed: Mapping[Any, Any], leaving: Set[Any] = frozenset
     A named tuple that grows becomes a plain one.
     """
     if isinstance(batch, MAPPINGS):
-        rebuilt = copy(batch) if isinstance(batch, (dict, MutableMapping)) else dict(batch)
+        # a plain dict is known at once
+        keeps_kind = type(batch) is not dict and isinstance(batch, MutableMapping)
+        rebuilt: Any = copy(batch) if keeps_kind else dict(batch)
         for key in leaving:
             rebuilt.pop(key, None)
         rebuilt.update(placed)
@@ -222,25 +233,23 @@ def rebuild(batch: Any, placed: Mapping[Any, Any], leaving: Set[Any] = frozenset
     return row if isinstance(batch, list) else tuple(row)
 
 
-def sample_ids(index: object, count: int, owner: str) -> list[int | str]:
+def sample_ids(index: object, count: int) -> list[int | str]:
     """The ids that a batch's ``index`` gives its samples: what randomness is keyed on.
 
     Args:
         index: ``b`` integers, as a tensor or a list; strings serve as well.
         count: how many images there are.
-        owner: the class that an error names.
 
     Raises:
-        ValueError: it holds something else, or not one an image.
+        UserError: it holds something else, or not one an image.
     """
     ids = index.flatten().tolist() if isinstance(index, Tensor) else index
     if not isinstance(ids, (list, tuple)) or not (_plain(ids) or all(map(_is_id, ids))):
         raise UserError(
-            f"{owner}: {INDEX}: expected one integer an image, got {describe(index)}; "
-            "name another key with keys={index: …}"
+            f"{INDEX}: expected one integer an image, got {describe(index)}; name another key with keys={{index: …}}"
         )
     if len(ids) != count:
-        raise UserError(f"{owner}: {INDEX}: got {len(ids)} for {count} images ({describe(index)}); give one an image")
+        raise UserError(f"{INDEX}: got {len(ids)} for {count} images ({describe(index)}); give one an image")
     return list(ids)
 
 
@@ -258,113 +267,10 @@ def is_batch(batch: object) -> bool:
     return isinstance(batch, _BATCHES)
 
 
-def check_pixels(pixels: object, multiple: int, owner: str) -> None:
-    """Check images before they are encoded.
-
-    Args:
-        pixels: ``b c H W`` or clips ``b c f H W``, c ∈ {1, 3, 4}, uint8 0…255 or float 0…1. The range of floats is
-            looked at (on an accelerator that waits for the device: another reason to ship uint8).
-        multiple: the VAE's spatial compression; a side may not be smaller.
-        owner: the class that an error names.
-
-    Raises:
-        ValueError: naming what was found and what is right.
-    """
-    if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
-        raise UserError(f"{owner}: {PIXELS}: expected a tensor of shape {_LAYOUTS['CHW']}, got {describe(pixels)}")
-    if pixels.shape[1] not in (1, 3, 4):
-        hint = "; for channels-last images set layout=HWC" if pixels.shape[-1] in (1, 3, 4) else ""
-        raise UserError(
-            f"{owner}: {PIXELS}: expected 1, 3 or 4 channels in {_LAYOUTS['CHW']}, got {describe(pixels)}{hint}"
-        )
-    if pixels.shape[0] == 0:
-        raise UserError(f"{owner}: {PIXELS}: the batch is empty, got {describe(pixels)}")
-    if min(pixels.shape[-2:]) < multiple:
-        raise UserError(
-            f"{owner}: {PIXELS}: {pixels.shape[-2]}×{pixels.shape[-1]} is smaller than the autoencoder's factor "
-            f"{multiple}; use images of at least {multiple}×{multiple}"
-        )
-    if pixels.dtype == torch.uint8:
-        return
-    if not pixels.is_floating_point():
-        raise UserError(f"{owner}: {PIXELS}: expected uint8 in 0…255 or float in 0…1, got {describe(pixels)}")
-    check_range(pixels, PIXELS, owner)
-
-
-def check_range(levels: Tensor, name: str, owner: str) -> None:
-    """Raise ValueError unless floats lie in 0…1, give or take what resizing rounds."""
-    low, high = (float(bound) for bound in levels.detach().aminmax())
-    if low >= -ROUNDING and high <= 1 + ROUNDING:
-        return
-    if not (isfinite(low) and isfinite(high)):
-        remedy = "look at how they were made"
-    elif low <= -0.5:
-        remedy = "undo the normalisation (for −1…1: (x + 1) / 2)"
-    else:
-        remedy = "divide by 255" if high > 2 else "clamp them"
-    raise UserError(
-        f"{owner}: {name}: floats must lie in 0…1, got {low:.6g}…{high:.6g} ({describe(levels)}); {remedy}, "
-        "or yield uint8"
-    )
-
-
-def unit_mask(mask: Tensor, pixels: Tensor, owner: str) -> Tensor:
-    """A batch's mask, resized to the images.
-
-    Args:
-        mask: ``b 1 H' W'`` or ``b H' W'``, b that of the images or 1; bool, float 0…1 or uint8. White = 1 = repaint.
-            A uint8 mask whose largest value is 1 is a 0/1 mask, as segmentation tools write them.
-        pixels: ``b c H W``, the whole images, before any crop.
-        owner: the class that an error names.
-
-    Returns:
-        ``b 1 H W`` or ``1 1 H W`` float32 in 0…1, resized bilinearly without antialias where its size differs.
-
-    Raises:
-        ValueError: naming what was found and what is right.
-    """
-    if not isinstance(mask, Tensor) or mask.ndim not in (3, 4) or (mask.ndim == 4 and mask.shape[1] != 1):
-        raise UserError(f"{owner}: {MASK}: expected a tensor of shape b 1 H W or b H W, got {describe(mask)}")
-    if mask.shape[0] not in (1, pixels.shape[0]):
-        raise UserError(
-            f"{owner}: {MASK}: got {mask.shape[0]} masks for {pixels.shape[0]} images ({describe(mask)}); "
-            "give one an image, or one for all"
-        )
-    mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
-    if mask.dtype == torch.uint8:
-        white = torch.where(mask.amax(dim=(1, 2, 3), keepdim=True) > 1, 255.0, 1.0)
-        mask = mask / white
-    elif mask.dtype == torch.bool or mask.is_floating_point():
-        if mask.is_floating_point() and (pixels.is_floating_point() or mask.device.type == "cpu"):
-            check_range(mask, MASK, owner)  # elsewhere a look would make uint8 images wait for the device
-        mask = mask.float()
-    else:
-        raise UserError(f"{owner}: {MASK}: expected bool, uint8 in 0…255 or float in 0…1, got {describe(mask)}")
-    if mask.shape[-2:] != pixels.shape[-2:]:
-        mask = F.interpolate(mask, size=pixels.shape[-2:], mode="bilinear")
-    return mask
-
-
-def crop(image: Tensor, multiple: int) -> Tensor:
-    """The centred crop (a view) to the largest multiple that fits: offset ``(H mod multiple) // 2``."""
-    height, width = image.shape[-2:]
-    over, beside = height % multiple, width % multiple
-    if not over and not beside:
-        return image
-    top, left = over // 2, beside // 2
-    return image[..., top : top + height - over, left : left + width - beside]
-
-
-def describe(value: object) -> str:
-    """A value as an error names it: shape and dtype of a tensor, the type of anything else."""
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    return type(value).__name__
-
-
-def _listed(batch: Mapping[Any, Any]) -> str:
-    return ", ".join(map(repr, batch)) or "nothing"
-
-
 _BATCHES = (tuple, list, *MAPPINGS)
 _LAYOUTS = {"CHW": "b c H W", "HWC": "b H W c"}
+_USUAL = {PIXELS: "image", MASK: "masks", CAPTION: "text"}
+_ELSE = {
+    MASK: ", or choose a source (masks=random, masks=alpha)",
+    CAPTION: ", or leave out what reads them (captions=null, text=null)",
+}

@@ -1,18 +1,21 @@
 """What is done to the captions of a batch: dropout, tags in another order, templates."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from latentdm.batch import CAPTION, describe
-from latentdm.draws import Draws, check_probability
+from latentdm.batch import CAPTION
+from latentdm.draws import Draws
 from latentdm.errors import UserError
+from latentdm.stages import Stage
+from latentdm.tensors import describe
+from latentdm.validation import Check
 
-PLACE = "{caption}"
+PLACEHOLDER = "{caption}"
 
 
-class Captions:
+class Captions(Stage):
     """Changes captions, each by its own sample's draws, on the host before the batch is sent to the device.
 
     In this order: of several captions of an image one is drawn, its tags are shuffled, it is put into a template, and
@@ -27,14 +30,18 @@ class Captions:
         templates: texts with ``{caption}`` in them, of which each sample draws one.
 
     Raises:
-        ValueError: a setting is out of range, or a template has no place for the caption; when called: what the batch
-            holds are no strings.
+        UserError: a setting is out of range, or a template without ``{caption}``; when called: what the batch holds
+            are no strings.
 
     Example:
         >>> captions = Captions(shuffle_tags=True, templates=["a photo of {caption}"])
-        >>> captions(["sks dog, grass, sun, sky"], Draws(seed=0, epoch=0, ids=[7]), training=False)
-        ['a photo of sks dog, grass, sun, sky']
+        >>> draws = Draws(seed=0, epoch=0, ids=[7], training=False)
+        >>> captions({"caption": ["sks dog, grass, sun, sky"]}, draws)
+        {'caption': ['a photo of sks dog, grass, sun, sky']}
     """
+
+    reads = writes = (CAPTION,)
+    on_host = True
 
     def __init__(
         self,
@@ -44,59 +51,65 @@ class Captions:
         separator: str = ",",
         templates: Sequence[str] = (),
     ) -> None:
-        self.dropout = check_probability("Captions", "dropout", dropout)
-        if type(keep_tags) is not int or keep_tags < 0:
-            raise UserError(f"Captions: keep_tags must be an integer of at least 0, got {keep_tags!r}")
+        check = Check("Captions")
+        self.dropout = check.probability("dropout", dropout)
+        self.keep_tags = check.integer("keep_tags", keep_tags, 0)
         if not separator:
             raise UserError("Captions: separator must not be empty; tags are usually parted by ','")
         if isinstance(templates, str):
-            raise UserError(f"Captions: templates must be a list of texts, got {templates!r}; for one: [{templates!r}]")
+            raise check.fail("templates", "a list of texts", templates, f"for one: [{templates!r}]")
         for template in templates:
-            if PLACE not in template:
-                raise UserError(f"Captions: templates: {template!r} has no {PLACE} in it, where the caption goes")
+            if PLACEHOLDER not in template:
+                raise UserError(f"Captions: templates: {template!r} has no {PLACEHOLDER} in it, where the caption goes")
         self.shuffle_tags = shuffle_tags
-        self.keep_tags = keep_tags
         self.separator = separator
         self.templates = list(templates)
 
-    def __call__(
-        self, captions: Sequence[str | Sequence[str] | None], draws: Draws, training: bool = True
-    ) -> list[str]:
+    def __call__(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Any]:
         """The captions as the model is to see them.
 
         Args:
-            captions: one a sample: a text, several of which one is drawn, or None for an empty one.
-            draws: the random numbers of the samples.
-            training: draw; otherwise take what comes first.
+            batch: ``caption``, one a sample: a text, several of which one is drawn, or None for an empty one.
+            draws: the random numbers of the samples; outside training what comes first is taken.
+
+        Returns:
+            ``caption``, a list of ``b`` texts.
+
+        Raises:
+            UserError: ``caption`` is no list, not one a sample, or holds something else than texts.
         """
-        if isinstance(captions, str) or not isinstance(captions, Sequence):
+        captions = batch[CAPTION]
+        if isinstance(captions, str) or not isinstance(captions, Sequence) or len(captions) != len(draws.ids):
+            held = f"{len(captions)} for {len(draws.ids)} images" if isinstance(captions, list | tuple) else None
             raise UserError(
-                f"Captions: {CAPTION}: expected a list of strings, one an image, got {describe(captions)}; "
+                f"Captions: {CAPTION}: expected a list of strings, one an image, got {held or describe(captions)}; "
                 f"name another key with keys={{{CAPTION}: …}}"
             )
-        rows = draws.uniform("captions", 3).tolist()
-        return [
-            self._change(caption, row, draws.of([place]), training)
-            for place, (caption, row) in enumerate(zip(captions, rows, strict=True))
+        numbers = draws.uniform("captions", 3).tolist()
+        changed = [
+            self._change(caption, row, draws.of([number]))
+            for number, (caption, row) in enumerate(zip(captions, numbers, strict=True))
         ]
+        return {CAPTION: changed}
 
-    def _change(self, caption: str | Sequence[str] | None, row: list[float], draws: Draws, training: bool) -> str:
+    def _change(self, caption: str | Sequence[str] | None, row: Sequence[float], draws: Draws) -> str:
         several: list[Any] = list(caption) if isinstance(caption, list | tuple) else [caption or ""]
         if not all(isinstance(text, str) for text in several):
             raise UserError(f"Captions: {CAPTION}: expected strings, got {caption!r} for the sample {draws.ids[0]}")
-        if training and row[0] < self.dropout:
+        dropped, *chosen = row if draws.training else (1.0, 0.0, 0.0)
+        if dropped < self.dropout:
             return ""
-        text: str = several[int(row[1] * len(several)) if training else 0] if several else ""
-        if self.shuffle_tags and training:
-            text = self._shuffled(text, draws)
+        text: str = several[int(chosen[0] * len(several))] if several else ""
+        if self.shuffle_tags and draws.training:
+            text = self._shuffle(text, draws)
         if self.templates:
-            text = self.templates[int(row[2] * len(self.templates)) if training else 0].replace(PLACE, text)
+            text = self.templates[int(chosen[1] * len(self.templates))].replace(PLACEHOLDER, text)
         return text
 
-    def _shuffled(self, text: str, draws: Draws) -> str:
+    def _shuffle(self, text: str, draws: Draws) -> str:
         tags = [tag.strip() for tag in text.split(self.separator)]
         kept, moved = tags[: self.keep_tags], tags[self.keep_tags :]
         if len(moved) > 1:
             order = torch.argsort(draws.uniform("tags", len(moved))[0]).tolist()
-            moved = [moved[place] for place in order]
+            moved = [moved[number] for number in order]
         return f"{self.separator} ".join(kept + moved)

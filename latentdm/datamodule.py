@@ -1,60 +1,52 @@
 """`LatentDataModule`: any data module of pixel batches, turned into one of latents inside the batch-transfer hooks."""
 
-from collections.abc import Callable, Mapping
-from copy import deepcopy
-from itertools import count
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from latentdm.ahead import Begun, SideStream, Upcoming, looking_ahead
-from latentdm.augment import GEOMETRY, Augment
-from latentdm.batch import CAPTION, INDEX, MASK, PIXELS, BatchKeys, Key, crop, describe, is_batch, sample_ids
-from latentdm.captions import Captions
-from latentdm.draws import Draws
+from latentdm.batch import PIXELS, BatchKeys, Key, is_batch
+from latentdm.draws import Draws, FreshDraws
 from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError, UserTypeError
-from latentdm.float_images import ROUNDED, closing, opened
-from latentdm.loaders import each, restored
-from latentdm.masks.sources import MaskSource
-
-LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
-HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+from latentdm.hooks import batch_draws, check_model, notify, rounded_pixels
+from latentdm.stages import Line, MissingKeyError, Stage
+from latentdm.tensors import describe
+from latentdm.wrapper import Wrapper
 
 
-class LatentDataModule(LightningDataModule):
+class LatentDataModule(Wrapper):
     """Wraps a data module of pixel batches; its own hooks, loaders and state go on working behind it.
 
-    In ``on_after_batch_transfer``, on the device, each batch passes mask source → encoder → the trainer's input dtype.
-    Images should be uint8: they cross to the device at a quarter of the bytes, and no precision plugin rounds them.
-    Attributes that this class lacks are looked up on ``pixels``.
+    Each batch passes a line of `latentdm.Stage`s: on the host captions and tokenizers, on the device augmentation,
+    masks, the encoder, the text encoder and then ``stages``; last a cast to the trainer's input dtype. Images should be
+    uint8: they cross to the device at a quarter of the bytes, and no precision plugin rounds them. Attributes that this
+    class lacks are looked up on ``pixels``.
 
     Args:
         pixels: any LightningDataModule whose batches (dicts, tuples or lists) hold images.
         encoder: makes the latents.
-        masks: where masks come from; None takes the batch's own. Asked only by an encoder that needs a mask.
+        masks: where masks come from; None takes the batch's own. Asked only where a stage reads a mask.
+        augment: changes images and what lies on them on the device, in training alone, before masks are made.
+        captions: changes the batch's captions on the host; it draws in training alone.
+        text: turns captions into prompt embeddings, on the device; its tokenizer runs on the host.
+        stages: your own, which run last and still see the pixels: a depth map for a ControlNet, features of another
+            frozen network. Those with ``on_host`` run on the host.
         keys: our name → the user's, for inputs and outputs: a key of a dict batch or a position in a tuple batch;
             None keeps an output out of the batch.
         layout: ``"CHW"``, or ``"HWC"`` for channels-last images.
+        pixel_range: of float images, black and white: ``(0, 1)`` or ``(-1, 1)``.
         keep_pixels: leave the cropped ``pixels`` (``b c h w``) in the batch.
         seed: of everything random, together with epoch, ``index`` and purpose. Batches without ``index`` are keyed on
-            rank, batch and place instead. Validation, test and predict draw as in epoch 0, so that figures compare.
-        augment: changes images, masks and label maps on the device, in training alone, before masks are made.
-        captions: changes the batch's captions on the host; it draws in training alone.
-        encode_ahead: 1 lets a fit transfer and encode its next training batch while a step trains: on a GPU on a
-            stream of its own, at the price of that batch's memory and of what the encoder needs, beside the step's;
-            elsewhere one after the other, without a gain. The bits, their order and what a checkpoint resumes stay
-            the same, unless the pixels' own code draws from the global generator or asks for the trainer's step.
+            rank, batch and row instead. Validation, test and predict draw as in epoch 0, so that figures compare.
 
     Raises:
-        ValueError: a value out of range.
-        TypeError: ``pixels`` or ``encoder`` is of another kind.
+        UserError: a value out of range.
+        UserTypeError: ``pixels``, ``encoder`` or a stage is of another kind.
 
     Example:
         >>> dm = LatentDataModule(pixels, InpaintEncoder(vae), keys={"latents": "samples"})  # doctest: +SKIP
@@ -65,418 +57,167 @@ class LatentDataModule(LightningDataModule):
         self,
         pixels: LightningDataModule,
         encoder: Encoder,
-        masks: MaskSource | None = None,
+        *,
+        masks: Stage | None = None,
+        augment: Stage | None = None,
+        captions: Stage | None = None,
+        text: Stage | None = None,
+        stages: Sequence[Stage] = (),
         keys: Mapping[str, Key | None] | None = None,
         layout: str = "CHW",
+        pixel_range: Sequence[float] = (0, 1),
         keep_pixels: bool = False,
         seed: int = 0,
-        augment: Augment | None = None,
-        captions: Captions | None = None,
-        encode_ahead: int = 0,
     ) -> None:
-        if type(encode_ahead) is not int or encode_ahead not in (0, 1):
-            raise UserError(f"LatentDataModule: encode_ahead must be 0 or 1 batches, got {encode_ahead!r}")
-        for name, value, kind in (("pixels", pixels, LightningDataModule), ("encoder", encoder, Encoder)):
-            if not isinstance(value, kind):
-                raise UserTypeError(f"LatentDataModule: {name} must be a {kind.__name__}, got {type(value).__name__}")
-        self.pixels = pixels
-        super().__init__()
+        super().__init__(pixels)
+        if not isinstance(encoder, Encoder):
+            raise UserTypeError(f"LatentDataModule: encoder must be an Encoder, got {type(encoder).__name__}")
         self.encoder = encoder
         self.masks = masks
-        self.keys = BatchKeys(keys, layout)
-        self.keep_pixels = keep_pixels
-        self.seed = seed
         self.augment = augment
         self.captions = captions
-        self.encode_ahead = encode_ahead
-        self.allow_zero_length_dataloader_with_multiple_devices = (
-            pixels.allow_zero_length_dataloader_with_multiple_devices
-        )
-        self.prepare_data_per_node = pixels.prepare_data_per_node
-        self._noted: list[int | str] | None = None  # ids of the batch between its first and its last hook
-        self._passes = False
+        self.text = text
+        self.keep_pixels = keep_pixels
+        self.seed = seed
+        self.line = Line.arrange(encoder, masks=masks, augment=augment, captions=captions, text=text, stages=stages)
+        self.keys = BatchKeys(keys, layout, pixel_range, self.line.names)
+        self._fresh = FreshDraws(seed)
         self._warned = False
-        self._rounding = False  # whether a trainer rounds float inputs
-        self._calls = count()
-        self._beside = SideStream()
-        self._state_before: dict[str, Any] | None = None  # of the pixels, where a batch is ahead of the step
-        self._places_ahead = 0  # of the batch that is being encoded, before the one that Lightning counts
-        if pixels.hparams:
-            self.save_hyperparameters(dict(pixels.hparams))
-        for name in LOADERS:  # Lightning takes a stage as defined where the method is overridden
-            if not is_overridden(name, pixels, LightningDataModule):
-                setattr(self, name, getattr(super(), name))
-
-    # ---------------------------------------------------------------- delegation
-
-    @property
-    def trainer(self) -> Trainer | None:
-        """The trainer, known to the wrapped data module as well."""
-        return self._trainer
-
-    @trainer.setter
-    def trainer(self, trainer: Trainer | None) -> None:
-        self._trainer = trainer
-        self.pixels.trainer = trainer
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "pixels" not in self.__dict__:
-            raise AttributeError(name)
-        try:
-            return getattr(self.pixels, name)
-        except AttributeError:
-            raise AttributeError(
-                f"neither LatentDataModule nor its {type(self.pixels).__name__} has the attribute {name!r}"
-            ) from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """What only ``pixels`` has is set there, as it is looked up there: a tuner's ``batch_size``."""
-        own = self.__dict__
-        made = "_places_ahead" in own  # the last of __init__
-        if name[0] == "_" or name in own or not made or hasattr(type(self), name) or not hasattr(self.pixels, name):
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self.pixels, name, value)
+        self._is_example = False
+        self._prepared: tuple[Draws | None, dict[str, Any]] | None = None  # of a batch on its way to the device
 
     @property
     def channels(self) -> dict[str, int]:
-        """Output key (our name) → channels, of those at latent resolution, for a model that fits itself to the encoder.
-
-        Known from `setup` on, as in ``configure_model``.
-        """
-        return self.encoder.channels
-
-    def prepare_data(self) -> None:
-        """Delegates."""
-        self.pixels.prepare_data()
+        """Our name → channels, of all at latent resolution, for a model to fit itself to; known from `setup` on."""
+        return self.line.channels
 
     def setup(self, stage: str) -> None:
-        """Delegates; then makes the autoencoder and puts it on this rank's device.
-
-        Raises:
-            ValueError: the model would bypass or replace the hooks in which the latents are made, or the autoencoder
-                cannot work ahead.
-        """
+        """Delegates; makes the frozen networks and puts them on this rank's device. UserError: see `check_model`."""
         self.pixels.setup(stage)
         if self.trainer is not None:
-            _check_model(self.trainer.lightning_module)
-            self.encoder.setup(self.trainer.strategy.root_device)
-            if self.encode_ahead and self.encoder.vae.replays_graphs:
-                raise UserError(
-                    "LatentDataModule: encode_ahead=1 with an autoencoder that replays CUDA graphs, which share their "
-                    "memory with those of the model and may not run beside them; set compile: true (or "
-                    "max-autotune-no-cudagraphs), or encode_ahead: 0"
-                )
+            check_model(self.trainer.lightning_module)
+            self.line.setup(self.trainer.strategy.root_device)
 
     def teardown(self, stage: str) -> None:
-        """Delegates; then frees the device of the autoencoder, as Lightning frees it of the model."""
+        """Delegates; then frees the device of the frozen networks, as Lightning frees it of the model."""
         self.pixels.teardown(stage)
         if self.trainer is not None:
-            self.encoder.setup("cpu")
-
-    def train_dataloader(self) -> Any:
-        """Delegates."""
-        loader = self._whole(self.pixels.train_dataloader())
-        if self.encode_ahead:
-            looking_ahead(loader, self._fitting)
-        return loader
-
-    def val_dataloader(self) -> Any:
-        """Delegates."""
-        return self._whole(self.pixels.val_dataloader())
-
-    def test_dataloader(self) -> Any:
-        """Delegates."""
-        return self._whole(self.pixels.test_dataloader())
-
-    def predict_dataloader(self) -> Any:
-        """Delegates."""
-        return self._whole(self.pixels.predict_dataloader())
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Delegates."""
-        self.pixels.on_exception(exception)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Delegates. Nothing here has a state of its own: every draw follows from the trainer's progress.
-
-        It knows nothing of a batch that no step has seen.
-        """
-        return self.pixels.state_dict() if self._state_before is None else self._state_before
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Delegates."""
-        self._state_before = None
-        self.pixels.load_state_dict(state_dict)
+            self.line.setup("cpu")
 
     # ---------------------------------------------------------------- the way of a batch
 
+    def process(self, batch: Any, device: torch.device | str) -> Any:
+        """The way of one batch by hand, as in a notebook or a loop of your own.
+
+        Args:
+            batch: as a loader yields it.
+            device: where to encode.
+
+        Returns:
+            As a training step would receive it, in float32 where there is no trainer.
+        """
+        return self.on_after_batch_transfer(self._transferred(batch, device), 0)
+
+    def encode(self, batch: Any, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `process`, before anything is renamed, dropped or cast.
+
+        Returns:
+            Under our names: what the encoder was given (``pixels``, the ``mask`` that was made, …), and all that the
+            stages wrote, in float32.
+        """
+        return self._run(self.pixels.on_after_batch_transfer(self._transferred(batch, device), 0), 0)
+
+    def _transferred(self, batch: Any, device: torch.device | str) -> Any:
+        self.line.setup(device)
+        return self.transfer_batch_to_device(self.on_before_batch_transfer(batch, 0), torch.device(device), 0)
+
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """On the host: notes the samples' ids, so that no draw waits for the device; changes captions if asked to."""
-        self._passes, self._noted = self._is_example(batch), None
-        if self._passes or isinstance(batch, Upcoming):
+        """On the host: settles the samples' draws, so that none waits for the device, and runs the host's stages."""
+        trainer = self.trainer
+        model = trainer.lightning_module if trainer is not None else None
+        self._is_example = model is not None and batch is not None and batch is model.example_input_array
+        self._prepared = None
+        if self._is_example:
             return batch
-        if self._rounding:
-            self._warn_if_rounded(batch)
-            batch = opened(batch)
         batch = self.pixels.on_before_batch_transfer(batch, dataloader_idx)
         if is_batch(batch):
-            index = self.keys.find(batch).get(INDEX)
-            self._noted = index.flatten().tolist() if isinstance(index, Tensor) else None
-            batch = self._captioned(batch, dataloader_idx)
+            found = self.keys.find(batch)
+            if (lost := rounded_pixels(found, trainer)) is not None:
+                self._warn_once(lost)
+            draws = self._draws(found, dataloader_idx)
+            self._prepared = draws, {}
+            if draws is not None and self.line.host:
+                written = self._stages(batch, found, draws, on_host=True)
+                changed = {name: value for name, value in written.items() if name in found}
+                self._prepared = draws, {name: value for name, value in written.items() if name not in changed}
+                batch = self.keys.replace(batch, changed) if changed else batch
         return batch
-
-    def _captioned(self, batch: Any, dataloader_idx: int) -> Any:
-        if self.captions is None:
-            return batch
-        found = self.keys.find(batch)
-        if found.get(CAPTION) is None:
-            raise UserError(self.keys.missing_caption(batch))
-        noted = self._noted
-        ids = self._ids({**found, PIXELS: found[CAPTION]}, dataloader_idx)
-        self._noted = noted
-        draws = Draws(self.seed, self._epoch, ids)
-        return self.keys.replace(batch, {CAPTION: self.captions(found[CAPTION], draws, self._training)})
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Delegates; Lightning's own copies pinned memory without blocking."""
-        if self._passes:
+        if self._prepared is not None and self._prepared[1]:
+            self._prepared = self._prepared[0], move_data_to_device(self._prepared[1], device)
+        if self._is_example:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        if isinstance(batch, Upcoming):
-            return batch
         return self.pixels.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """On the device: pixels → latents.
 
         Args:
-            batch: holds ``pixels`` ``b c H W`` and what the mask source and the encoder ask for. Anything that is no
-                dict, tuple or list passes unchanged, as does the model's ``example_input_array``.
+            batch: holds ``pixels`` ``b c H W`` and what the stages read. What is no dict, tuple or list passes
+                unchanged, as does the model's ``example_input_array``.
             dataloader_idx: Lightning's.
 
         Returns:
-            The batch with the encoder's keys in the place of pixels and mask, in the trainer's input dtype.
+            The batch with the stages' keys instead of pixels and mask, in the trainer's input dtype.
 
         Raises:
-            ValueError: naming the key, its shape and dtype, and what was expected.
+            UserError: naming the key, its shape and dtype, and what was expected.
         """
-        passes, self._passes = self._passes, False
-        if passes:
+        if self._is_example:
+            self._is_example = False
             return batch
-        if isinstance(batch, Upcoming):
-            return self._hand_over(batch)
-        self._beside.join()
         batch = self.pixels.on_after_batch_transfer(batch, dataloader_idx)
         if not is_batch(batch):
-            self._warn_if_bare(batch)
+            if isinstance(batch, Tensor):
+                self._warn_once(
+                    f"the batch is a bare tensor ({describe(batch)}) and passes as it is, without being encoded; yield "
+                    "a dict, as in {'pixels': images}"
+                )
             return batch
-        inputs, outputs = self.encode(batch, dataloader_idx)
-        return self._encoded(batch, inputs, outputs)
-
-    def _encoded(self, batch: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> Any:
-        """The batch as the step receives it."""
-        results = dict(outputs)
+        inputs, outputs = self._run(batch, dataloader_idx)
+        drops = self.line.drops
+        results = {name: value for name, value in outputs.items() if name not in drops}
         if self.keep_pixels:
-            results[PIXELS] = crop(inputs[PIXELS], self.encoder.vae.spatial_compression)
-        if self.augment is not None and self._training:  # what stays in the batch must lie where its image does
-            moved = {name: inputs[name] for name in GEOMETRY if name in inputs}
-            results = {name: value for name, value in moved.items() if name not in self.encoder.consumes} | results
-        batch = self.keys.write(batch, results, drop=self.encoder.consumes)
+            results[PIXELS] = self.encoder.crop(inputs[PIXELS])
+        batch = self.keys.write(batch, results, drop=drops)
         if self.trainer is not None:
             batch = self.trainer.precision_plugin.convert_input(batch)
-        self._tell("on_encode_end", inputs, outputs, batch)
+        notify(self.trainer, "on_encode_end", inputs, outputs, batch)
         return batch
 
-    def _warn_if_bare(self, batch: Any) -> None:
-        """A loader of bare tensors would train on pixels: say so once."""
-        if isinstance(batch, Tensor) and self.trainer is not None and not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                f"LatentDataModule: the batch is a bare tensor ({describe(batch)}) and passes as it is, without being "
-                "encoded; yield a dict, as in {'pixels': images}"
-            )
+    def _run(self, batch: Any, dataloader_idx: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Run the device's stages on a user's batch."""
+        (draws, prepared), self._prepared = self._prepared or (None, {}), None
+        inputs = self.keys.read(batch) | prepared
+        if draws is None or len(draws.ids) != inputs[PIXELS].shape[0]:  # len of a tensor is slow
+            draws = self._draws(inputs, dataloader_idx)
+            assert draws is not None
+        notify(self.trainer, "on_encode_start", inputs)
+        outputs = prepared | self._stages(batch, inputs, draws, on_host=False)
+        return inputs | {name: outputs[name] for name in self.line.drops if name in outputs}, outputs
 
-    def encode(self, batch: Any, dataloader_idx: int = 0) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What a batch holds and what the encoder makes of it, before either gets the user's names.
-
-        Args:
-            batch: as in `on_after_batch_transfer`, on the device.
-            dataloader_idx: Lightning's.
-
-        Returns:
-            Under our names: what the encoder was given (``pixels``, the ``mask`` that the mask source made, …), and
-            its results in float32.
-        """
-        inputs = self.keys.read(batch)
-        self._tell("on_encode_start", inputs)
-        inputs, finish = self._start(batch, inputs, dataloader_idx)
-        return inputs, finish()
-
-    def _start(
-        self, batch: Any, inputs: dict[str, Any], dataloader_idx: int
-    ) -> tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]:
-        """Begin `encode`: the inputs, augmented and with their mask, and what waits for the results."""
-        draws = Draws(self.seed, self._epoch, self._ids(inputs, dataloader_idx))
-        if self.augment is not None and self._training:
-            inputs = self.augment(inputs, draws)
-        if MASK in self.encoder.consumes:
-            if self.masks is not None:
-                inputs[MASK] = self.masks(inputs, draws)
-            if MASK not in inputs:
-                raise UserError(self.keys.missing_mask(batch))
-        return inputs, self.encoder.start(inputs, draws)
-
-    # ---------------------------------------------------------------- a batch ahead
-
-    def _fitting(self) -> bool:
-        trainer = self.trainer
-        return trainer is not None and trainer.training and trainer.state.status == TrainerStatus.RUNNING
-
-    def _hand_over(self, upcoming: Upcoming) -> Any:
-        """The batch of latents whose turn it is. The one behind it is begun before this one is waited for."""
-        (batch, begun), self._state_before = upcoming.taken(), None
-        if begun is None:  # the first of an epoch: none was before it
-            batch = self.on_after_batch_transfer(self._transferred(batch), 0)
-            self._begin_next(upcoming)
-            return batch
-        if isinstance(begun, Exception):
-            raise begun
-        begun.transferred(begun.batch)
-        if begun.finish is None:
-            self._begin_next(upcoming)
-            self._warn_if_bare(begun.batch)
-            return begun.batch
-        self._tell("on_encode_start", begun.read)
-        self._begin_next(upcoming)
-        begun.encoded(begun.inputs)
-        outputs = begun.finish()
-        begun.encoded(outputs)
-        return self._encoded(begun.batch, begun.inputs, outputs)
-
-    def _begin_next(self, upcoming: Upcoming) -> None:
-        """Begin the batch behind this one. What is wrong with it is said when its turn has come."""
-        trainer: Any = self.trainer
-        if trainer.is_last_batch:
-            return
-        before = deepcopy(self.pixels.state_dict())
-        following = upcoming.next()
-        if following is None:
-            return
-        self._state_before = before
-        self._places_ahead = 1
+    def _stages(self, batch: Any, found: Mapping[str, Any], draws: Draws, on_host: bool) -> dict[str, Any]:
         try:
-            following.begun = self._begin(following.batch)
-        except Exception as error:
-            following.begun = error
-        finally:
-            self._places_ahead = 0
+            return self.line.run(found, draws, on_host)
+        except MissingKeyError as error:
+            raise UserError(f"{self.keys.missing(batch, error.name)} ({error.stage} reads it)") from None
 
-    def _begin(self, batch: Any) -> Begun:
-        trainer: Any = self.trainer
-        with self._beside.running(trainer.strategy.root_device) as mark:
-            batch = self.pixels.on_after_batch_transfer(self._transferred(batch), 0)
-            transferred = mark()
-            if not is_batch(batch):
-                return Begun(batch, transferred)
-            read = self.keys.read(batch)
-            inputs, finish = self._start(batch, dict(read), 0)
-            return Begun(batch, transferred, read, inputs, finish, mark())
+    def _draws(self, found: Mapping[str, Any], dataloader_idx: int) -> Draws | None:
+        return batch_draws(found, self.seed, self.trainer, dataloader_idx, self._fresh)
 
-    def _transferred(self, batch: Any) -> Any:
-        """As Lightning does it."""
-        trainer: Any = self.trainer
-        batch = self.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
-        return self.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
-
-    def _tell(self, hook: str, *observed: Any) -> None:
-        """Callbacks of the trainer may observe the encoding: see `latentdm.callbacks.EncodeCallback`."""
-        trainer: Any = self.trainer
-        for callback in [] if trainer is None else trainer.callbacks:
-            if hasattr(callback, hook):
-                getattr(callback, hook)(trainer, trainer.lightning_module, *observed)
-
-    @property
-    def _training(self) -> bool:
-        return self.trainer is not None and self.trainer.training
-
-    @property
-    def _epoch(self) -> int:
-        return self.trainer.current_epoch if self.trainer is not None and self._training else 0
-
-    def _ids(self, inputs: Mapping[str, Any], dataloader_idx: int) -> list[int | str]:
-        """One id a sample: its index, or the place of this batch in its run."""
-        noted, self._noted = self._noted, None
-        b = len(inputs[PIXELS])
-        index = noted if noted is not None and len(noted) == b else inputs.get(INDEX)
-        if index is not None:
-            return sample_ids(index, b, "LatentDataModule")
-        rank = 0 if self.trainer is None else self.trainer.global_rank
-        return [f"rank{rank}.loader{dataloader_idx}.batch{self._batch_number()}.{place}" for place in range(b)]
-
-    def _batch_number(self) -> int:
-        """The place of this batch in its epoch or evaluation, as Lightning counts it and saves it in checkpoints."""
-        trainer = self.trainer
-        if trainer is None or trainer.state.status != TrainerStatus.RUNNING:
-            return next(self._calls)  # by hand, as in a notebook
-        epoch = trainer.fit_loop.epoch_loop
-        loops: dict[TrainerFn | None, Any] = {
-            TrainerFn.FITTING: epoch if trainer.training else epoch.val_loop,
-            TrainerFn.VALIDATING: trainer.validate_loop,
-            TrainerFn.TESTING: trainer.test_loop,
-            TrainerFn.PREDICTING: trainer.predict_loop,
-        }
-        return int(loops[trainer.state.fn].batch_progress.current.ready) + self._places_ahead
-
-    def _is_example(self, batch: Any) -> bool:
-        """Whether this is the model's ``example_input_array``, which is made of latents already."""
-        model = self.trainer.lightning_module if self.trainer is not None else None
-        return model is not None and batch is not None and batch is model.example_input_array
-
-    # ---------------------------------------------------------------- float images, kept whole
-
-    @property
-    def _input_dtype(self) -> torch.dtype:
-        """What the trainer casts float inputs to, before any hook."""
-        plain = torch.ones(())
-        return plain.dtype if self.trainer is None else self.trainer.precision_plugin.convert_input(plain).dtype
-
-    def _whole(self, loaders: Any) -> Any:
-        """The loaders, with float images hidden from a trainer that would round them."""
-        self._rounding = self._input_dtype in ROUNDED
-        for loader in each(loaders):
-            restored(loader)
-            if self._rounding:
-                closing(loader, self.keys)
-        return loaders
-
-    def _warn_if_rounded(self, batch: Any) -> None:
-        """Some loaders cannot be helped: say once what their images lose."""
-        if self._warned or not is_batch(batch):
-            return
-        for name, value in self.keys.find(batch).items():
-            if isinstance(value, Tensor) and value.dtype in ROUNDED and value.dtype == self._input_dtype:
-                self._warned = True
-                rank_zero_warn(
-                    f"LatentDataModule: {name} came as {describe(value)}: the trainer's precision rounds float images "
-                    "of a loader without an __iter__ before they are encoded; yield uint8 to keep every bit"
-                )
-                return
-
-
-def _check_model(model: LightningModule) -> None:
-    """A model that replaces the hooks, or fetches batches itself, would silently train on pixels."""
-    name = type(model).__name__
-    for hook in HOOKS:
-        if is_overridden(hook, model, LightningModule):
-            raise UserError(
-                f"LatentDataModule: {name} overrides {hook}, where the latents are made, and Lightning would call only "
-                "one of the two; move that code into the pixel data module, whose hooks are called too"
-            )
-    for step in STEPS:
-        method = getattr(model, step, None)
-        code = getattr(method, "__code__", None)
-        if code is not None and "dataloader_iter" in code.co_varnames[: code.co_argcount]:
-            raise UserError(
-                f"LatentDataModule: {name}.{step} takes dataloader_iter, which bypasses the batch-transfer hooks; "
-                f"take batch and batch_idx instead: {step}(self, batch, batch_idx)"
-            )
+    def _warn_once(self, text: str) -> None:
+        if self.trainer is not None and not self._warned:
+            self._warned = True
+            rank_zero_warn(f"LatentDataModule: {text}")

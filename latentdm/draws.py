@@ -11,8 +11,6 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from latentdm.errors import UserError
-
 
 def sample_seed(seed: int, epoch: int, index: int | str, purpose: str) -> int:
     """The 63-bit seed of one sample for one purpose: a hash, so that neighbours share nothing."""
@@ -70,8 +68,21 @@ class Draws:
             yield generator.manual_seed(sample_seed(self.seed, self.epoch, i, purpose))
 
 
-def check_probability(owner: str, setting: str, value: float) -> float:
-    """``value``; ValueError, naming the class and the setting, unless it is a number in 0…1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise UserError(f"{owner}: {setting} must be a probability in 0…1, got {value!r}")
-    return float(value)
+class FreshDraws:
+    """Draws for samples without an id, such as those of a call by hand: every call gets its own.
+
+    They follow from the number of calls so far, so that a program that is run again draws the same.
+
+    Args:
+        seed: of the draws.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.calls = 0
+
+    def __call__(self, count: int) -> Draws:
+        """The draws of ``count`` samples."""
+        ids = [f"call{self.calls}.{row}" for row in range(count)]
+        self.calls += 1
+        return Draws(self.seed, 0, ids)

@@ -1,11 +1,21 @@
 """A user's mistake: an error of its own kind, told in one line. A bug keeps its traceback."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from hydra.errors import CompactHydraException, InstantiationException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+if TYPE_CHECKING:
+    from latentdm.config_errors import ConfigError, plain_errors
+
+__all__ = [
+    "ConfigError",
+    "MissingExtraError",
+    "RunError",
+    "UserError",
+    "UserTypeError",
+    "attributed",
+    "plain_errors",
+]
 
 
 class UserError(ValueError):
@@ -34,9 +44,11 @@ class MissingExtraError(UserError, ImportError):
     """A package that an extra of latentdm brings is not installed."""
 
 
-@contextmanager
-def attributed(owner: str) -> Iterator[None]:
+class attributed(ContextDecorator):  # a class: every batch enters two, and a generator costs more
     """Name the class on whose behalf something is done, in an error of code that serves many.
+
+    Args:
+        owner: the name of that class.
 
     Example:
         >>> with attributed("InpaintEncoder"):
@@ -44,58 +56,20 @@ def attributed(owner: str) -> Iterator[None]:
         Traceback (most recent call last):
         latentdm.errors.UserError: InpaintEncoder: pixels: the batch is empty
     """
-    try:
-        yield
-    except UserError as error:
-        if error.owner is None:
-            error.owner = owner
-        raise
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, UserError) and error.owner is None:
+            error.owner = self._owner
 
 
-class ConfigError(CompactHydraException):
-    """Of these Hydra prints the text alone; with ``HYDRA_FULL_ERROR=1`` what led to it as well."""
-
-
-@contextmanager
-def plain_errors(cfg: DictConfig) -> Iterator[None]:
-    """Tell what is wrong with the settings or the data without a page of traceback, inside of a Hydra app's ``main``.
-
-    Args:
-        cfg: the app's config, in which a missing value is looked up by the name that a person types.
-
-    Raises:
-        ConfigError: a value is missing, or latentdm found a `UserError`. Any other exception passes.
-
-    Example:
-        ``with plain_errors(cfg): train(cfg)``
-    """
-    try:
-        yield
-    except Exception as error:
-        text = _message(error, cfg)
-        if text is None:
-            raise
-        raise ConfigError(text)  # noqa: B904  # Hydra prints a cause of OmegaConf's; the context is kept for a full error
-
-
-def _message(error: Exception, cfg: DictConfig) -> str | None:
-    """The line to print; None for what may be a bug."""
-    if isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # Hydra wraps what a class raises
-    if isinstance(error, MissingMandatoryValue) and error.full_key:
-        name = _shortest_key(error.full_key, cfg)
-        return f"{name} has no value; give it one: {name}=…"
-    if isinstance(error, OmegaConfBaseException):
-        return " ".join(str(error).split())
-    return str(error) if isinstance(error, UserError) else None
-
-
-def _shortest_key(key: str, cfg: DictConfig) -> str:
-    """The shortest end of a key that has no value in ``cfg``: ``datamodule.encoder.vae.source`` → ``vae.source``."""
-    names = key.split(".")
-    for first in reversed(range(len(names))):
-        *group, name = names[first:]
-        node = OmegaConf.select(cfg, ".".join(group)) if group else cfg
-        if isinstance(node, DictConfig) and OmegaConf.is_missing(node, name):
-            return ".".join([*group, name])
-    return key
+def __getattr__(name: str) -> Any:
+    """What needs Hydra is imported on first use."""
+    if name in ("ConfigError", "plain_errors"):
+        return getattr(import_module("latentdm.config_errors"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ def require(module: str, extra: str, needed_by: str) -> Any:
         needed_by: what asked for it, as the subject of the error.
 
     Raises:
-        ImportError: the module is not installed.
+        MissingExtraError: the module is not installed; it is an ImportError as well.
     """
     try:
         return import_module(module)

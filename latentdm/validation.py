@@ -1,6 +1,6 @@
 """Checks of settings: each names the class, the setting and the value, and says what would be right."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from math import inf, isfinite
 from typing import Any
 
@@ -66,6 +66,19 @@ class Check:
                 return first, last
         bounds = f"of at least {low}" if high is None else f"in {_bound(low)}…{_bound(high)}"
         raise self.fail(setting, f"two integers {bounds}, in order", values, hint)
+
+    def numbers(
+        self,
+        setting: str,
+        values: Sequence[float],
+        expected: str,
+        valid: Callable[[float, float], bool],
+        hint: str = "",
+    ) -> tuple[float, float]:
+        """Two numbers for which ``valid(first, second)`` holds; ``expected`` says in words what that means."""
+        if _is_pair(values) and all(map(_is_number, values)) and valid(*values):
+            return float(values[0]), float(values[1])
+        raise self.fail(setting, f"two numbers {expected}", values, hint)
 
 
 def _is_number(value: object) -> bool:

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from latentdm.data import PixelDataset
-from latentdm.data.bucket_batches import BucketBatches, BucketLoader
-from latentdm.data.buckets import Buckets
+from latentdm.data import Buckets, PixelDataset
+from latentdm.data.loader import PixelLoader
+from latentdm.data.order import BucketBatches
 
 torch.set_num_threads(1)
 COUNT, BATCH, EPOCHS = 53, 4, 2
@@ -28,9 +28,9 @@ class Sizes(PixelDataset):
     def __len__(self):
         return COUNT
 
-    def sample(self, place, epoch):
-        width, height = PLAN.shape(*SIZES[place].tolist())
-        return {"pixels": torch.zeros(3, height, width, dtype=torch.uint8), "index": place, "epoch": epoch}
+    def sample(self, position, epoch):
+        width, height = PLAN.shape(*SIZES[position].tolist())
+        return {"pixels": torch.zeros(3, height, width, dtype=torch.uint8), "index": position, "epoch": epoch}
 
 
 class Data(LightningDataModule):
@@ -39,7 +39,7 @@ class Data(LightningDataModule):
     def loader(self, training):
         ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
         batches = BucketBatches(Sizes(), PLAN.bucket_of, BATCH, training, seed=3, **ranks)
-        return BucketLoader(Sizes(), batch_sampler=batches)
+        return PixelLoader(Sizes(), batch_sampler=batches)
 
     def train_dataloader(self):
         return self.loader(training=True)

@@ -120,19 +120,6 @@ class Photos(LightningDataModule):
     val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 
-class ByPlace:
-    """A loader that Python can iterate, and nobody can derive from."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __getitem__(self, place):
-        return self.batches[place]
-
-    def __len__(self):
-        return len(self.batches)
-
-
 class LatentModel(LightningModule):
     """Trains on latents alone and keeps every batch that a step received."""
 

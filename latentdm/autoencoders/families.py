@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdm.autoencoders.normalization import Normalization
-from latentdm.autoencoders.posterior import latent_of
-from latentdm.autoencoders.weights import first_weight
+from latentdm.autoencoders.posterior import Normalization, posterior_of
 from latentdm.errors import UserError, UserTypeError
+from latentdm.frozen.weights import first_weight
 
 
 def _decode(autoencoder: Any, z: Tensor) -> Tensor:
@@ -111,7 +110,7 @@ def _decode_vq(autoencoder: Any, z: Tensor) -> Tensor:
     return decoded
 
 
-_FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, Family] = {
     "AutoencoderKL": Family(
         spatial_compression=lambda autoencoder: _halvings(autoencoder.config.block_out_channels),
         latent_channels=_latent_channels,
@@ -178,7 +177,7 @@ _FAMILIES: dict[str, Family] = {
         decoder_parts=("decoder", "post_quant_conv", "quantize"),
     ),
 }
-_CLASSES: dict[str, type] = {}
+CLASSES: dict[str, type] = {}
 """Classes registered by users, which the loader cannot find in diffusers."""
 
 
@@ -187,7 +186,7 @@ _CLASSES: dict[str, type] = {}
 
 def known_families() -> Mapping[str, Family]:
     """Class name → what is known of it."""
-    return dict(_FAMILIES)
+    return dict(FAMILIES)
 
 
 def register_family(autoencoder: type | str, family: Family) -> None:
@@ -209,9 +208,9 @@ def register_family(autoencoder: type | str, family: Family) -> None:
         ... )
     """
     name = autoencoder if isinstance(autoencoder, str) else autoencoder.__name__
-    _FAMILIES[name] = family
+    FAMILIES[name] = family
     if not isinstance(autoencoder, str):
-        _CLASSES[name] = autoencoder
+        CLASSES[name] = autoencoder
 
 
 def class_named(name: object, owner: str) -> Any:
@@ -220,14 +219,14 @@ def class_named(name: object, owner: str) -> Any:
     Raises:
         ValueError: it is not known, or is not in the installed diffusers.
     """
-    if name not in _FAMILIES:
+    if name not in FAMILIES:
         raise UserError(
-            f"{owner} names the class {name!r}, which is not known; known are {', '.join(sorted(_FAMILIES))}. "
+            f"{owner} names the class {name!r}, which is not known; known are {', '.join(sorted(FAMILIES))}. "
             "Teach it with latentdm.register_family"
         )
     import diffusers
 
-    found = _CLASSES.get(name) or getattr(diffusers, name, None)
+    found = CLASSES.get(name) or getattr(diffusers, name, None)
     if found is None:
         raise UserError(
             f"{owner} names the class {name!r}, which diffusers {diffusers.__version__} does not have; install a newer "
@@ -244,8 +243,8 @@ def family_of(autoencoder: nn.Module) -> Family:
         TypeError: no autoencoder at all.
     """
     for base in type(autoencoder).__mro__:
-        if base.__name__ in _FAMILIES:
-            return _FAMILIES[base.__name__]
+        if base.__name__ in FAMILIES:
+            return FAMILIES[base.__name__]
     name = type(autoencoder).__name__
     if not isinstance(autoencoder, nn.Module) or not callable(getattr(autoencoder, "encode", None)):
         lacks = "has no encode method" if isinstance(autoencoder, nn.Module) else "is no torch.nn.Module"
@@ -255,7 +254,7 @@ def family_of(autoencoder: nn.Module) -> Family:
         )
     if any(base.__module__.startswith("diffusers.") for base in type(autoencoder).__mro__):
         raise UserError(
-            f"FrozenVAE: the class {name} is not known; known are {', '.join(sorted(_FAMILIES))}. "
+            f"FrozenVAE: the class {name} is not known; known are {', '.join(sorted(FAMILIES))}. "
             "Teach it with latentdm.register_family"
         )
     return _plain_family(autoencoder)
@@ -276,7 +275,7 @@ def _plain_family(autoencoder: Any) -> Family:
         parameter = first_weight(autoencoder)
         # A copy is tried, so that a module that counts or records its calls never hears of this one.
         with torch.no_grad():
-            trial = latent_of(deepcopy(autoencoder).eval().encode(parameter.new_zeros(1, 3, size, size)))
+            trial = posterior_of(deepcopy(autoencoder).eval().encode(parameter.new_zeros(1, 3, size, size)))
         factor, channels = factor or size // trial.mean.shape[-1], channels or trial.mean.shape[1]
-        has_posterior = trial.std is not None
+        has_posterior = trial.logvar is not None
     return Family(lambda _: int(factor), lambda _: int(channels), lambda _: scaled, has_posterior=has_posterior)

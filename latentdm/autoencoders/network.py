@@ -5,7 +5,8 @@ the spatial compression.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import prod
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentdm.autoencoders.families import Family, family_of
-from latentdm.autoencoders.posterior import Posterior, latent_of
-from latentdm.autoencoders.views import View, prepare
-from latentdm.autoencoders.weights import Weights
+from latentdm.autoencoders.images import Images, prepare
+from latentdm.autoencoders.posterior import Posterior, posterior_of
+from latentdm.frozen.weights import Weights
 
 
 class Network:
@@ -32,6 +33,8 @@ class Network:
         self._weights = weights
         self._patch = family.patch(autoencoder)
         self._image_channels = family.image_channels(autoencoder)
+        convolutions = (weight for weight in autoencoder.parameters() if weight.ndim in (4, 5))
+        self._first_channels = len(next(convolutions, ()))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the family, whose functions have no names to be pickled by."""
@@ -42,42 +45,45 @@ class Network:
         self._family = family_of(self._weights.original)
 
     def moments(
-        self, views: Sequence[View], chunk: slice, size: int, tiled: bool = False, full: bool = False
+        self, sets: Sequence[Images], rows: slice, size: int, tiled: bool = False, full: bool = False
     ) -> Posterior:
-        """Encode some rows of views that lie one behind the other.
+        """Encode some rows of sets of images that lie one behind the other, inside of `untracked`.
 
         Args:
-            views: images of one size.
-            chunk: which rows of theirs.
+            sets: images of one size.
+            rows: which of theirs.
             size: images that the autoencoder is given, at least as many as there are rows; the rest is zero.
             tiled: encode in tiles.
             full: in float32, from the weights as they came, and never compiled.
 
         Returns:
-            ``n z h/r w/r`` (clips ``n z f' h/r w/r``), before normalisation.
+            ``n z h/r w/r`` (clips ``n z f' h/r w/r``), before normalisation, in the dtype of the weights.
         """
-        family, weights, n = self._family, self._weights, chunk.stop - chunk.start
+        family, weights, n = self._family, self._weights, rows.stop - rows.start
         module: Any = weights.full if full else weights.module
         device, dtype = weights.first.device, torch.float32 if full else weights.first.dtype
         compilation = None if full else weights.compilation
         layout = weights.layout(dtype)
-        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
-            images = prepare(views, chunk, size, family.pixel_range, self._image_channels, device, dtype, layout)
-            one_frame = family.frame_axis and images.ndim == 4
-            if one_frame:
-                images = images.unsqueeze(2)
-            with _tiling(module) if tiled else _NOTHING, _no_autocast(images.device):
-                output = module.encode(images) if compilation is None else compilation.encode(module, images)
-            posterior = latent_of(output)
-            if size > n:
-                posterior = posterior.map(lambda moment: moment[:n])
-            if compilation is not None and compilation.replays:
-                posterior = posterior.map(torch.clone)  # the next chunk writes where these lie
-            if one_frame:
-                posterior = posterior.map(lambda moment: moment.squeeze(2))
-            if self._patch != 1:
-                posterior = posterior.map(lambda moment: F.pixel_unshuffle(moment, self._patch))
-            return posterior
+        images = prepare(sets, rows, size, family.pixel_range, self._image_channels, device, dtype, layout)
+        one_frame = family.frame_axis and images.ndim == 4
+        if one_frame:
+            images = images.unsqueeze(2)
+        with _tiling(module) if tiled else _NOTHING, _no_autocast(images.device):
+            output = module.encode(images) if compilation is None else compilation.encode(module, images)
+        posterior = posterior_of(output)
+        if size > n:
+            posterior = posterior.map(lambda moment: moment[:n])
+        if compilation is not None and compilation.replays:
+            posterior = posterior.map(torch.clone)  # the next chunk writes where these lie
+        if one_frame:
+            posterior = posterior.map(lambda moment: moment.squeeze(2))
+        if self._patch != 1:
+            posterior = posterior.map(lambda moment: F.pixel_unshuffle(moment, self._patch))
+        return posterior
+
+    def activation_bytes(self, size: Sequence[int]) -> int:
+        """Of the first convolution's output for one image ``h w`` (or ``f h w``): nothing later is larger by far."""
+        return self._first_channels * prod(size) * self._weights.first.element_size()
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -97,9 +103,21 @@ class Network:
 _NOTHING = nullcontext()
 
 
-def outside_inference_mode() -> Any:
-    """No inference tensor may reach training, nor make a compiled encoder compile again."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
+def untracked() -> AbstractContextManager[None]:
+    """Without gradients, and outside of inference mode.
+
+    No inference tensor may reach training, nor make a compiled encoder compile again. A context costs microseconds,
+    which a small batch feels: none is entered where there is nothing to change.
+    """
+    if torch.is_inference_mode_enabled():
+        return _untracked()
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+
+
+@contextmanager
+def _untracked() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():  # in this order: leaving inference mode turns gradients on
+        yield
 
 
 def _no_autocast(device: torch.device) -> Any:

@@ -8,6 +8,12 @@ from torch import Tensor
 
 from latentdm.errors import UserError
 
+Inputs = Mapping[str, Any]
+"""What a batch held on the device, under our names."""
+
+Outputs = Mapping[str, Tensor]
+"""What the stages made of it, under our names, in float32."""
+
 
 class EncodeCallback(Callback):
     """A callback that watches batches become latents. It observes, and changes nothing.
@@ -15,7 +21,7 @@ class EncodeCallback(Callback):
     `latentdm.LatentDataModule` calls its two hooks in every stage, on every rank and in the order of the callbacks.
 
     Raises:
-        ValueError: in ``setup``, the trainer has no `latentdm.LatentDataModule`.
+        UserError: in ``setup``, the trainer has no `latentdm.LatentDataModule`.
 
     Example:
         >>> class PrintShapes(EncodeCallback):
@@ -27,7 +33,7 @@ class EncodeCallback(Callback):
         """Check that there is something to watch."""
         encoder_of(trainer, type(self).__name__)
 
-    def on_encode_start(self, trainer: Trainer, pl_module: LightningModule, inputs: Mapping[str, Any]) -> None:
+    def on_encode_start(self, trainer: Trainer, pl_module: LightningModule, inputs: Inputs) -> None:
         """Called when a batch is on the device, before masks are made and images encoded.
 
         Args:
@@ -37,12 +43,7 @@ class EncodeCallback(Callback):
         """
 
     def on_encode_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        inputs: Mapping[str, Any],
-        outputs: Mapping[str, Tensor],
-        batch: Any,
+        self, trainer: Trainer, pl_module: LightningModule, inputs: Inputs, outputs: Outputs, batch: Any
     ) -> None:
         """Called when a batch is encoded, before the step receives it.
 
@@ -50,7 +51,7 @@ class EncodeCallback(Callback):
             trainer: the trainer.
             pl_module: the model.
             inputs: as for `on_encode_start`, with the ``mask`` that the mask source made.
-            outputs: the encoder's results under our names, in float32: ``latents``, …
+            outputs: what the stages wrote, under our names, in float32: ``latents``, …
             batch: as the step receives it, under the user's names.
         """
 
@@ -59,7 +60,7 @@ def encoder_of(trainer: Trainer, owner: str) -> Any:
     """The encoder of the trainer's data module.
 
     Raises:
-        ValueError: the data module has none.
+        UserError: the data module has none.
     """
     datamodule = getattr(trainer, "datamodule", None)
     encoder = getattr(datamodule, "encoder", None)
@@ -72,9 +73,9 @@ def encoder_of(trainer: Trainer, owner: str) -> Any:
 
 
 class LogSteps:
-    """Says at the end of a training batch whether its step is one that the trainer logs: once for each such step.
+    """Tells at the end of a training batch whether its step is one that the trainer logs, once for each such step.
 
-    A trainer that logs nothing (``log_every_n_steps=0``) is taken to log every 50 steps: alarms shall ring there too.
+    A trainer that logs nothing (``log_every_n_steps=0``) counts as one that logs every 50 steps: its alarms ring too.
     """
 
     def __init__(self) -> None:

@@ -1,16 +1,14 @@
 """`EncodeMonitor`: what encoding costs."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
 from latentdm.batch import PIXELS
-from latentdm.callbacks.base import EncodeCallback, LogSteps
+from latentdm.callbacks.base import EncodeCallback, Inputs, LogSteps, Outputs
 
 
 class EncodeMonitor(EncodeCallback):
@@ -29,8 +27,7 @@ class EncodeMonitor(EncodeCallback):
 
     Loggers write rank 0's. A run's first batch warms up and is left out. On a GPU times come from CUDA events, which
     are read at log steps only. List this callback before others that work in the same hooks, such as `LatentPreview`:
-    their time then counts as neither. With ``encode_ahead`` what is begun between the hooks is the next batch, and on a
-    GPU their time is what the step had to wait: neither says how fast the encoder is.
+    their time then counts as neither.
 
     Example:
         >>> Trainer(callbacks=[EncodeMonitor()]).fit(model, datamodule=dm)  # doctest: +SKIP
@@ -47,37 +44,32 @@ class EncodeMonitor(EncodeCallback):
         self._steps = LogSteps()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew."""
+        """Forget earlier fits."""
         self.totals, self._window, self._now, self._warm, self._steps = Costs(), [], None, False, LogSteps()
 
-    def on_encode_start(self, trainer: Trainer, pl_module: LightningModule, inputs: Mapping[str, Any]) -> None:
-        """Take the time."""
+    def on_encode_start(self, trainer: Trainer, pl_module: LightningModule, inputs: Inputs) -> None:
+        """Mark where encoding starts."""
         if trainer.training:
             self._now = _Times(pl_module.device, len(inputs[PIXELS]), _vae(trainer).chunks)
             self._now.mark()
 
     def on_encode_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        inputs: Mapping[str, Any],
-        outputs: Mapping[str, Tensor],
-        batch: Any,
+        self, trainer: Trainer, pl_module: LightningModule, inputs: Inputs, outputs: Outputs, batch: Any
     ) -> None:
-        """Take the time."""
+        """Mark where encoding ends."""
         if trainer.training and self._now is not None:
             self._now.mark()
             self._now.chunks = _vae(trainer).chunks - self._now.chunks
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Take the time."""
+        """Mark where the step starts."""
         if self._now is not None:
             self._now.mark()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the time; at log steps read and log."""
+        """Mark where the step ends, and log at log steps."""
         if self._now is not None:
             self._now.mark()
             if self._warm:
@@ -95,7 +87,7 @@ class EncodeMonitor(EncodeCallback):
             pl_module.log_dict(metrics, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the last batches as well."""
+        """Add the batches since the last log step to the totals."""
         self._read()
 
     def _read(self) -> "Costs":
@@ -113,11 +105,11 @@ class Costs:
     """Sums over batches.
 
     Args:
-        batches: how many.
-        images: how many.
-        chunks: how many.
-        encode_s: seconds in the hook.
-        step_s: seconds in the step.
+        batches: their number.
+        images: their number.
+        chunks: passes of the autoencoder.
+        encode_s: seconds of encoding.
+        step_s: seconds of steps.
     """
 
     batches: int = 0
@@ -133,7 +125,7 @@ class Costs:
         return 100 * self.encode_s / whole if whole else 0.0
 
     def metrics(self) -> dict[str, float]:
-        """As they are logged."""
+        """Metric → value, as logged."""
         return {
             "encode/images_per_s": self.images / self.encode_s if self.encode_s else 0.0,
             "encode/batch_ms": 1000 * self.encode_s / self.batches,
@@ -166,7 +158,7 @@ class _Times:
         self._marks: list[Any] = []
 
     def mark(self) -> None:
-        """Now; on a GPU when its queue gets here, without waiting for it."""
+        """Record this moment; on a GPU the one at which its queue gets here, without waiting for it."""
         if self._cuda:
             event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
@@ -175,7 +167,7 @@ class _Times:
             self._marks.append(perf_counter())
 
     def seconds(self) -> tuple[float, float]:
-        """Of the hook and of the step."""
+        """Seconds of encoding and of the step."""
         start, end, step_start, step_end = self._marks
         if not self._cuda:
             return end - start, step_end - step_start

@@ -1,19 +1,17 @@
 """`LatentPreview`: what the model sees, as a picture, while it trains."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from latentdm.batch import Key
-from latentdm.callbacks.base import EncodeCallback
-from latentdm.callbacks.images import folder_of, publish
-from latentdm.errors import UserError
+from latentdm.callbacks.base import EncodeCallback, Inputs, Outputs
 from latentdm.preview import captions_of, preview
+from latentdm.preview.publish import folder_of, publish
+from latentdm.validation import Check
 
 
 class LatentPreview(EncodeCallback):
@@ -27,12 +25,12 @@ class LatentPreview(EncodeCallback):
     Args:
         every_n_steps: optimizer steps from one picture to the next.
         samples: rows, the first ones of the batch.
-        caption: where the batch has its captions, a key or the position in a tuple; None looks at ``caption``,
-            ``captions``, ``text``, ``prompt`` and ``name``.
+        caption: where the batch has the titles of the rows, a key or the position in a tuple; None looks at ``name``,
+            ``caption``, ``captions``, ``text`` and ``prompt``.
         dirpath: folder of the pictures; None is ``previews`` in the trainer's log folder.
 
     Raises:
-        ValueError: a value out of range.
+        UserError: a value out of range.
 
     Example:
         >>> Trainer(callbacks=[LatentPreview(every_n_steps=500)]).fit(model, datamodule=dm)  # doctest: +SKIP
@@ -45,31 +43,24 @@ class LatentPreview(EncodeCallback):
         caption: Key | None = None,
         dirpath: str | Path | None = None,
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("samples", samples)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"LatentPreview: {name} must be an integer of at least 1, got {value!r}")
-        self.every_n_steps = every_n_steps
-        self.samples = samples
+        check = Check("LatentPreview")
+        self.every_n_steps = check.integer("every_n_steps", every_n_steps, 1)
+        self.samples = check.integer("samples", samples, 1)
         self.caption = caption
         self.dirpath = dirpath
         self._folder = Path()
         self._drawn: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settle where the pictures go."""
+        """Choose the folder of the pictures."""
         super().setup(trainer, pl_module, stage)
         self._folder = folder_of(trainer, self.dirpath, "previews")
         self._drawn = None
 
     def on_encode_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        inputs: Mapping[str, Any],
-        outputs: Mapping[str, Tensor],
-        batch: Any,
+        self, trainer: Trainer, pl_module: LightningModule, inputs: Inputs, outputs: Outputs, batch: Any
     ) -> None:
-        """Draw this batch if its step's turn has come."""
+        """Draw the batch in a step that is one of ``every_n_steps``."""
         step = trainer.global_step
         if not trainer.is_global_zero or not trainer.training or step == self._drawn:
             return

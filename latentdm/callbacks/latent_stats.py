@@ -3,7 +3,7 @@
 Shapes: ``b`` batch, ``z`` latent channels, ``n`` batches of a window.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,16 +11,20 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from latentdm.alarms import MASK_RANGE, STD_RANGE, latent_std_alarm, mask_alarm
+from latentdm.alarms import (
+    MASK_RANGE,
+    STD_RANGE,
+    latent_std_alarm,
+    mask_alarm,
+    repeated_batches_alarm,
+    repeated_ranks_alarm,
+)
 from latentdm.batch import LATENTS, NOISE_MASK, PIXELS
-from latentdm.callbacks.base import EncodeCallback, LogSteps
-from latentdm.errors import UserError
+from latentdm.callbacks.base import EncodeCallback, Inputs, LogSteps, Outputs
+from latentdm.validation import Check
 
-ENOUGH = 8
-"""Batches that an alarm needs at least; the first look is taken after so many, whatever the log steps."""
-
-HALF = 0.5
-"""Repeats count as wrong from this share on: a few come with samplers that draw with replacement."""
+MIN_BATCHES = 8
+"""Batches that an alarm needs; after as many the first alarms ring, whatever the log steps."""
 
 
 class LatentStats(EncodeCallback):
@@ -36,8 +40,8 @@ class LatentStats(EncodeCallback):
     nearly always empty or full; latents that repeat from batch to batch in an epoch; images that are the same on
     several ranks in the same step.
 
-    Figures are over the training batches since the last log step (eight at least) and are gathered on the device; they
-    are looked at after eight batches and then at the trainer's log steps. Loggers write rank 0's.
+    Figures are over the training batches since the last log step (eight at least) and are gathered on the device. They
+    are checked after eight batches and then at the trainer's log steps. Loggers write rank 0's.
 
     Args:
         std_range: the lowest and the highest standard deviation without a warning.
@@ -45,7 +49,7 @@ class LatentStats(EncodeCallback):
         per_channel: log each channel as well.
 
     Raises:
-        ValueError: a range is out of order.
+        UserError: a range is out of order.
 
     Example:
         >>> Trainer(callbacks=[LatentStats()]).fit(model, datamodule=dm)  # doctest: +SKIP
@@ -57,52 +61,48 @@ class LatentStats(EncodeCallback):
         mask_range: Sequence[float] = MASK_RANGE,
         per_channel: bool = True,
     ) -> None:
-        self.std_range = _range("std_range", std_range)
-        self.mask_range = _range("mask_range", mask_range)
+        check, order = Check("LatentStats"), "of at least 0, the second larger"
+        self.std_range = check.numbers("std_range", std_range, order, lambda low, high: 0 <= low < high)
+        self.mask_range = check.numbers("mask_range", mask_range, order, lambda low, high: 0 <= low < high)
         self.per_channel = per_channel
         self._window = _Window()
         self._steps = LogSteps()
-        self._looked = False
+        self._checked = False
         self._warned: set[str] = set()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew."""
-        self._window, self._steps, self._looked, self._warned = _Window(), LogSteps(), False, set()
+        """Forget earlier fits."""
+        self._window, self._steps, self._checked, self._warned = _Window(), LogSteps(), False, set()
 
     def on_encode_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        inputs: Mapping[str, Any],
-        outputs: Mapping[str, Tensor],
-        batch: Any,
+        self, trainer: Trainer, pl_module: LightningModule, inputs: Inputs, outputs: Outputs, batch: Any
     ) -> None:
-        """Gather figures, on the device."""
+        """Add the batch to the figures, on the device."""
         if trainer.training:
             self._window.add(inputs[PIXELS], outputs[LATENTS], outputs.get(NOISE_MASK), trainer.current_epoch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at them when it is time."""
-        logs, enough = self._steps.reached(trainer), self._window.batches >= ENOUGH
-        if not self._window.batches or not (logs or (enough and not self._looked)):
+        """Log the figures at log steps, and warn of what looks wrong."""
+        logs, enough = self._steps.reached(trainer), self._window.batches >= MIN_BATCHES
+        if not self._window.batches or not (logs or (enough and not self._checked)):
             return
         mean, std, shares = self._window.read()
         if logs:
             pl_module.log_dict(self._metrics(mean, std, shares), batch_size=1)
         if not enough:
             return
-        self._looked = True
+        self._checked = True
         self._warn("std", latent_std_alarm(_overall(std), self.std_range))
         if len(shares):
             low, high = self.mask_range
             empty, full = float((shares < low).float().mean()), float((shares > high).float().mean())
             self._warn("masks", mask_alarm(empty, full, self.mask_range))
-        self._warn("batches", _repeated_batches(self._window.repeated()))
-        if "ranks" not in self._warned and _ranks_share_nothing(trainer):
+        self._warn("batches", repeated_batches_alarm(self._window.repeated()))
+        if "ranks" not in self._warned and _ranks_read_their_own(trainer):
             heads = trainer.strategy.all_gather(torch.stack(self._window.heads))
-            self._warn("ranks", _repeated_ranks(_repeats_across_ranks(heads)))
+            self._warn("ranks", repeated_ranks_alarm(_repeats_across_ranks(heads)))
         if logs:
             self._window = _Window()
 
@@ -135,7 +135,7 @@ class _Window:
         self._epochs: list[int] = []
 
     def add(self, pixels: Tensor, latents: Tensor, noise_mask: Tensor | None, epoch: int) -> None:
-        """Count a batch: ``b c H W``, ``b z …`` and ``b 1 h w``."""
+        """Add a batch: ``b c H W``, ``b z …`` and ``b 1 h w``."""
         self.batches += 1
         by_channel = latents.float().movedim(1, 0).flatten(1)
         variance, mean = torch.var_mean(by_channel, dim=1, correction=0)
@@ -169,7 +169,7 @@ def _fingerprints(images: Tensor) -> Tensor:
 
 
 def _rounded(value: float) -> float:
-    """The arithmetic of the batch's shape is forgotten, what tells samples apart is not."""
+    """Coarse enough to hide the arithmetic of the batch's shape, fine enough to tell samples apart."""
     return round(value, 4)
 
 
@@ -179,36 +179,11 @@ def _repeats_across_ranks(heads: Tensor) -> float:
     return float(same.any(0).float().mean())
 
 
-def _ranks_share_nothing(trainer: Trainer) -> bool:
-    """Whether each rank should read samples of its own: tensor parallelism, for one, has ranks that share theirs."""
+def _ranks_read_their_own(trainer: Trainer) -> bool:
+    """Whether each rank should read samples of its own; those of tensor parallelism read the same."""
     ranks = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
     return trainer.world_size > 1 and ranks == trainer.world_size
 
 
-def _repeated_batches(share: float) -> str | None:
-    if share < HALF:
-        return None
-    return (
-        f"{share:.0%} of the samples have latents that were there before in the same epoch, so that the model sees "
-        "little that is new; check the sampler, and that the dataset gives each sample its own image and index"
-    )
-
-
-def _repeated_ranks(share: float) -> str | None:
-    if share < HALF:
-        return None
-    return (
-        f"in {share:.0%} of the steps several ranks read the same image, so that they do the same work; check that the "
-        "sampler shares the dataset out (use_distributed_sampler=True, or a sampler with num_replicas and rank), and "
-        "that random crops are not seeded alike"
-    )
-
-
 def _overall(std: Tensor) -> float:
     return float(std.square().mean().sqrt())
-
-
-def _range(name: str, bounds: Sequence[float]) -> tuple[float, float]:
-    if isinstance(bounds, int | float) or len(bounds) != 2 or not 0 <= bounds[0] < bounds[1]:
-        raise UserError(f"LatentStats: {name} must be two numbers of at least 0, in order, got {bounds!r}")
-    return float(bounds[0]), float(bounds[1])

@@ -11,36 +11,37 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from latentdm.autoencoders.chunks import is_out_of_memory
-from latentdm.batch import LATENTS, MASKED_LATENTS, PIXELS, crop
-from latentdm.callbacks.base import EncodeCallback
+from latentdm.batch import LATENTS, MASKED_LATENTS, PIXELS
+from latentdm.callbacks.base import EncodeCallback, Inputs
 from latentdm.errors import UserError
+from latentdm.frozen.chunks import is_out_of_memory
+from latentdm.validation import Check
 
-MARGIN = 1.03
-"""A larger ``per_batch`` must be faster by this factor: the smaller one takes less memory."""
+MIN_SPEEDUP = 1.03
+"""A larger ``per_batch`` must be faster by this factor, as the smaller one takes less memory."""
 
-HOPELESS = 1.5
-"""After the first round, what is slower than the fastest by this factor is measured no further."""
+MAX_SLOWDOWN = 1.5
+"""What is slower than the fastest by this factor in the first round is not measured again."""
 
 
 class PerBatchFinder(EncodeCallback):
     """Sets the encoder's ``per_batch`` to the fastest that fits in memory, before a fit encodes its first batch.
 
-    Nothing is read ahead: when the first batch has arrived, sanity check included, 1, 2, 4, 8… images of its size and
-    all of its images at once go through the autoencoder, in its dtype, in interleaved rounds after one to warm up;
-    medians decide. What runs out of memory, and all that is larger, is left out. On a GPU room is kept for gradients
-    and two moments of every trained parameter, which may not be there yet. All ranks measure, as they will encode
-    together, and take rank 0's choice. The table that was measured is logged.
+    When the first batch has arrived, sanity check included, 1, 2, 4, 8… images of its size and all of its images go
+    through the autoencoder at once, in its dtype, in interleaved rounds after one to warm up; medians decide. What runs
+    out of memory, and all that is larger, is left out. On a GPU room is kept for gradients and two moments of every
+    trained parameter, which may not be there yet. All ranks measure, as they will encode together, and take rank 0's
+    choice. The table that was measured is logged.
 
     The result of encoding does not depend on ``per_batch`` beyond the arithmetic of the batch shape.
 
     Args:
         candidates: numbers of images to try; None takes the powers of two and the whole batch.
-        rounds: how often each is measured.
-        max_seconds: no new round starts after this time.
+        rounds: measurements of each.
+        max_seconds: no new round starts after this time; the first one is always measured.
 
     Raises:
-        ValueError: a value out of range; in the run, not even the smallest candidate fits in memory.
+        UserError: a value out of range; in the run, not even the smallest candidate fits in memory.
 
     Example:
         >>> Trainer(callbacks=[PerBatchFinder()]).fit(model, datamodule=dm)  # doctest: +SKIP
@@ -50,35 +51,30 @@ class PerBatchFinder(EncodeCallback):
     """
 
     def __init__(self, candidates: Sequence[int] | None = None, rounds: int = 3, max_seconds: float = 60.0) -> None:
-        if candidates is not None and (
-            not candidates or any(type(candidate) is not int or candidate < 1 for candidate in candidates)
-        ):
-            raise UserError(f"PerBatchFinder: candidates must be integers of at least 1, got {list(candidates)}")
-        if type(rounds) is not int or rounds < 1:
-            raise UserError(f"PerBatchFinder: rounds must be an integer of at least 1, got {rounds!r}")
-        if max_seconds <= 0:
-            raise UserError(f"PerBatchFinder: max_seconds must be above 0, got {max_seconds!r}")
-        self.candidates = candidates
-        self.rounds = rounds
-        self.max_seconds = max_seconds
+        check = Check("PerBatchFinder")
+        if candidates is not None and not (isinstance(candidates, Sequence) and candidates):
+            raise check.fail("candidates", "a list of integers of at least 1", candidates)
+        self.candidates = candidates and [check.integer("candidates", candidate, 1) for candidate in candidates]
+        self.rounds = check.integer("rounds", rounds, 1)
+        self.max_seconds = check.number("max_seconds", max_seconds, 0.001)
         self.table: dict[int, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew."""
+        """Forget earlier fits."""
         self.table = {}
 
-    def on_encode_start(self, trainer: Trainer, pl_module: LightningModule, inputs: Mapping[str, Any]) -> None:
+    def on_encode_start(self, trainer: Trainer, pl_module: LightningModule, inputs: Inputs) -> None:
         """Measure, once a fit.
 
         Raises:
-            ValueError: not even the smallest candidate fits in memory.
+            UserError: not even the smallest candidate fits in memory.
         """
         if self.table or trainer.state.fn != TrainerFn.FITTING:
             return
         encoder = trainer.datamodule.encoder  # type: ignore[attr-defined]
         vae = encoder.vae
         views = sum(key in (LATENTS, MASKED_LATENTS) for key in encoder.channels)
-        shape = (3, *crop(inputs[PIXELS], vae.spatial_compression).shape[2:])
+        shape = (3, *encoder.crop(inputs[PIXELS]).shape[2:])
         self.table = self._measure(vae, self._choices(views * len(inputs[PIXELS])), shape, _reserve(pl_module))
         encoder.per_batch = trainer.strategy.broadcast(fastest(self.table))
         rank_zero_info(self._text(shape, vae, encoder.per_batch))
@@ -110,7 +106,7 @@ class PerBatchFinder(EncodeCallback):
                 )
             if turn == 1:
                 best = min(seconds[choice][0] for choice in choices)
-                choices = [choice for choice in choices if seconds[choice][0] <= best * HOPELESS]
+                choices = [choice for choice in choices if seconds[choice][0] <= best * MAX_SLOWDOWN]
         if vae.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(vae.device)
         return {choice: median(times) for choice, times in sorted(seconds.items())}
@@ -127,7 +123,7 @@ class PerBatchFinder(EncodeCallback):
 
 def fastest(table: Mapping[int, float]) -> int:
     """The smallest ``per_batch`` that is within 3 % of the fastest; of ``per_batch`` → seconds an image."""
-    limit = min(table.values()) * MARGIN
+    limit = min(table.values()) * MIN_SPEEDUP
     return min(choice for choice, seconds in table.items() if seconds <= limit)
 
 

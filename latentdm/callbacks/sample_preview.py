@@ -12,18 +12,24 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from latentdm.batch import LATENTS, Key, rebuild
-from latentdm.callbacks.base import EncodeCallback
-from latentdm.callbacks.images import folder_of, publish
+from latentdm.callbacks.base import EncodeCallback, Inputs, Outputs, encoder_of
 from latentdm.errors import UserError
 from latentdm.preview import before_and_after, captions_of
+from latentdm.preview.publish import folder_of, publish
+from latentdm.tensors import describe
+from latentdm.validation import Check
+
+TOLERANCE = 0.01
+"""How far beyond 0…1 pixels may lie: resizing and half precision overshoot by less than two 8-bit levels."""
 
 
 class SamplePreview(EncodeCallback):
     """Lets the model sample the first validation batch, at every validation, and draws before and after.
 
-    One row a sample: the image, the masked image, what the model sampled, and that in the place of the masked part.
-    The model's ``predict_step`` is called with the first samples of the batch, as it came from the data module, and
-    returns latents. The picture is written as ``step_000500.png`` and sent to the trainer's loggers as
+    One row a sample: the image, the masked image, what the model sampled, and the image with its masked part from the
+    sample. The model's ``predict_step`` is called with the first samples of the batch, as it came from the data module,
+    and returns latents ``b z h/r w/r``, or pixels ``b 3 h w`` float in 0…1, as a model that samples through a diffusers
+    pipeline has them. The picture is written as ``step_000500.png`` and sent to the trainer's loggers as
     `LatentPreview`'s is. Every rank samples, for a sharded model needs them all; rank 0 draws. Training goes on with
     the random numbers that it would have drawn.
 
@@ -33,8 +39,8 @@ class SamplePreview(EncodeCallback):
         dirpath: folder of the pictures; None is ``samples`` in the trainer's log folder.
 
     Raises:
-        ValueError: a value out of range; in ``setup``, the model has no ``predict_step`` or the autoencoder no
-            decoder; in validation, ``predict_step`` returns no latents.
+        UserError: a value out of range; in ``setup``, the model has no ``predict_step``; in validation,
+            ``predict_step`` returns neither latents nor pixels, or latents where the autoencoder has no decoder.
 
     Example:
         >>> Trainer(callbacks=[SamplePreview()]).validate(model, datamodule=dm)  # doctest: +SKIP
@@ -44,43 +50,34 @@ class SamplePreview(EncodeCallback):
     """
 
     def __init__(self, samples: int = 4, caption: Key | None = None, dirpath: str | Path | None = None) -> None:
-        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-            raise UserError(f"SamplePreview: samples must be an integer of at least 1, got {samples!r}")
-        self.samples = samples
+        self.samples = Check("SamplePreview").integer("samples", samples, 1)
         self.caption = caption
         self.dirpath = dirpath
         self.latest: Path | None = None
         self._folder = Path()
-        self._encoded: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None = None
-        self._waits = False
+        self._encoded: tuple[Inputs, Outputs] | None = None
+        self._awaits_batch = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the model and the autoencoder, and settle where the pictures go."""
+        """Check the model, and choose the folder of the pictures."""
         super().setup(trainer, pl_module, stage)
         if not is_overridden("predict_step", pl_module, LightningModule):
             raise UserError(
-                f"SamplePreview: {type(pl_module).__name__} has no predict_step; let it sample latents for a batch, or "
-                "remove the callback"
+                f"SamplePreview: {type(pl_module).__name__} has no predict_step; let it sample latents or pixels for a "
+                "batch, or remove the callback"
             )
-        if not trainer.datamodule.encoder.vae.can_decode:  # type: ignore[attr-defined]
-            raise UserError("SamplePreview: the autoencoder has no decoder; keep it: encoder_only=false")
         self._folder = folder_of(trainer, self.dirpath, "samples")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wait for the first batch."""
-        self._waits = True
+        """Await the first batch."""
+        self._awaits_batch = True
 
     def on_encode_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        inputs: Mapping[str, Any],
-        outputs: Mapping[str, Tensor],
-        batch: Any,
+        self, trainer: Trainer, pl_module: LightningModule, inputs: Inputs, outputs: Outputs, batch: Any
     ) -> None:
-        """Keep the first batch until it was validated."""
-        if self._waits and trainer.validating:
-            self._waits, self._encoded = False, (inputs, outputs)
+        """Keep the first batch until it is validated."""
+        if self._awaits_batch and trainer.validating:
+            self._awaits_batch, self._encoded = False, (inputs, outputs)
 
     def on_validation_batch_end(
         self,
@@ -94,7 +91,7 @@ class SamplePreview(EncodeCallback):
         """Sample and draw.
 
         Raises:
-            ValueError: ``predict_step`` returned something else than latents.
+            UserError: ``predict_step`` returned neither latents nor pixels.
         """
         if self._encoded is None:
             return
@@ -103,30 +100,49 @@ class SamplePreview(EncodeCallback):
         n = min(self.samples, b)
         with isolate_rng(), trainer.precision_plugin.predict_step_context():
             sampled = pl_module.predict_step(_first(batch, n, b), batch_idx)
-        expected = (n, *encoded[LATENTS].shape[1:])
-        if not isinstance(sampled, Tensor) or tuple(sampled.shape) != expected:
-            got = tuple(sampled.shape) if isinstance(sampled, Tensor) else type(sampled).__name__
-            raise UserError(
-                f"SamplePreview: {type(pl_module).__name__}.predict_step must return latents of shape {expected}, "
-                f"got {got}"
-            )
+        encoder = encoder_of(trainer, "SamplePreview")
+        _check_samples(sampled, n, encoded[LATENTS], encoder.vae, f"{type(pl_module).__name__}.predict_step")
         if not trainer.is_global_zero:
             return
         try:
             captions = captions_of(batch, self.caption)
-            picture = before_and_after(trainer.datamodule.encoder, inputs, encoded, sampled, captions)  # type: ignore[attr-defined]
+            picture = before_and_after(encoder, inputs, encoded, sampled, captions)
         except torch.OutOfMemoryError:
             rank_zero_warn("SamplePreview: no memory to decode a sample; this picture is skipped")
             return
         self.latest = publish(picture, self._folder, "samples", trainer)
 
 
+def _check_samples(sampled: Any, n: int, latents: Tensor, vae: Any, step: str) -> None:
+    """Raise UserError unless these are ``n`` latents that can be decoded, or pixels in 0…1."""
+    of_latents = (n, *latents.shape[1:])
+    of_pixels = (n, 3, *(side * vae.spatial_compression for side in latents.shape[-2:]))
+    shape = tuple(sampled.shape) if isinstance(sampled, Tensor) else None
+    if shape not in (of_latents, of_pixels) or not sampled.is_floating_point():
+        raise UserError(
+            f"SamplePreview: {step} must return latents of shape {of_latents}, or float pixels in 0…1 of shape "
+            f"{of_pixels}, got {describe(sampled)}"
+        )
+    if shape == of_latents:
+        if not vae.can_decode:
+            raise UserError(
+                f"SamplePreview: {step} returns latents, and the autoencoder has no decoder; keep it "
+                "(encoder_only=false), or return pixels"
+            )
+        return
+    low, high = (float(bound) for bound in sampled.aminmax())
+    if low < -TOLERANCE or high > 1 + TOLERANCE:
+        raise UserError(
+            f"SamplePreview: {step} must return pixels in 0…1, got {low:.3g}…{high:.3g}; for −1…1: (x + 1) / 2"
+        )
+
+
 def _first(batch: Any, n: int, b: int) -> Any:
     """The first ``n`` of ``b`` samples, of everything in a batch that has one value a sample."""
-    places = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+    items = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
     cut = {
-        place: value[:n]
-        for place, value in places
+        key: value[:n]
+        for key, value in items
         if isinstance(value, Tensor | list | tuple)
         and not (isinstance(value, Tensor) and not value.ndim)
         and len(value) == b

@@ -1,13 +1,17 @@
-"""Pixel data modules: uint8 images, and masks where there are some, drawn per sample from (seed, epoch, index)."""
+"""Pixel data modules: uint8 images, with masks and sources if they have any, drawn from (seed, epoch, index)."""
 
-from latentdm.data.base import EpochSampler, PixelDataModule, PixelDataset
+from latentdm.data.buckets import Buckets
+from latentdm.data.dataset import PixelDataset
 from latentdm.data.folder import ImageFolderData
 from latentdm.data.huggingface import HuggingFaceData
+from latentdm.data.module import PixelDataModule
+from latentdm.data.order import EpochSampler
 from latentdm.data.samples import SamplesData
 from latentdm.data.skips import SampleError
 from latentdm.data.webdataset import WebDatasetData
 
 __all__ = [
+    "Buckets",
     "EpochSampler",
     "HuggingFaceData",
     "ImageFolderData",

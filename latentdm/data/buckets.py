@@ -8,8 +8,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from latentdm.data.base import check_at_least
 from latentdm.errors import UserError
+from latentdm.validation import Check
 
 Size = tuple[int, int]
 
@@ -43,14 +43,12 @@ class Buckets:
         max_side: int | None = None,
         min_images: int = 1,
     ) -> None:
-        check_at_least(1, "Buckets", area=area, step=step, min_images=min_images)
-        sides = {"min_side": min_side, "max_side": max_side}
-        check_at_least(1, "Buckets", **{setting: side for setting, side in sides.items() if side is not None})
-        self.area = area
-        self.step = step
-        self.min_side = math.isqrt(area) // 2 if min_side is None else min_side
-        self.max_side = math.isqrt(area) * 2 if max_side is None else max_side
-        self.min_images = min_images
+        check = Check("Buckets")
+        self.area = check.integer("area", area, 1)
+        self.step = check.integer("step", step, 1)
+        self.min_side = math.isqrt(area) // 2 if min_side is None else check.integer("min_side", min_side, 1)
+        self.max_side = math.isqrt(area) * 2 if max_side is None else check.integer("max_side", max_side, 1)
+        self.min_images = check.integer("min_images", min_images, 1)
         self.shapes = self._shapes()
         if not self.shapes:
             raise UserError(
@@ -93,7 +91,7 @@ class Buckets:
             if counts[smallest] >= self.min_images or (counts > 0).sum() == 1:
                 return plan
             merged.append((shapes[smallest], int(counts[smallest])))
-            shapes = [shape for place, shape in enumerate(shapes) if counts[place] and place != smallest]
+            shapes = [shape for bucket, shape in enumerate(shapes) if counts[bucket] and bucket != smallest]
 
 
 class BucketPlan:
@@ -105,7 +103,7 @@ class BucketPlan:
         merged: the buckets that were given up, and how many images each had.
 
     Attributes:
-        bucket_of: ``n`` int32: each image's bucket, a place in ``shapes``.
+        bucket_of: ``n`` int32: each image's bucket, an index into ``shapes``.
         counts: the number of images of each bucket.
     """
 
@@ -116,24 +114,23 @@ class BucketPlan:
         self.merged = merged
         aspects = np.log([width / height for width, height in shapes])
         self._between = (aspects[1:] + aspects[:-1]) / 2
-        self.bucket_of = self.places(sizes)
+        self.bucket_of = self.buckets(sizes)
         self.counts = np.bincount(self.bucket_of, minlength=len(shapes))
 
     def shape(self, width: int, height: int) -> Size:
         """The size to which an image of this size is cropped."""
-        return self.shapes[int(self.places(np.array([[width, height]]))[0])]
+        return self.shapes[int(self.buckets(np.array([[width, height]]))[0])]
 
-    def places(self, sizes: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
-        """The buckets of images of these sizes, ``n 2``: ``n``, places in ``shapes``."""
+    def buckets(self, sizes: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+        """The bucket of each of some images, given their sizes ``n 2``: ``n`` indexes into ``shapes``."""
         return np.searchsorted(self._between, np.log(sizes[:, 0] / sizes[:, 1])).astype(np.int32)
 
-    def table(self, owner: str) -> str:
+    def table(self) -> str:
         """The number of images of each bucket, for a person to read."""
-        used = [place for place, count in enumerate(self.counts) if count]
-        lines = [f"{owner}: {int(self.counts.sum())} images in {len(used)} buckets", "    width × height    images"]
-        for place in used:
-            width, height = self.shapes[place]
-            lines.append(f"    {width:>5} × {height:<6}  {self.counts[place]:>8}")
+        used = [(shape, count) for shape, count in zip(self.shapes, self.counts, strict=True) if count]
+        lines = [f"{int(self.counts.sum())} images in {len(used)} buckets", "    width × height    images"]
+        for (width, height), count in used:
+            lines.append(f"    {width:>5} × {height:<6}  {count:>8}")
         for (width, height), count in self.merged:
             lines.append(f"    {width:>5} × {height:<6}  {count:>8} too few: merged into the nearest bucket")
         return "\n".join(lines)

@@ -26,31 +26,36 @@ import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
-from latentdm.data.images import read_size
+from latentdm.data.decode import read_size
 from latentdm.data.metadata import CAPTION
 from latentdm.data.skips import SampleError
 from latentdm.errors import RunError
 
-VERSION = 2
-"""Of the file's layout; another one is built anew."""
+VERSION = 3
+"""Of the file's layout; an index of another one is built anew."""
+
+NAMES = ("name", "mask", "source", "caption")
+"""The columns that hold a file's name: as bytes, because it need not be UTF-8."""
 
 SCHEMA = pa.schema(
     {
-        "name": pa.large_binary(),  # of bytes: a file name need not be UTF-8
+        "name": pa.large_binary(),
         "size": pa.int64(),
         "mtime": pa.int64(),
         "mask": pa.large_binary(),
+        "source": pa.large_binary(),
         "caption": pa.large_binary(),
         "columns": pa.large_binary(),
         "hash": pa.float64(),
     }
 )
 
-SETTLED = 2.0
+SETTLED_S = 2.0
 """Seconds after which a folder's time of change is trusted to differ from that of the next change."""
 
-CHECKED = 200
-"""Files whose size and time are compared when an index is opened; each folder's are, and so a file come or gone."""
+CHECKED_FILES = 200
+"""How many files' sizes and times are compared when an index is opened. Those of every folder are, which shows a file
+that has come or gone."""
 
 SUM_BYTES = 4
 """At the end of a kept file: the CRC-32 of all before it. Arrow trusts a file, and a broken one can end the process."""
@@ -65,9 +70,10 @@ class Entry:
 
     Attributes:
         name: its path inside the folder, with ``/`` on every system.
-        size: of the file in bytes; −1 where it cannot be told.
+        size: of the file in bytes; −1 where it is unknown.
         mtime: when it was changed last, in nanoseconds.
         mask: the name of its mask.
+        source: the name of the picture that the model is shown in its stead.
         caption: the name of the file with its caption.
         columns: what a metadata file says of it.
     """
@@ -76,6 +82,7 @@ class Entry:
     size: int = -1
     mtime: int = 0
     mask: str | None = None
+    source: str | None = None
     caption: str | None = None
     columns: Mapping[str, Any] | None = None
 
@@ -112,18 +119,20 @@ class FolderIndex:
     def __getitem__(self, row: int) -> Entry:
         """The image in one row."""
         value = {name: column[row].as_py() for name, column in self._columns.items()}
-        mask, caption = (None if value[key] is None else os.fsdecode(value[key]) for key in ("mask", "caption"))
-        columns = None if value["columns"] is None else json.loads(value["columns"])
-        return Entry(os.fsdecode(value["name"]), value["size"], value["mtime"], mask, caption, columns)
+        del value["hash"]
+        for name in NAMES:
+            value[name] = None if value[name] is None else os.fsdecode(value[name])
+        value["columns"] = None if value["columns"] is None else json.loads(value["columns"])
+        return Entry(**value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.file is not None:
-            return _again, (self.root, self.file, self.identity)
+            return _reopened, (self.root, self.file, self.identity)
         return FolderIndex, (self.root, pa.table(self._columns).replace_schema_metadata(self._metadata))
 
     @property
     def identity(self) -> bytes:
-        """Of the build: tells an index from one that was built later."""
+        """The id of the build, which distinguishes an index from one that was built later."""
         identity: bytes = self._metadata[b"id"]
         return identity
 
@@ -133,10 +142,9 @@ class FolderIndex:
         watched: dict[str, list[int]] = json.loads(self._metadata[b"watched"])
         return watched
 
-    @property
-    def masked(self) -> bool:
-        """Whether any image has a mask."""
-        return bool(self._columns["mask"].null_count < len(self))
+    def any_has(self, companion: str) -> bool:
+        """Whether any image has a ``mask``, or a ``source``."""
+        return bool(self._columns[companion].null_count < len(self))
 
     @property
     def hashes(self) -> npt.NDArray[np.float64]:
@@ -144,11 +152,11 @@ class FolderIndex:
         hashes: npt.NDArray[np.float64] = self._columns["hash"].to_numpy(zero_copy_only=False)
         return hashes
 
-    def image_sizes(self, owner: str) -> npt.NDArray[np.int32]:
+    def image_sizes(self) -> npt.NDArray[np.int32]:
         """``n 2``: width and height of each image, from its head, in parallel; 0 where it cannot be read."""
         # Reading silences warnings, which threads do side by side: the last to end may leave them silent.
         with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
-            sizes = pool.map(partial(_image_size, self, owner), range(len(self)))
+            sizes = pool.map(partial(_image_size, self), range(len(self)))
             return np.array(list(tqdm(sizes, "reading sizes", len(self), leave=False)), dtype=np.int32).reshape(-1, 2)
 
 
@@ -159,7 +167,7 @@ def folder_index(
     cache: Path,
     least: int,
 ) -> FolderIndex:
-    """The index of a folder: opened where it is kept and still true, else built, and kept where it is large.
+    """The index of a folder: opened if it is kept and still true, else built, and kept if it is large.
 
     Args:
         root: the folder.
@@ -178,7 +186,7 @@ def folder_index(
     started = time.time_ns()
     entries, problems, watched = build()
     table = to_table(entries, problems, watched)
-    settled = all(started - mtime > SETTLED * 1e9 for mtime, _ in watched.values())
+    settled = all(started - mtime > SETTLED_S * 1e9 for mtime, _ in watched.values())
     if len(entries) < least or not settled:
         return FolderIndex(root, table)
     try:
@@ -197,11 +205,9 @@ def to_table(entries: Sequence[Entry], problems: Sequence[str], watched: Mapping
         return [None if value is None else os.fsencode(value) for value in values]
 
     data = {
-        "name": texts("name"),
+        **{name: texts(name) for name in NAMES},
         "size": [entry.size for entry in entries],
         "mtime": [entry.mtime for entry in entries],
-        "mask": texts("mask"),
-        "caption": texts("caption"),
         "columns": [None if entry.columns is None else json.dumps(entry.columns).encode() for entry in entries],
         "hash": [unit_hash(entry.name) for entry in entries],
     }
@@ -218,7 +224,7 @@ def unit_hash(name: str) -> float:
 
 
 def _keep(table: pa.Table, file: Path) -> None:
-    """Write an index beside its place and move it there at once: another process may be opening or writing it."""
+    """Write an index beside ``file`` and rename it at once: another process may be opening or writing it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(f".{uuid4().hex}")
     try:
@@ -233,7 +239,7 @@ def _keep(table: pa.Table, file: Path) -> None:
 
 
 def _kept(root: Path, file: Path) -> FolderIndex | None:
-    """The index in a file; None where there is none or it is broken."""
+    """The index in a file; None if it does not exist or is broken."""
     try:
         size = file.stat().st_size - SUM_BYTES
         with file.open("rb") as content:
@@ -251,7 +257,7 @@ def _mapped(root: Path, file: Path) -> FolderIndex:
     return FolderIndex(root, pa.ipc.open_file(content.slice(0, content.size - SUM_BYTES)).read_all(), file)
 
 
-def _again(root: Path, file: Path, identity: bytes) -> FolderIndex:
+def _reopened(root: Path, file: Path, identity: bytes) -> FolderIndex:
     """The index that another process has opened."""
     try:
         index = _mapped(root, file)
@@ -274,13 +280,13 @@ def _checksum(file: Path, size: int) -> bytes:
 
 def _is_true(index: FolderIndex) -> bool:
     """Whether folders, metadata files and some of the images still are what they were."""
-    rows = random.Random().sample(range(len(index)), min(CHECKED, len(index)))
+    rows = random.Random().sample(range(len(index)), min(CHECKED_FILES, len(index)))
     images = {entry.name: (entry.mtime, entry.size) for entry in map(index.__getitem__, rows)}
     return all(list(stamp(index.root / name)) == list(then) for name, then in {**index.watched, **images}.items())
 
 
 def stamp(path: Path | str) -> tuple[int, int]:
-    """A file's time of change in nanoseconds and its size; of a folder the time alone; (0, −1) where there is none."""
+    """A file's time of change in nanoseconds and its size; of a folder the time alone; (0, −1) if it does not exist."""
     try:
         status = os.stat(path)
     except OSError:
@@ -288,8 +294,8 @@ def stamp(path: Path | str) -> tuple[int, int]:
     return status.st_mtime_ns, (0 if os.path.isdir(path) else status.st_size)
 
 
-def _image_size(index: FolderIndex, owner: str, row: int) -> tuple[int, int]:
+def _image_size(index: FolderIndex, row: int) -> tuple[int, int]:
     try:
-        return read_size(index.root / index[row].name, owner)
+        return read_size(index.root / index[row].name)
     except SampleError:
         return 0, 0

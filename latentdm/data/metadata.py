@@ -19,46 +19,41 @@ FILE_NAME = "file_name"
 CAPTION_COLUMNS = ("caption", "text")
 """The columns that hold the caption unless a user names another one: the first that is there."""
 
-MASK_COLUMNS = ("mask", "mask_file_name")
-"""The same for the name of the mask."""
 
-
-def read_sidecar(path: Path, owner: str) -> dict[str, Any]:
+def read_sidecar(path: Path) -> dict[str, Any]:
     """The caption in a text file, or the columns of a JSON file, which may also be the caption alone.
 
     Raises:
         SampleError: the file is not UTF-8 or no JSON.
     """
-    text = _text(path, owner)
+    text = _text(path)
     if path.suffix.lower() != ".json":
         return {CAPTION: text.strip()}
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise SampleError(f"{owner}: cannot read {path}: it is no JSON ({error}); repair or remove the file") from error
+        raise SampleError(f"cannot read {path}: it is no JSON ({error}); repair or remove the file") from error
     if isinstance(content, str):
         return {CAPTION: content}
     if not isinstance(content, dict):
-        raise SampleError(f"{owner}: cannot read {path}: it holds neither an object nor a text; repair or remove it")
+        raise SampleError(f"cannot read {path}: it holds neither an object nor a text; repair or remove it")
     return rename(content, {}, CAPTION_COLUMNS, CAPTION)
 
 
-def read_metadata(path: Path, owner: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a metadata file, each with its line number, counted from 1.
 
     Raises:
         ValueError: the file is not UTF-8, a row is no object, or one lacks ``file_name``.
     """
-    lines = _text(path, owner).splitlines()
+    lines = _text(path).splitlines()
     if path.suffix.lower() == ".csv":
         rows: Iterator[tuple[int, Any]] = enumerate(csv.DictReader(lines), start=2)
     else:
-        rows = (
-            (number, _json(line, path, number, owner)) for number, line in enumerate(lines, start=1) if line.strip()
-        )
+        rows = ((number, _json(line, path, number)) for number, line in enumerate(lines, start=1) if line.strip())
     for number, row in rows:
         if not isinstance(row, dict) or not isinstance(row.get(FILE_NAME), str):
-            raise UserError(f"{owner}: {path}, line {number}: a row must have a column {FILE_NAME!r}, got {row!r}")
+            raise UserError(f"{path}, line {number}: a row must have a column {FILE_NAME!r}, got {row!r}")
         yield number, row
 
 
@@ -68,17 +63,17 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str], usual: tuple[str,
     return {name if column == theirs else column: value for column, value in row.items()}
 
 
-def _json(line: str, path: Path, number: int, owner: str) -> Any:
+def _json(line: str, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{owner}: {path}, line {number} is no JSON ({error}); repair it") from error
+        raise UserError(f"{path}, line {number} is no JSON ({error}); repair it") from error
 
 
-def _text(path: Path, owner: str) -> str:
+def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SampleError(f"{owner}: cannot read {path}: it is not UTF-8 ({error}); save it as UTF-8") from error
+        raise SampleError(f"cannot read {path}: it is not UTF-8 ({error}); save it as UTF-8") from error
     except OSError as error:
-        raise SampleError(f"{owner}: cannot read {path}: {error}; repair or remove the file") from error
+        raise SampleError(f"cannot read {path}: {error}; repair or remove the file") from error

@@ -1,23 +1,28 @@
 """Random crops of the photographs inside scikit-image: training data that needs no download."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from PIL import Image
 
-from latentdm.data.base import PixelDataModule, PixelDataset, Sample, check_at_least
-from latentdm.data.images import RESAMPLE, image_to_tensor
+from latentdm.data.dataset import PixelDataset, Sample
+from latentdm.data.decode import RESAMPLE, image_to_tensor
+from latentdm.data.geometry import Crop, size_columns
+from latentdm.data.module import PixelDataModule
 from latentdm.data.photographs import photographs
 from latentdm.draws import sample_generator
+from latentdm.validation import Check
 
 
+@dataclass(eq=False)
 class PhotographCrops(PixelDataset):
     """Crops of the sample photographs, which take turns.
 
     A crop is a square with a side between ``size`` and ``2·size`` pixels (or less, where the photograph is smaller),
     resized to ``size`` and mirrored half of the time.
 
-    Args:
+    Attributes:
         split: ``"train"`` draws each crop anew every epoch, ``"val"`` draws it once.
         size: side of the square images in pixels.
         count: crops an epoch.
@@ -25,34 +30,36 @@ class PhotographCrops(PixelDataset):
         seed: the crops follow from it.
     """
 
-    def __init__(self, split: Literal["train", "val"], size: int, count: int, first_index: int, seed: int) -> None:
-        self.split = split
-        self.size = size
-        self.count = count
-        self.first_index = first_index
-        self.seed = seed
+    split: Literal["train", "val"]
+    size: int
+    count: int
+    first_index: int
+    seed: int
 
     def __len__(self) -> int:
         """Crops an epoch."""
         return self.count
 
-    def sample(self, place: int, epoch: int) -> Sample:
-        """Crop number ``place``: ``pixels`` uint8 ``3 size size``, ``index``, ``name``."""
+    def sample(self, position: int, epoch: int) -> Sample:
+        """Crop number ``position``: ``pixels`` uint8 ``3 size size``, ``index``, ``name``, and its `size_columns`."""
         names = list(parts := photographs(self.split))
-        name = names[place % len(names)]
+        name = names[position % len(names)]
         photograph = parts[name]
         height, width = photograph.shape[:2]
         # Not from the index: the validation crops stay when epoch_length, and with it their index, changes.
-        key = f"{self.split}/{place}"
+        key = f"{self.split}/{position}"
         generator = sample_generator(self.seed, epoch if self.split == "train" else 0, key, "crop")
         short = min(height, width)
         side = _integer(min(self.size, short), min(2 * self.size, short), generator)
         top, left = (_integer(0, room - side, generator) for room in (height, width))
         crop = Image.fromarray(photograph[top : top + side, left : left + side])
         pixels = image_to_tensor(crop.resize((self.size, self.size), RESAMPLE))
-        if _integer(0, 1, generator):
+        mirrored = bool(_integer(0, 1, generator))
+        if mirrored:
             pixels = pixels.flip(-1)
-        return {"pixels": pixels, "index": self.first_index + place, "name": name}
+        full_width, full_height, left, top = (round(pixel * self.size / side) for pixel in (width, height, left, top))
+        sizes = size_columns(Crop(full_width, full_height, left, top, self.size, self.size, mirrored), width, height)
+        return {"pixels": pixels, "index": self.first_index + position, "name": name, **sizes}
 
 
 class SamplesData(PixelDataModule):
@@ -91,11 +98,10 @@ class SamplesData(PixelDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        check_at_least(1, "SamplesData", size=size, epoch_length=epoch_length)
-        check_at_least(0, "SamplesData", val_length=val_length)
-        self.size = size
-        self.epoch_length = epoch_length
-        self.val_length = val_length
+        check = Check(type(self).__name__)
+        self.size = check.integer("size", size, 1)
+        self.epoch_length = check.integer("epoch_length", epoch_length, 1)
+        self.val_length = check.integer("val_length", val_length, 0)
 
     def setup(self, stage: str | None = None) -> None:
         """Load the photographs (once a process; workers inherit them) and set the datasets, whatever the stage."""

@@ -12,7 +12,7 @@ from latentdm.errors import UserError
 
 
 class SampleError(UserError):
-    """One sample cannot be read; says which and why. With ``on_error="skip"`` another one takes its place."""
+    """One sample cannot be read; says which and why. With ``on_error="skip"`` another one replaces it."""
 
 
 class TooManySkipped(UserError, RuntimeError):
@@ -23,7 +23,6 @@ class Skips:
     """The samples that were skipped so far, by any worker of any rank.
 
     Args:
-        owner: the class that an error names.
         folder: where the lines go; made when the first sample is skipped.
         rank: of this process and its workers, which share a file.
         ranks: how many there are.
@@ -31,8 +30,7 @@ class Skips:
         total: the number of samples.
     """
 
-    def __init__(self, owner: str, folder: Path, rank: int, ranks: int, limit: float, total: int) -> None:
-        self.owner = owner
+    def __init__(self, folder: Path, rank: int, ranks: int, limit: float, total: int) -> None:
         self.folder = folder
         self.rank = rank
         self.ranks = ranks
@@ -42,13 +40,13 @@ class Skips:
         self._read: dict[int, int] = {}
         self._file(rank).unlink(missing_ok=True)  # of an earlier run
 
-    def add(self, name: str, why: str, passes: int = 1) -> None:
+    def add(self, name: str, why: str, new_epochs: int = 1) -> None:
         """Write a sample down, once however often it is skipped.
 
         Args:
             name: the sample.
             why: the text of its error.
-            passes: how often ``total`` samples have been read: 1, except where each epoch sees new samples.
+            new_epochs: the epochs so far that each brought ``total`` new samples: 1 where all have the same ones.
 
         Raises:
             TooManySkipped: more than the limit.
@@ -60,11 +58,11 @@ class Skips:
             file = os.open(self._file(self.rank), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             os.write(file, line.encode())
             os.close(file)
-        skipped = len(self.read())
-        if skipped > self.limit * self.total * passes:
+        skipped, read = len(self.read()), self.total * new_epochs
+        if skipped > self.limit * read:
             raise TooManySkipped(
-                f"{self.owner}: {skipped} of {self.total * passes} samples cannot be read, more than "
-                f"max_skipped_share={self.limit}; they are listed in {self.folder}. The last one: {why}"
+                f"{skipped} of {read} samples cannot be read, more than max_skipped_share={self.limit}; they are "
+                f"listed in {self.folder}. The last one: {why}"
             )
 
     def read(self) -> dict[str, str]:
@@ -91,8 +89,8 @@ class Skips:
         lines = [f"  {why}" for why in list(skipped.values())[:shown]]
         more = f"\n  and {len(skipped) - shown} more" if len(skipped) > shown else ""
         return (
-            f"{self.owner}: {len(skipped)} of {self.total} samples could not be read and were replaced by others; "
-            f"all are listed in {self.folder}:\n" + "\n".join(lines) + more
+            f"{len(skipped)} of {self.total} samples could not be read and were replaced by others; all are listed in "
+            f"{self.folder}:\n" + "\n".join(lines) + more
         )
 
     def _file(self, rank: int) -> Path:

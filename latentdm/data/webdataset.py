@@ -5,53 +5,39 @@ The package ``webdataset`` reads the shards; how they are split and repeated is 
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from latentdm.data.base import PixelDataModule, check_at_least
-from latentdm.data.images import EXTENSIONS, MAX_PIXELS
+from latentdm.data.decode import EXTENSIONS, MAX_PIXELS
+from latentdm.data.geometry import COMPANIONS, Record
 from latentdm.data.metadata import CAPTION, CAPTION_COLUMNS, rename
 from latentdm.data.skips import SampleError
-from latentdm.data.squares import Record, Squares
-from latentdm.data.stream import Item, StreamImages, own_share, stable_index
-from latentdm.errors import UserError
+from latentdm.data.stream import Item, StreamDataModule, StreamImages, own_share, stable_index
+from latentdm.errors import UserError, attributed
 from latentdm.extras import require
 
-IMAGES = tuple(ending[1:] for ending in EXTENSIONS)
-MASKS = tuple(f"mask.{ending}" for ending in IMAGES)
+OWNER = "WebDatasetData"
+
+IMAGE_ENDINGS = tuple(ending[1:] for ending in EXTENSIONS)
 
 
-class ShardImages(StreamImages):
-    """The images of tar shards.
+@dataclass(frozen=True)
+class ShardRecords:
+    """The records of tar shards.
 
-    Args:
+    Attributes:
         shards: paths or URLs.
         columns: our name → the ending of its files: ``{image: jpg, mask: mask.png, caption: txt}``.
-        squares: makes samples of them.
-        length: samples an epoch.
-        training: shuffle.
-        shuffle_buffer: records to draw from.
-        seed: the order follows from it.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[str],
-        columns: Mapping[str, str],
-        squares: Squares,
-        length: int,
-        training: bool,
-        shuffle_buffer: int,
-        seed: int,
-    ) -> None:
-        super().__init__(squares, length, training, shuffle_buffer, seed)
-        self.shards = list(shards)
-        self.columns = dict(columns)
+    shards: Sequence[str]
+    columns: Mapping[str, str]
 
-    def items(self, part: int, parts: int, turn: int) -> Iterator[Item]:
+    def __call__(self, part: int, parts: int, turn: int, shuffle: bool) -> Iterator[Item]:
         """This part's records, shard after shard; a shard that cannot be read gives an error and no more records."""
-        shards = self.shards.copy()
-        if self.training:
+        shards = list(self.shards)
+        if shuffle:
             Random(turn).shuffle(shards)
         return own_share(shards, self._read, part, parts)
 
@@ -63,17 +49,17 @@ class ShardImages(StreamImages):
             # webdataset appends the stream it was reading, as an argument and in the text, with its address in memory.
             text = error.strerror if isinstance(error, OSError) and error.strerror else next(iter(error.args), error)
             why = str(text).split(" @ <")[0]
-            yield SampleError(f"{self.squares.owner}: cannot read the shard {shard}: {why}; replace or remove it")
+            yield SampleError(f"cannot read the shard {shard}: {why}; replace or remove it")
 
     def _record(self, shard: str, files: Mapping[str, Any]) -> Item:
-        key, owner = files["__key__"], self.squares.owner
+        key = files["__key__"]
         name = f"{shard}/{key}"
-        image = self._find(files, "image", IMAGES)
-        mask = self._find(files, "mask", MASKS)
+        image = self._find(files, "image", IMAGE_ENDINGS)
         if image is None:
             endings = ", ".join(ending for ending in files if not ending.startswith("__"))
-            wanted = self.columns.get("image", ", ".join(IMAGES))
-            return SampleError(f"{owner}: cannot read {name}: it has no image ({wanted}), only {endings}; remove it")
+            wanted = self.columns.get("image", ", ".join(IMAGE_ENDINGS))
+            return SampleError(f"cannot read {name}: it has no image ({wanted}), only {endings}; remove it")
+        companions = {k: self._find(files, k, [f"{k}.{ending}" for ending in IMAGE_ENDINGS]) for k in COMPANIONS}
         try:
             columns = {}
             if "json" in files and self.columns.get(CAPTION) != "json":
@@ -85,25 +71,25 @@ class ShardImages(StreamImages):
             if "cls" in files:
                 columns["cls"] = int(files["cls"])
         except ValueError as error:
-            return SampleError(f"{owner}: cannot read the texts of {name}: {error}; repair or remove it")
-        return Record(name, stable_index(key), image, mask, columns)
+            return SampleError(f"cannot read the texts of {name}: {error}; repair or remove it")
+        return Record(name, stable_index(key), image, **companions, columns=columns)
 
     def _find(self, files: Mapping[str, Any], column: str, usual: Sequence[str]) -> bytes | None:
         endings = [self.columns[column]] if column in self.columns else usual
         return next((files[ending] for ending in endings if ending in files), None)
 
 
-class WebDatasetData(PixelDataModule):
-    """Tar shards of images, of masks and captions where there are some, and of their columns.
+class WebDatasetData(StreamDataModule):
+    """Tar shards of images, of their masks, sources and captions if they have any, and of their columns.
 
-    A sample is the files of one name: ``0001.jpg`` (or any other image ending), ``0001.mask.png``, ``0001.txt`` with
-    its caption, ``0001.json`` with its columns (``caption`` or ``text`` among them) and ``0001.cls`` with a number.
-    Other files are left out. Images are treated as by `latentdm.data.ImageFolderData`.
+    A sample is the files of one name: ``0001.jpg`` (or any other image ending), ``0001.mask.png``, ``0001.source.jpg``,
+    ``0001.txt`` with its caption, ``0001.json`` with its columns (``caption`` or ``text`` among them) and ``0001.cls``
+    with a number. Other files are left out. Images are treated as by `latentdm.data.ImageFolderData`.
 
     Each epoch has a set length, the same on every rank, however unevenly the shards are filled. Shards are shuffled
-    each epoch and split over ranks and workers; where there are fewer than workers, each reads them all and takes
-    every n-th sample. Validation
-    begins at the first shard each time. ``index`` is a hash of the name (of 63 bits), alike in every epoch and place.
+    each epoch and split over ranks and workers; if there are fewer than workers, each reads them all and takes
+    every n-th sample. Validation begins at the first shard each time. ``index`` is a hash of the name (of 63 bits),
+    alike in every epoch and on every worker.
 
     Args:
         shards: paths or URLs, with braces (``photos-{0000..0099}.tar``); several as a list. ``pipe:`` takes a command
@@ -113,7 +99,7 @@ class WebDatasetData(PixelDataModule):
         epoch_length: training images an epoch, on all devices together.
         val_shards: shards to validate on; None: no validation.
         val_length: validation images.
-        columns: our name → the ending of its files, where they are called otherwise: ``{mask: seg.png}``.
+        columns: our name → the ending of its files where it is another one: ``{mask: seg.png}``.
         shuffle_buffer: images that each worker holds, as files, and draws from; 0: only shards are shuffled.
         alpha: keep transparency as a fourth channel.
         flip: mirror half of the training images, drawn for each sample and epoch.
@@ -149,22 +135,16 @@ class WebDatasetData(PixelDataModule):
         max_skipped_share: float = 0.05,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, on_error, max_skipped_share)
-        check_at_least(
-            1, "WebDatasetData", size=size, max_pixels=max_pixels, epoch_length=epoch_length, val_length=val_length
-        )
-        check_at_least(0, "WebDatasetData", shuffle_buffer=shuffle_buffer)
+        super().__init__(
+            epoch_length, val_length, shuffle_buffer, size=size, alpha=alpha, flip=flip, max_pixels=max_pixels,
+            batch_size=batch_size, num_workers=num_workers, seed=seed, on_error=on_error,
+            max_skipped_share=max_skipped_share,
+        )  # fmt: skip
         self.shards = shards
-        self.size = size
-        self.epoch_length = epoch_length
         self.val_shards = val_shards
-        self.val_length = val_length
         self.columns = dict(columns or {})
-        self.shuffle_buffer = shuffle_buffer
-        self.alpha = alpha
-        self.flip = flip
-        self.max_pixels = max_pixels
 
+    @attributed(OWNER)
     def setup(self, stage: str | None = None) -> None:
         """Expand the braces and set the datasets, whatever the stage; no shard is opened.
 
@@ -172,30 +152,26 @@ class WebDatasetData(PixelDataModule):
             ValueError: there are no shards.
             ImportError: webdataset is missing.
         """
-        self.train_set = self._dataset(self.shards, self.epoch_length, training=True)
+        self.train_set = self._dataset(self.shards, training=True)
         if self.val_shards is not None:
-            self.val_set = self._dataset(self.val_shards, self.val_length, training=False)
-            self.test_set = self.predict_set = self.val_set
+            self.val_set = self.test_set = self.predict_set = self._dataset(self.val_shards, training=False)
 
-    def _dataset(self, shards: str | Sequence[str], length: int, training: bool) -> ShardImages:
-        webdataset = require("webdataset", extra="webdataset", needed_by="WebDatasetData")
+    def _dataset(self, shards: str | Sequence[str], training: bool) -> StreamImages:
+        webdataset = require("webdataset", extra="webdataset", needed_by=OWNER)
         names = [shards] if isinstance(shards, str) else list(shards)
         expanded = [url for name in names for url in webdataset.shardlists.expand_urls(name)]
         if not expanded:
-            raise UserError(f"WebDatasetData: shards={shards!r} names no shard; give a path, with braces for many")
-        squares = Squares(
-            "WebDatasetData", self.size, training, self.flip and training, self.alpha, self.seed, self.max_pixels
-        )
-        return ShardImages(expanded, self.columns, squares, length, training, self.shuffle_buffer, self.seed)
+            raise UserError(f"shards={shards!r} names no shard; give a path, with braces for many")
+        return self.stream(ShardRecords(expanded, self.columns), training)
 
 
 def _read_shard(url: str) -> Iterator[dict[str, Any]]:
     """The samples of a shard: ending → content, and ``__key__``."""
-    webdataset = require("webdataset", extra="webdataset", needed_by="WebDatasetData")
+    webdataset = require("webdataset", extra="webdataset", needed_by=OWNER)
     if url.startswith("pipe:"):
         opened = webdataset.gopen(url)
     else:
-        opened = require("fsspec", extra="webdataset", needed_by="WebDatasetData").open(url, "rb")
+        opened = require("fsspec", extra="webdataset", needed_by=OWNER).open(url, "rb")
     with opened as stream:
         source = [{"url": url, "stream": stream}]
         yield from webdataset.tariterators.group_by_keys(webdataset.tariterators.tar_file_expander(source))

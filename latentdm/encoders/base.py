@@ -1,39 +1,45 @@
 """What every encoder shares: its autoencoder, its chunks and its random draws."""
 
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from itertools import count
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from latentdm.autoencoders.frozen import FrozenVAE, check_posterior
-from latentdm.autoencoders.views import View, spans
-from latentdm.batch import INDEX, LATENTS, MAPPINGS, PIXELS, check_pixels, describe, sample_ids
-from latentdm.draws import Draws
-from latentdm.errors import UserError
+from latentdm.autoencoders.images import Images
+from latentdm.autoencoders.limits import POSTERIORS, check_clip
+from latentdm.autoencoders.vae import FrozenVAE
+from latentdm.batch import INDEX, LATENTS, MAPPINGS, PIXELS, SOURCE, sample_ids
+from latentdm.draws import Draws, FreshDraws
+from latentdm.errors import UserError, attributed
+from latentdm.stages import Stage
+from latentdm.tensors import check_pixels, crop, describe
+from latentdm.validation import Check
 
 
-class Encoder(ABC):
-    """A callable from a batch of pixels to a batch of latents. It knows nothing of Lightning and works in a notebook.
+class Encoder(Stage):
+    """A stage that turns pixels into latents. It knows nothing of Lightning and works in a notebook.
 
     Args:
         vae: the frozen autoencoder, or a function that makes it (as Hydra's ``_partial_: true`` gives), which is then
             called in `setup`: in a trainer, once on every rank.
-        per_batch: images that go through the autoencoder at once; None takes the whole batch. It bounds memory and
-            does not change the result beyond the arithmetic of the batch shape.
+        per_batch: images that go through the autoencoder at once; None takes as many as are best on this device (the
+            whole batch on a GPU, a few on a CPU). It bounds memory and does not change the result beyond the arithmetic
+            of the batch shape.
         posterior: ``"sample"``, or ``"mode"`` for its mean. Autoencoders without a posterior give the same for both,
             and ``"mode"``, which only a person can have set, warns that it changes nothing.
         progress: show a progress bar where a single call lasts longer than two seconds.
+        multiple: what sides are cropped to, a multiple of the autoencoder's factor ``r``; None: ``r``. 16 for models
+            that pack 2×2 latents into a token (FLUX, Qwen-Image, Chroma).
 
     Raises:
-        ValueError: a value out of range.
+        UserError: a value out of range.
     """
 
-    consumes: ClassVar[tuple[str, ...]] = (PIXELS,)
-    """The keys that an encoded batch no longer holds."""
+    reads: tuple[str, ...] = (PIXELS,)
+    drops: tuple[str, ...] = (PIXELS, SOURCE)
 
     def __init__(
         self,
@@ -41,29 +47,38 @@ class Encoder(ABC):
         per_batch: int | None = None,
         posterior: str = "sample",
         progress: bool = False,
+        multiple: int | None = None,
     ) -> None:
-        name = type(self).__name__
-        if per_batch is not None and (isinstance(per_batch, bool) or not isinstance(per_batch, int) or per_batch < 1):
-            raise UserError(
-                f"{name}: per_batch must be an integer of at least 1, got {per_batch!r}; "
-                "leave it out (null) to encode the whole batch at once"
-            )
+        check = Check(type(self).__name__)
+        if per_batch is not None:
+            check.integer("per_batch", per_batch, 1, hint="leave it out (null) for what is best on this device")
+        if multiple is not None:
+            check.integer("multiple", multiple, 1)
         if isinstance(vae, nn.Module) or not callable(vae):  # a module can be called, and makes no FrozenVAE
-            _check_vae(vae, name)
-        check_posterior(posterior, name)
+            _check_vae(vae, check.owner)
         self._vae = vae
         self.per_batch = per_batch
-        self.posterior = posterior
+        self.posterior = check.choice("posterior", posterior, POSTERIORS)
         self.progress = progress
-        self._calls = count()
-        self._warn_of_mode()
+        self.multiple = multiple
+        self._fresh = FreshDraws()
+        self._check_made()
 
-    def _warn_of_mode(self) -> None:
-        if self.posterior == "mode" and isinstance(self._vae, FrozenVAE) and not self._vae.has_posterior:
+    def _check_made(self) -> None:
+        """What depends on the autoencoder, as soon as it is there."""
+        if not isinstance(self._vae, FrozenVAE):
+            return
+        name, vae = type(self).__name__, self._vae
+        if self.multiple is not None and self.multiple % vae.spatial_compression:
+            raise UserError(
+                f"{name}: multiple must be a multiple of {vae.class_name}'s factor {vae.spatial_compression}, got "
+                f"{self.multiple}; leave it out (null) unless the model packs latents"
+            )
+        if self.posterior == "mode" and not vae.has_posterior:
             warnings.warn(
-                f"{type(self).__name__}: posterior=mode has no effect: {self._vae.class_name} gives latents "
-                "and no distribution to sample from",
-                stacklevel=3,
+                f"{name}: posterior=mode has no effect: {vae.class_name} gives latents and no distribution to sample "
+                "from",
+                stacklevel=4,
             )
 
     @property
@@ -71,7 +86,7 @@ class Encoder(ABC):
         """The frozen autoencoder; made now if it was not yet."""
         if not isinstance(self._vae, FrozenVAE):
             self._vae = _check_vae(self._vae(), type(self).__name__)
-            self._warn_of_mode()
+            self._check_made()
         return self._vae
 
     @property
@@ -83,49 +98,34 @@ class Encoder(ABC):
         """Make the autoencoder and move it to ``device``. Outside a trainer this is optional."""
         self.vae.to(device)
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Encode a batch by itself, as in a notebook.
+    def crop(self, image: Tensor) -> Tensor:
+        """The centred part of ``… H W`` that is encoded: ``… h w``, a view."""
+        return crop(image, self.multiple or self.vae.spatial_compression)
+
+    def __call__(self, batch: Mapping[str, Any], draws: Draws | None = None) -> dict[str, Any]:
+        """Encode a batch, on the autoencoder's device.
 
         Args:
             batch: ``pixels`` ``b c H W`` (c ∈ {1, 3, 4}; uint8 0…255 or float 0…1), an inpainting encoder's ``mask``,
-                optionally ``index``, and anything else.
+                perhaps ``source`` (like ``pixels``) and ``index``, and anything else.
+            draws: the random numbers of its samples. None: a call by hand, as in a notebook, which draws for itself,
+                from ``index`` where there is one.
 
         Returns:
-            What the batch held besides pixels and mask, untouched, and what `encode` gives.
+            What this stage writes, in float32. By hand: the whole batch, without pixels, source and mask.
 
         Raises:
-            ValueError: pixels or mask of a wrong shape, dtype or range; the message names what would be right.
+            UserError: pixels or mask of a wrong shape, dtype or range; the message names what would be right.
         """
-        self._check(batch)
-        count = len(batch[PIXELS])
-        if INDEX in batch:
-            ids = sample_ids(batch[INDEX], count, type(self).__name__)
-        else:  # a count of calls, so that no two batches share their noise
-            ids = [f"call{next(self._calls)}.{place}" for place in range(count)]
-        encoded = self._start(batch, Draws(0, 0, ids))()
-        return {key: value for key, value in batch.items() if key not in self.consumes} | encoded
-
-    def encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
-        """The encoder's own keys for a batch, on the autoencoder's device, in float32.
-
-        Args:
-            batch: as for a call.
-            draws: the batch's random numbers.
-        """
-        return self.start(batch, draws)()
-
-    def start(self, batch: Mapping[str, Any], draws: Draws) -> Callable[[], dict[str, Tensor]]:
-        """Begin `encode`: on a GPU all work is queued when this returns, and what it returns waits for it."""
-        self._check(batch)
-        return self._start(batch, draws)
-
-    def _check(self, batch: Mapping[str, Any]) -> None:
-        owner, vae = type(self).__name__, self.vae
-        if not isinstance(batch, MAPPINGS):
-            raise UserError(f"{owner}: expected a dict, as in {{'pixels': images}}, got {describe(batch)}")
-        check_pixels(batch.get(PIXELS), vae.spatial_compression, owner)
-        if batch[PIXELS].ndim == 5:
-            vae.check_clip(batch[PIXELS].shape[2], owner)
+        with attributed(type(self).__name__):
+            if not isinstance(batch, MAPPINGS):
+                raise UserError(f"expected a dict, as in {{'pixels': images}}, got {describe(batch)}")
+            self._check(batch)
+            if draws is not None:
+                return self._encode(batch, draws)
+            count = len(batch[PIXELS])
+            mine = Draws(0, 0, sample_ids(batch[INDEX], count)) if INDEX in batch else self._fresh(count)
+            return {key: value for key, value in batch.items() if key not in self.drops} | self._encode(batch, mine)
 
     def images(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """What the autoencoder is given for each of its outputs, for people to look at.
@@ -136,44 +136,44 @@ class Encoder(ABC):
         Returns:
             Output key → ``b 3 h w`` (clips ``b 3 f h w``) float32 in 0…1.
         """
-        self._check(batch)
-        views, _ = self._views(batch)
-        return {key: view.unit() for key, view in views.items()}
+        with attributed(type(self).__name__):
+            self._check(batch)
+            to_encode, _ = self._prepare(batch)
+            return {key: images.unit() for key, images in to_encode.items()}
+
+    def _check(self, batch: Mapping[str, Any]) -> None:
+        check_pixels(batch.get(PIXELS), self.multiple or self.vae.spatial_compression)
+        pixels, source = batch[PIXELS], batch.get(SOURCE)
+        if pixels.ndim == 5:
+            check_clip(pixels.shape[2], self.vae)
+        if source is not None:
+            check_pixels(source, 1, SOURCE)
+            if len(source) != len(pixels) or source.shape[2:] != pixels.shape[2:]:
+                raise UserError(
+                    f"{SOURCE}: expected the size of {PIXELS} ({describe(pixels)}), got {describe(source)}; crop and "
+                    "resize both alike"
+                )
 
     @abstractmethod
-    def _views(self, batch: Mapping[str, Any]) -> tuple[dict[str, View], dict[str, Tensor]]:
-        """The images to encode, by output key, and the outputs that need no autoencoder; for checked pixels."""
+    def _prepare(self, batch: Mapping[str, Any]) -> tuple[dict[str, Images], dict[str, Tensor]]:
+        """The images to encode, by output key, and the outputs that need no autoencoder; for a checked batch."""
 
-    def _start(self, batch: Mapping[str, Any], draws: Draws) -> Callable[[], dict[str, Tensor]]:
-        """Begin to encode a checked batch, all views of its ``b`` samples in one chunked pass.
-
-        The noise of each view is drawn for its output key: that is its purpose.
-        """
-        views, ready = self._views(batch)
-        vae, b, keys = self.vae, len(draws.ids), list(views)
-        size = next(iter(views.values())).pixels.shape[2:]
-
-        def noise(chunk: slice) -> Tensor:
-            shape = vae.latent_shape(size)
-            parts = [
-                draws[rows].normal(keys[view], shape, vae.device)
-                for view, rows, _ in spans([draws.ids] * len(keys), chunk)
-            ]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-        finish = vae.start_rows(
-            list(views.values()),
-            noise=noise if self.posterior == "sample" and vae.has_posterior else None,
+    def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
+        """Encode all images of a checked batch in one chunked pass; the output key is the purpose of their noise."""
+        to_encode, ready = self._prepare(batch)
+        vae, b, keys = self.vae, len(draws.ids), list(to_encode)
+        moments = vae.moments(
+            list(to_encode.values()),
             per_batch=self.per_batch,
             progress=self.progress,
             name=lambda row: f"sample {draws.ids[row % b]} ({keys[row // b]})",
         )
-
-        def finished() -> dict[str, Tensor]:
-            latents = finish()
-            return dict(zip(keys, torch.split(latents, b) if len(keys) > 1 else [latents], strict=True)) | ready
-
-        return finished
+        noise = None
+        if self.posterior == "sample" and vae.has_posterior:
+            parts = [draws.normal(key, moments.mean.shape[1:], vae.device) for key in keys]
+            noise = parts[0] if len(parts) == 1 else torch.cat(parts)
+        latents = vae.draw(moments, noise)
+        return dict(zip(keys, torch.split(latents, b) if len(keys) > 1 else [latents], strict=True)) | ready
 
 
 def _check_vae(vae: object, owner: str) -> FrozenVAE:

@@ -4,13 +4,13 @@ Shapes: ``b`` batch, ``H W`` pixels as they come, ``h w`` after the crop, ``z`` 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentdm.autoencoders.frozen import FrozenVAE
-from latentdm.autoencoders.views import View
+from latentdm.autoencoders.images import Images
+from latentdm.autoencoders.vae import FrozenVAE
 from latentdm.batch import (
     LATENT_MASK,
     LATENTS,
@@ -18,13 +18,13 @@ from latentdm.batch import (
     MASKED_LATENTS,
     NOISE_MASK,
     PIXELS,
-    crop,
-    describe,
-    unit_mask,
+    SOURCE,
 )
 from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError
 from latentdm.masks.morphology import check_grow_mask_by, check_mask_offset, grow_mask, offset_mask, round_mask
+from latentdm.tensors import describe, unit_mask
+from latentdm.validation import Check
 
 LATENT_MASKS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "nearest": lambda mask, r: mask[..., ::r, ::r].contiguous(),  # the pixel that F.interpolate's nearest takes
@@ -42,6 +42,9 @@ class InpaintEncoder(Encoder):
     rounded mask sets the image to mid-gray and ``noise_mask`` is that mask grown; with ``mask_offset``
     (``WAS_VAEEncodeForInpaint``) the moved mask does both. The clean and the masked image share one chunked pass.
 
+    Where the batch holds ``source``, another picture of the same size, ``masked_latents`` are made of it: the model
+    sees ``source`` and learns to give ``pixels`` (removal, from pairs of before and after).
+
     Args:
         vae: as for `Encoder`.
         grow_mask_by: window in pixels, 0…64. 6 where neither this nor ``mask_offset`` is given.
@@ -52,6 +55,9 @@ class InpaintEncoder(Encoder):
             models were trained), ``"area"`` (the share masked), ``"max"``, or ``"unshuffle"`` → ``b r² h/r w/r``
             (Flux Fill).
         progress: as for `Encoder`.
+        fill: the level in 0…1 of the masked part of the masked image: 0.5, mid-gray, as inpainting models have it; 0,
+            black, for ControlNet inpainting models.
+        multiple: as for `Encoder`.
 
     Raises:
         ValueError: a value out of range, or both ``grow_mask_by`` and ``mask_offset``.
@@ -62,7 +68,9 @@ class InpaintEncoder(Encoder):
         dict_keys(['latents', 'masked_latents', 'noise_mask', 'latent_mask'])
     """
 
-    consumes: ClassVar[tuple[str, ...]] = (PIXELS, MASK)
+    reads = (PIXELS, MASK)
+    writes = (LATENTS, MASKED_LATENTS, NOISE_MASK, LATENT_MASK)
+    drops = (PIXELS, MASK, SOURCE)
 
     def __init__(
         self,
@@ -73,8 +81,11 @@ class InpaintEncoder(Encoder):
         posterior: str = "sample",
         latent_mask: str = "nearest",
         progress: bool = False,
+        fill: float = 0.5,
+        multiple: int | None = None,
     ) -> None:
-        super().__init__(vae, per_batch=per_batch, posterior=posterior, progress=progress)
+        super().__init__(vae, per_batch=per_batch, posterior=posterior, progress=progress, multiple=multiple)
+        check = Check("InpaintEncoder")
         if grow_mask_by is not None and mask_offset is not None:
             raise UserError(
                 f"InpaintEncoder: grow_mask_by={grow_mask_by} and mask_offset={mask_offset} exclude each other; "
@@ -84,12 +95,10 @@ class InpaintEncoder(Encoder):
             check_grow_mask_by(grow_mask_by, "InpaintEncoder")
         if mask_offset is not None:
             check_mask_offset(mask_offset, "InpaintEncoder")
-        if latent_mask not in LATENT_MASKS:
-            known = ", ".join(LATENT_MASKS)
-            raise UserError(f"InpaintEncoder: latent_mask must be one of {known}, got {latent_mask!r}")
         self.grow_mask_by = 6 if grow_mask_by is None and mask_offset is None else grow_mask_by
         self.mask_offset = mask_offset
-        self.latent_mask = latent_mask
+        self.latent_mask = check.choice("latent_mask", latent_mask, LATENT_MASKS)
+        self.fill = check.number("fill", fill, 0, 1)
 
     @property
     def channels(self) -> dict[str, int]:
@@ -101,28 +110,28 @@ class InpaintEncoder(Encoder):
         super()._check(batch)
         if batch[PIXELS].ndim == 5:
             raise UserError(
-                f"InpaintEncoder: {PIXELS}: clips ({describe(batch[PIXELS])}) have no masks with frames; "
-                "use encoder=plain, or yield the frames as images b c h w"
+                f"{PIXELS}: clips ({describe(batch[PIXELS])}) have no masks with frames; use encoder=plain, or yield "
+                "the frames as images b c h w"
+            )
+        if batch.get(MASK) is None:
+            raise UserError(
+                f"the batch has no {MASK!r}, only {', '.join(map(repr, batch))}; give one with the images, white = 1 = "
+                "repaint"
             )
 
-    def _views(self, batch: Mapping[str, Any]) -> tuple[dict[str, View], dict[str, Tensor]]:
-        if MASK not in batch:
-            raise UserError(
-                f"InpaintEncoder: the batch has no {MASK!r}, only {', '.join(map(repr, batch))}; "
-                "give one with the images, white = 1 = repaint"
-            )
-        r = self.vae.spatial_compression
-        pixels = crop(batch[PIXELS], r)
-        mask = crop(unit_mask(batch[MASK], batch[PIXELS], "InpaintEncoder"), r).to(pixels.device)
+    def _prepare(self, batch: Mapping[str, Any]) -> tuple[dict[str, Images], dict[str, Tensor]]:
+        pixels, source = self.crop(batch[PIXELS]), batch.get(SOURCE)
+        mask = self.crop(unit_mask(batch[MASK], batch[PIXELS])).to(pixels.device)
         if self.mask_offset is not None:
-            filled = noise_mask = offset_mask(mask, self.mask_offset)
+            hidden = noise_mask = offset_mask(mask, self.mask_offset)
         else:
             assert self.grow_mask_by is not None
-            filled, noise_mask = round_mask(mask), grow_mask(mask, self.grow_mask_by)
+            hidden, noise_mask = round_mask(mask), grow_mask(mask, self.grow_mask_by)
 
         noise_mask = noise_mask.to(self.vae.device).expand(len(pixels), -1, -1, -1).contiguous()
-        latent_mask = LATENT_MASKS[self.latent_mask](noise_mask, r)
-        return {LATENTS: View(pixels), MASKED_LATENTS: View(pixels, hole=filled.bool())}, {
+        latent_mask = LATENT_MASKS[self.latent_mask](noise_mask, self.vae.spatial_compression)
+        seen = pixels if source is None else self.crop(source)
+        return {LATENTS: Images(pixels), MASKED_LATENTS: Images(seen, hidden.bool(), self.fill)}, {
             NOISE_MASK: noise_mask,
             LATENT_MASK: latent_mask,
         }

@@ -5,15 +5,16 @@ from typing import Any
 
 from torch import Tensor
 
-from latentdm.autoencoders.views import View
-from latentdm.batch import LATENTS, PIXELS, crop
+from latentdm.autoencoders.images import Images
+from latentdm.batch import LATENTS, PIXELS, SOURCE, SOURCE_LATENTS
 from latentdm.encoders.base import Encoder
 
 
 class PlainEncoder(Encoder):
     """Adds ``latents`` ``b z h/r w/r``: the image's first three channels, cropped to the VAE's multiple and encoded.
 
-    Video autoencoders also take clips ``b c f h w``, which give ``b z f' h/r w/r``.
+    Where the batch holds ``source``, another picture of the same size, ``source_latents`` are made of it alike: what an
+    editing model is shown. Video autoencoders also take clips ``b c f h w``, which give ``b z f' h/r w/r``.
 
     Arguments are those of `Encoder`.
 
@@ -23,5 +24,10 @@ class PlainEncoder(Encoder):
         dict_keys(['caption', 'latents'])
     """
 
-    def _views(self, batch: Mapping[str, Any]) -> tuple[dict[str, View], dict[str, Tensor]]:
-        return {LATENTS: View(crop(batch[PIXELS], self.vae.spatial_compression))}, {}
+    writes = (LATENTS, SOURCE_LATENTS)
+
+    def _prepare(self, batch: Mapping[str, Any]) -> tuple[dict[str, Images], dict[str, Tensor]]:
+        to_encode = {LATENTS: Images(self.crop(batch[PIXELS]))}
+        if batch.get(SOURCE) is not None:
+            to_encode[SOURCE_LATENTS] = Images(self.crop(batch[SOURCE]))
+        return to_encode, {}

@@ -1,10 +1,8 @@
 """Masks: moving their edges (`grow_mask`, `offset_mask`) and where they come from (`MaskSource`)."""
 
-from latentdm.masks.feather import FeatheredMask
-from latentdm.masks.mixed import MixedMask
 from latentdm.masks.morphology import grow_mask, offset_mask
 from latentdm.masks.random import RandomMask
-from latentdm.masks.sources import AlphaMask, BatchMask, MaskSource, SegmentationMask
+from latentdm.masks.sources import AlphaMask, BatchMask, FeatheredMask, MaskSource, MixedMask, SegmentationMask
 
 __all__ = [
     "AlphaMask",

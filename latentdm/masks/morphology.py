@@ -1,7 +1,7 @@
 """Growing and shrinking binary masks at a cost that hardly depends on the radius.
 
 Shapes: ``b 1 h w``. One axis at a time, a window is composed of two of half its width (the logarithmic decomposition of
-van den Boomgaard and van Balen, 1992), on bytes: log2(k) passes over one byte a pixel in place of the k×k convolution
+van den Boomgaard and van Balen, 1992), on bytes: log2(k) passes over one byte a pixel instead of the k×k convolution
 of the original nodes, whose cost grows with k². The results are equal bit for bit.
 """
 
@@ -9,28 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentdm.errors import UserError
+from latentdm.validation import Check
 
-GROW_LIMIT = 64
-OFFSET_LIMIT = 128
+MAX_GROW = 64
+"""The largest ``grow_mask_by``, in pixels."""
+
+MAX_OFFSET = 128
+"""The largest ``mask_offset``, in pixels to either side."""
 
 
 def check_grow_mask_by(grow_mask_by: int, owner: str = "grow_mask") -> None:
-    """Raise ValueError unless ``grow_mask_by`` is an integer in 0…64."""
-    if not _is_integer(grow_mask_by) or not 0 <= grow_mask_by <= GROW_LIMIT:
-        raise UserError(
-            f"{owner}: grow_mask_by must be an integer in 0…{GROW_LIMIT}, got {grow_mask_by!r}; "
-            "to shrink a mask, or to grow it further, use mask_offset"
-        )
+    """Raise UserError unless ``grow_mask_by`` is an integer in 0…64."""
+    hint = "to shrink a mask, or to grow it further, use mask_offset"
+    Check(owner).integer("grow_mask_by", grow_mask_by, 0, MAX_GROW, hint)
 
 
 def check_mask_offset(mask_offset: int, owner: str = "offset_mask") -> None:
-    """Raise ValueError unless ``mask_offset`` is an integer in −128…128."""
-    if not _is_integer(mask_offset) or not -OFFSET_LIMIT <= mask_offset <= OFFSET_LIMIT:
-        raise UserError(
-            f"{owner}: mask_offset must be an integer in −{OFFSET_LIMIT}…{OFFSET_LIMIT}, got {mask_offset!r}; "
-            "positive grows the mask, negative shrinks it"
-        )
+    """Raise UserError unless ``mask_offset`` is an integer in −128…128."""
+    hint = "positive grows the mask, negative shrinks it"
+    Check(owner).integer("mask_offset", mask_offset, -MAX_OFFSET, MAX_OFFSET, hint)
 
 
 def grow_mask(mask: Tensor, grow_mask_by: int) -> Tensor:
@@ -47,7 +44,7 @@ def grow_mask(mask: Tensor, grow_mask_by: int) -> Tensor:
         ``b 1 h w``, 0 or 1, float32 for a bool mask and the mask's dtype otherwise.
 
     Raises:
-        ValueError: ``grow_mask_by`` is out of range.
+        UserError: ``grow_mask_by`` is out of range.
 
     Example:
         >>> grow_mask(torch.tensor([[[[0.0, 0.0, 1.0, 0.0, 0.0]]]]), 2)
@@ -72,7 +69,7 @@ def offset_mask(mask: Tensor, mask_offset: int) -> Tensor:
         ``b 1 h w``, 0 or 1, float32 for a bool mask and the mask's dtype otherwise.
 
     Raises:
-        ValueError: ``mask_offset`` is out of range.
+        UserError: ``mask_offset`` is out of range.
 
     Example:
         >>> offset_mask(torch.tensor([[[[0.0, 1.0, 1.0, 1.0, 1.0]]]]), -1)
@@ -108,7 +105,3 @@ def _any_in_window(seen: Tensor, dim: int, window: int) -> Tensor:
         seen = seen.narrow(dim, 0, kept) | seen.narrow(dim, step, kept)
         width += step
     return seen
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

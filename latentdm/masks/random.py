@@ -1,24 +1,25 @@
 """Random masks, as inpainting models are trained with."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from latentdm.batch import PIXELS
-from latentdm.draws import Draws, check_probability
-from latentdm.errors import UserError
+from latentdm.draws import Draws
 from latentdm.masks.shapes import Blobs, Borders, Boxes, Polygons, Shapes, Strokes
 from latentdm.masks.sources import MaskSource
+from latentdm.validation import Check
 
-SHAPES_LIMIT = 32
+MAX_SHAPES = 32
 """The most shapes a mask may have: each costs a pass over the batch."""
 
 
 class RandomMask(MaskSource):
     """Random boxes, brush strokes, polygons, blobs and borders.
 
-    Each sample draws a kind, a share of the image to cover, and the places of a few shapes. The shapes then swell
+    Each sample draws a kind, a share of the image to cover, and where a few shapes lie. The shapes then swell
     together until they cover that share; so no mask is empty, none is full, and the shares are spread as asked for.
 
     The few numbers of a sample come from its own stream on the CPU and go to the device in one copy a kind; there all
@@ -43,11 +44,11 @@ class RandomMask(MaskSource):
         whole: probability that the whole image is repainted.
 
     Raises:
-        ValueError: a setting is out of range, or a kind unknown.
+        UserError: a setting is out of range, or a kind unknown.
 
     Example:
         >>> draws = Draws(seed=0, epoch=0, ids=[7])
-        >>> mask = RandomMask(share=(0.25, 0.25))({"pixels": torch.zeros(1, 3, 64, 64)}, draws)
+        >>> mask = RandomMask(share=(0.25, 0.25))({"pixels": torch.zeros(1, 3, 64, 64)}, draws)["mask"]
         >>> mask.shape, mask.dtype, mask.float().mean()
         (torch.Size([1, 1, 64, 64]), torch.bool, tensor(0.2500))
     """
@@ -63,30 +64,34 @@ class RandomMask(MaskSource):
         complement: float = 0.0,
         whole: float = 0.0,
     ) -> None:
+        check = Check("RandomMask")
+
+        def counts(setting: str, values: Sequence[int], most: int = MAX_SHAPES) -> tuple[int, int]:
+            return check.integers(setting, values, 1, most, "for always three: [3, 3]")
+
         shapes: dict[str, Shapes] = {
-            "boxes": Boxes(*_counts("boxes", boxes)),
-            "strokes": Strokes(*_counts("segments", segments)),
-            "polygons": Polygons(*_counts("polygons", polygons)),
+            "boxes": Boxes(*counts("boxes", boxes)),
+            "strokes": Strokes(*counts("segments", segments)),
+            "polygons": Polygons(*counts("polygons", polygons)),
             "blobs": Blobs(),
-            "borders": Borders(*_counts("sides", sides, 4)),
+            "borders": Borders(*counts("sides", sides, 4)),
         }
         if isinstance(kinds, str) or not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(shapes):
-            raise UserError(
-                f"RandomMask: kinds must be a list of some of {', '.join(shapes)}, each once, got {_shown(kinds)}"
-            )
-        if isinstance(share, int | float) or len(share) != 2 or not 0 < share[0] <= share[1] < 1:
-            raise UserError(
-                f"RandomMask: share must be two numbers above 0 and below 1, in order, got {_shown(share)}; "
-                "for a tenth to a half of the image: [0.1, 0.5]"
-            )
+            raise check.fail("kinds", f"a list of some of {', '.join(shapes)}, each once", kinds)
+        self.share = check.numbers(
+            "share",
+            share,
+            "above 0 and below 1, in order",
+            lambda low, high: 0 < low <= high < 1,
+            "for a tenth to a half of the image: [0.1, 0.5]",
+        )
         self.shapes = [shapes[kind] for kind in kinds]
-        self.share = (float(share[0]), float(share[1]))
-        self.complement = check_probability("RandomMask", "complement", complement)
-        self.whole = check_probability("RandomMask", "whole", whole)
+        self.complement = check.probability("complement", complement)
+        self.whole = check.probability("whole", whole)
 
-    def __call__(self, inputs: Mapping[str, Tensor], draws: Draws) -> Tensor:
+    def masks(self, batch: Mapping[str, Any], draws: Draws) -> Tensor:
         """``b 1 H W`` bool on the device of ``pixels``."""
-        pixels = inputs[PIXELS]
+        pixels: Tensor = batch[PIXELS]
         height, width = pixels.shape[-2:]
         extent = torch.tensor([width, height]) / min(height, width)
         choice, share, complement, whole = draws.uniform("mask", 4).unbind(1)
@@ -100,27 +105,11 @@ class RandomMask(MaskSource):
             rows = (kinds == kind).nonzero().flatten()  # on the CPU: no one waits for the device
             if len(rows) == 0:
                 continue
-            placed = shapes.draw(draws.of(rows.tolist()), extent)
-            numbers = torch.cat([rows[:, None], share[rows, None], turned[rows, None], placed.flatten(1)], dim=1)
+            drawn = shapes.draw(draws.of(rows.tolist()), extent)
+            numbers = torch.cat([rows[:, None], share[rows, None], turned[rows, None], drawn.flatten(1)], dim=1)
             numbers = numbers.to(pixels.device, non_blocking=True)
-            painted = shapes.paint(numbers[:, 3:].view(placed.shape), numbers[:, 1], (height, width))
+            painted = shapes.paint(numbers[:, 3:].view(drawn.shape), numbers[:, 1], (height, width))
             if self.complement:
                 painted ^= numbers[:, 2].bool()[:, None, None]
             masks = painted if len(rows) == len(masks) else masks.index_copy_(0, numbers[:, 0].long(), painted)
         return masks[:, None]
-
-
-def _counts(setting: str, values: Sequence[int], limit: int = SHAPES_LIMIT) -> tuple[int, int]:
-    if not isinstance(values, int) and len(values) == 2 and all(type(value) is int for value in values):
-        low, high = values
-        if 1 <= low <= high <= limit:
-            return low, high
-    raise UserError(
-        f"RandomMask: {setting} must be two integers in 1…{limit}, in order, got {_shown(values)}; "
-        "for always three: [3, 3]"
-    )
-
-
-def _shown(value: object) -> object:
-    """Tuples, and the lists that Hydra makes of them, are shown alike."""
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

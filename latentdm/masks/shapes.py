@@ -1,7 +1,7 @@
 """The shapes of random masks: what each kind draws for a sample, and how it is painted for all samples at once.
 
 Each kind is a field: how far its shapes must swell to reach a pixel. A mask is where its field is below a level, which
-is read off the field such that the wished share is covered. Upright shapes are painted from their rows and columns
+is read off the field such that the share asked for is covered. Upright shapes are painted from their rows and columns
 alone; the others on a coarse field, which is then drawn out to the size of the image.
 
 Shapes: ``b`` masks, ``n`` shapes a mask, ``k`` numbers a shape, ``H W`` pixels. Lengths are in units of the image's
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from latentdm.draws import Draws
 
-MEASURED = 64
-"""Side of the grid of pixels on which the share of a mask is measured."""
+MEASURED_SIDE = 64
+"""Side of the grid, in pixels, on which the share of a mask is measured."""
 
-COARSE = 128
-"""Short side of the coarse field; smaller images have a field of their own size."""
+FIELD_SIDE = 128
+"""Short side of the coarse field, in pixels; smaller images have a field of their own size."""
 
 Size = tuple[int, int]
 
@@ -100,7 +100,7 @@ class Freeform(Shapes):
 
     def paint(self, shapes: Tensor, share: Tensor, size: Size) -> Tensor:
         """The coarse field, drawn out bilinearly, below its level."""
-        step = max(min(size) // COARSE, 1)
+        step = max(min(size) // FIELD_SIDE, 1)
         x, y = _axes(size, (-(-size[0] // step), -(-size[1] // step)), shapes.device)
         field = self.field(shapes, x, y[:, None])
         if step > 1:
@@ -163,14 +163,14 @@ class Polygons(Freeform):
         numbers = draws.uniform("polygons", 1 + self.high * (4 + 2 * k))
         polygon = numbers[:, 1:].view(-1, self.high, 4 + 2 * k)
         centre, count, turn = polygon[..., :2] * extent, 3 + (polygon[..., 2:3] * (k - 2)).long(), polygon[..., 3:4]
-        place = torch.arange(k)
+        corner = torch.arange(k)
         # Jittered by less than half a step, so that no two neighbours are half a turn apart.
-        angle = ((place + polygon[..., 4 : 4 + k] * 0.45) / count + turn) * (2 * math.pi)
+        angle = ((corner + polygon[..., 4 : 4 + k] * 0.45) / count + turn) * (2 * math.pi)
         radius = polygon[..., 4 + k :] * 0.7 + 0.3
         corners = radius[..., None] * torch.stack([angle.cos(), angle.sin()], dim=-1)
         # Corners to spare lie on the last edge, where they change nothing.
         last = corners.gather(2, (count - 1)[..., None].expand(-1, -1, -1, 2))
-        past = ((place - count + 1) / (k - count + 1)).clamp_min(0)[..., None]
+        past = ((corner - count + 1) / (k - count + 1)).clamp_min(0)[..., None]
         corners = torch.where(past > 0, last + (corners[:, :, :1] - last) * past, corners)
         following = corners.roll(-1, dims=2)
         cross = corners[..., 0] * following[..., 1] - corners[..., 1] * following[..., 0]
@@ -233,12 +233,12 @@ def _axes(size: Size, steps: Size, device: torch.device) -> tuple[Tensor, Tensor
 
 def _measured(size: Size) -> tuple[slice, slice]:
     """The rows and the columns of pixels on which the share is measured."""
-    rows, columns = (slice((step := -(-side // MEASURED)) // 2, None, step) for side in size)
+    rows, columns = (slice((step := -(-side // MEASURED_SIDE)) // 2, None, step) for side in size)
     return rows, columns
 
 
 def _level(field: Tensor, share: Tensor) -> Tensor:
-    """The level up to which a field covers the wished share.
+    """The level up to which a field covers the share asked for.
 
     Sorting 64² pixels of 512² costs nothing, and what holds for them holds for the image: at least one is in, and the
     highest one is out.
@@ -251,9 +251,9 @@ def _level(field: Tensor, share: Tensor) -> Tensor:
         ``b 1 1`` float32.
     """
     levels = field.flatten(1).sort(dim=1).values
-    place = (share[:, None] * levels.shape[1]).ceil().long() - 1
+    rank = (share[:, None] * levels.shape[1]).ceil().long() - 1
     below_all = levels[:, -1:].nextafter(torch.full_like(share[:, None], -torch.inf))
-    return levels.gather(1, place).minimum(below_all)[..., None]
+    return levels.gather(1, rank).minimum(below_all)[..., None]
 
 
 def _count(choice: Tensor, low: int, high: int) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from latentdm.autoencoders.weights import DTYPES, computes_bfloat16
 from latentdm.draws import Draws
 from latentdm.errors import UserError
 from latentdm.extras import require
+from latentdm.frozen.weights import DTYPES, computes_bfloat16
 from latentdm.pipelines import PipelineSource
 from latentdm.stages import Stage
 from latentdm.text.families import FAMILIES, family_of

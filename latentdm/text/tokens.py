@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdm.batch import CAPTION, describe
+from latentdm.batch import CAPTION
 from latentdm.draws import Draws
 from latentdm.errors import UserError
 from latentdm.stages import Stage
+from latentdm.tensors import describe
 
 TOKENS = "caption_tokens"
 

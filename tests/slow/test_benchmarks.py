@@ -9,7 +9,7 @@ import torch
 from running import ROOT
 
 from benchmarks.rows import ROWS, Row, interleaved, row
-from latentdm.autoencoders.weights import computes_bfloat16
+from latentdm.frozen.weights import computes_bfloat16
 
 
 def run(*arguments, script="run"):
@@ -69,5 +69,4 @@ def test_the_gpu_script_runs_dry():
     done = run("--dry", script="gpu")
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row["value"] for row in map(json.loads, done.stdout.splitlines())}
-    assert rows["encode_ahead_64_same"] == 1
     assert 0 < rows["accuracy_eager_64"] < 0.02 or not computes_bfloat16(torch.device("cpu"))

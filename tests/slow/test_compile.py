@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import LatentModel, Photos, complains, images, no_warnings, photo_columns, quiet_trainer, tiny_kl
 from lightning.pytorch import LightningDataModule
+from tiny_models import close
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -197,10 +198,10 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(graphs, said):
         with pytest.warns(UserWarning, match="FrozenVAE: compile has no effect.*install a C.. compiler"):
             encoded = vae.encode(images(2) / 255)
         with no_warnings():
-            assert torch.equal(vae.encode(images(2) / 255), encoded)
-            assert torch.equal(vae.encode(images(1) / 255), encoded[:1])
+            close(vae.encode(images(2) / 255), encoded)
+            close(vae.encode(images(1) / 255), encoded[:1])
     assert len(said) == 1  # that it was compiling, before it failed
-    assert torch.equal(encoded, expected)
+    close(encoded, expected)
 
 
 def test_what_cannot_be_compiled_is_said_at_once():
@@ -220,7 +221,7 @@ def test_what_cannot_be_compiled_is_said_at_once():
 
 
 def test_without_the_option_nothing_is_compiled(graphs):
-    LatentDataModule(Photos(photo_columns()), PlainEncoder(one_convolution())).encode({"pixels": images(2)})
+    LatentDataModule(Photos(photo_columns()), PlainEncoder(one_convolution())).encode({"pixels": images(2)}, "cpu")
     assert graphs() == 0
 
 

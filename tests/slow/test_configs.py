@@ -55,13 +55,3 @@ def test_wrong_choice_is_answered_with_the_choices():
     for choice in ("plain", "batched", "inpaint", "inpaint_offset"):
         assert f"\t{choice}" in message
     assert "schema" not in message.split("Config search path")[0]
-
-
-def test_yaml_of_a_user_with_a_typo_is_refused_too(tmp_path):
-    (tmp_path / "app.yaml").write_text(
-        "defaults: [{encoder: plain}, _self_]\nvae: null\nencoder: {per_bach: 3}\n", encoding="utf-8"
-    )
-    from hydra import initialize_config_dir
-
-    with initialize_config_dir(str(tmp_path), version_base="1.3"), pytest.raises(HydraException, match="per_bach"):
-        compose("app")

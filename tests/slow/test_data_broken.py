@@ -1,20 +1,14 @@
 """Odd and broken files of every kind in one folder, in both modes: nothing crashes, everything bad is reported."""
 
 import io
-import os
-import signal
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
-from torch import nn
 
 from latentdm.data import ImageFolderData, SampleError
-from latentdm.data.base import PixelDataModule, PixelDataset
-from latentdm.data.images import read_image
-from latentdm.data.workers import Reading, explanation
+from latentdm.data.decode import read_image
 
 SIZE = 8
 COLOUR = (200, 90, 30)
@@ -133,13 +127,13 @@ def test_the_first_bad_file_ends_an_epoch_that_raises(zoo, workers):
 def test_every_bad_file_is_named_and_every_good_one_read(zoo):
     root, good, bad = zoo
     data = loaded(root)
-    for place in range(len(data.predict_set)):
-        name = data.predict_set.name(place)
+    for position in range(len(data.predict_set)):
+        name = data.predict_set.name(position)
         if name in bad:
             with pytest.raises(SampleError, match=name):
-                data.predict_set[place]
+                data.predict_set[position]
         elif name in good:
-            data.predict_set[place]
+            data.predict_set[position]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +155,7 @@ def mutated(tmp_path_factory):
     refused = set()
     for path in sorted(root.iterdir()):
         try:
-            image, size = read_image(path, "Test", max_pixels=150_000)
+            image, size = read_image(path, max_pixels=150_000)
         except SampleError:
             refused.add(path.name)
         else:
@@ -187,7 +181,7 @@ def test_an_epoch_of_a_thousand_mutations(mutated, workers):
             number = int(name[4:6])
             assert (pixels == torch.tensor([number, 255 - number, 9])[:, None, None]).all()
             continue
-        image, _ = read_image(root / name, "Test")
+        image, _ = read_image(root / name)
         if image.size == (SIZE, SIZE):  # nothing to resize or crop
             exact += 1
             assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(image.convert("RGB"))), name
@@ -202,172 +196,3 @@ def test_the_first_of_a_thousand_mutations_is_named(mutated, workers):
     named = next(name for name in sorted(path.name for path in root.iterdir()) if str(root / name) in str(caught.value))
     assert named in refused
     assert workers or named == min(refused)
-
-
-# What skipping promises
-
-
-@pytest.fixture
-def half_broken(tmp_path):
-    """Twelve pictures, three of which are broken."""
-    for number in range(12):
-        Image.new("RGB", (10, 10), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
-    for number in (3, 4, 9):
-        (tmp_path / f"{number:02}.png").write_bytes(b"broken")
-    return tmp_path
-
-
-def test_a_broken_sample_is_replaced_by_the_same_one_whatever_the_workers(half_broken):
-    def names(workers, epoch):
-        data = loaded(half_broken, on_error="skip", num_workers=workers)
-        loader = data.train_dataloader()
-        loader.sampler.set_epoch(epoch)
-        return [name for batch in loader for name in batch["name"]]
-
-    assert names(0, 0) == names(2, 0) == names(0, 0)
-    assert len({tuple(names(0, epoch)) for epoch in range(4)}) == 4
-
-
-class Model(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-
-    def training_step(self, batch, _):
-        return self.layer(torch.ones(1, 1)).sum()
-
-    def validation_step(self, batch, _):
-        pass
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_run_ends_with_a_report(half_broken, tmp_path, workers):
-    (half_broken / "val").mkdir()
-    noise().save(half_broken / "val" / "1.png")
-    data = loaded(half_broken, on_error="skip", num_workers=workers, val_root=half_broken / "val")
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(accelerator="cpu", max_epochs=2, default_root_dir=tmp_path, enable_model_summary=False, **quiet)
-    with pytest.warns(
-        UserWarning, match=r"ImageFolderData: 3 of 13 samples could not be read .*skipped_samples"
-    ) as told:
-        trainer.fit(Model(), datamodule=data)
-    (report,) = [str(w.message) for w in told if "could not be read" in str(w.message)]
-    assert all(f"{number:02}.png: its content is no image" in report for number in (3, 4, 9))
-    assert len((tmp_path / "skipped_samples" / "rank0.jsonl").read_text().splitlines()) == 3
-
-
-def test_too_many_broken_samples_end_the_run(half_broken):
-    data = loaded(half_broken, on_error="skip", max_skipped_share=0.2)
-    with pytest.raises(
-        RuntimeError, match=r"^ImageFolderData: 3 of 12 samples cannot be read, .*max_skipped_share=0.2"
-    ):
-        list(data.predict_dataloader())
-    list(loaded(half_broken, on_error="skip", max_skipped_share=0.25).predict_dataloader())
-    with pytest.raises(RuntimeError, match=r"^ImageFolderData: [^\n]*$"):  # not in a worker's traceback
-        list(loaded(half_broken, on_error="skip", max_skipped_share=0.1, num_workers=1).predict_dataloader())
-
-
-def test_captions_and_masks_that_are_wrong(tmp_path):
-    for number in range(6):
-        Image.new("RGB", (20, 10)).save(tmp_path / f"{number}.png")
-        Image.new("L", (20, 10)).save(tmp_path / f"{number}-mask.png")
-        (tmp_path / f"{number}.txt").write_text("fine", encoding="utf-8")
-    (tmp_path / "0.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "1-mask.png").unlink()
-    Image.new("L", (10, 20)).save(tmp_path / "2-mask.png")
-    (tmp_path / "3.txt").unlink()
-    (tmp_path / "3.json").write_text("{broken")
-    (tmp_path / "orphan-mask.png").write_bytes(encoded(flat("L"), "png"))
-    data = loaded(tmp_path, on_error="skip")
-    batches = list(data.predict_dataloader())
-    assert {name for batch in batches for name in batch["name"]} == {"4.png", "5.png"}
-    report = data.skips.report()
-    for text in (
-        "0.txt: it is not UTF-8",
-        "an image without a mask",
-        "10 × 20 pixels",
-        "3.json: it is no JSON",
-        "orphan",
-    ):
-        assert text in report
-
-
-@pytest.mark.parametrize("name", ["../outside.png", "/etc/outside.png", "a/../../outside.png"])
-def test_metadata_that_leave_the_folder_are_refused(tmp_path, name):
-    root = tmp_path / "root"
-    root.mkdir()
-    flat().save(tmp_path / "outside.png")
-    flat().save(root / "1.png")
-    (root / "metadata.jsonl").write_text(f'{{"file_name": "{name}", "text": "x"}}\n')
-    with pytest.raises(ValueError, match=r"metadata.jsonl, line 1 names a file outside root="):
-        loaded(root)
-    data = loaded(root, on_error="skip")
-    assert [batch["name"] for batch in data.predict_dataloader()] == [["1.png"]]
-    assert "names a file outside" in data.skips.report()
-
-
-class Deadly(PixelDataset):
-    def __len__(self):
-        return 4
-
-    def name(self, place):
-        return f"photo {place}.png"
-
-    def sample(self, place, epoch):
-        if place == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return {"pixels": torch.zeros(3, 4, 4, dtype=torch.uint8), "index": place}
-
-
-@pytest.mark.parametrize("buckets", [None, np.zeros(4, dtype=np.int32)])
-def test_a_worker_that_dies_is_named_with_what_it_read_and_what_to_do(buckets):
-    data = PixelDataModule(batch_size=1, num_workers=1, on_error="skip")
-    data.predict_set = Deadly()
-    data.predict_set.bucket_of = buckets
-    what = r"^PixelDataModule: a process that reads images died while it read photo 2.png \(DataLoader worker.* "
-    with pytest.raises(RuntimeError, match=what + r"(exited unexpectedly|killed).*num_workers"):
-        list(data.predict_dataloader())
-
-
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
-def test_a_worker_that_dies_while_it_hands_over_a_batch_is_explained(error):
-    reading = Reading("PixelDataModule", 1)
-    reading._now[0, 1] = 2  # as the worker noted before it died
-    said = explanation(error, reading, Deadly().name)
-    assert said.startswith("PixelDataModule: a process that reads images died while it read photo 2.png (DataLoader ")
-    assert "num_workers" in said
-
-
-def test_the_signal_of_a_death_that_comes_after_a_lost_connection_is_waited_for():
-    def batches():
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        raise ConnectionResetError(104, "Connection reset by peer")
-        yield
-
-    def tell(number, frame):
-        raise RuntimeError("DataLoader worker (pid 41) is killed by signal: Killed. ")
-
-    data = PixelDataModule(batch_size=1, num_workers=1)
-    data.predict_set = Deadly()
-    loader = data.predict_dataloader()
-    loader.dataset.reading._now[0] = torch.tensor([41, 2])
-    before = signal.signal(signal.SIGALRM, tell)
-    try:
-        with pytest.raises(
-            RuntimeError, match=r"died while it read photo 2.png \(DataLoader worker \(pid 41\) is killed"
-        ):
-            list(loader._explained(batches()))
-    finally:
-        signal.signal(signal.SIGALRM, before)
-
-
-def test_a_worker_that_dies_in_the_middle_of_a_step_is_explained():
-    data = PixelDataModule(batch_size=1, num_workers=1)
-    data.train_set = Deadly()
-    data.train_dataloader()
-    with pytest.warns(UserWarning, match=r"^PixelDataModule: a process that reads images died \(DataLoader worker"):
-        data.on_exception(RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. "))
-    data.on_exception(RuntimeError("another error"))

@@ -6,6 +6,8 @@ from helpers import LatentModel, Photos, RecordingAutoencoder, fit, photo_column
 
 from latentdm import Augment, FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
 from latentdm.draws import Draws
+from latentdm.errors import UserError
+from latentdm.masks import RandomMask
 
 COLOURS = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.1}
 KINDS = {
@@ -125,6 +127,51 @@ def test_gray_images_and_clips():
     assert torch.allclose(moved, single[:, :, None].expand_as(moved), atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+def test_a_source_is_moved_and_coloured_with_its_image(settings):
+    batch = coordinates(12)
+    pixels = batch["pixels"].contiguous()
+    source = pixels.clone()
+    source[:, :, 16:32, 16:32] = 0  # what is to be removed, or added
+    moved = Augment(**settings)(batch | {"pixels": pixels, "source": source}, draws(range(12)))
+    assert set(moved) == {"pixels", "source", "mask", "segmentation"}
+    assert (moved["pixels"] != pixels).flatten(1).any(dim=1).sum() >= 3
+    marked = {"pixels": pixels, "mask": (source != pixels).any(dim=1, keepdim=True).float()}
+    touched = Augment(**settings)(marked, draws(range(12)))["mask"] > 0  # bilinear: all that the change can reach
+    same = ~touched.expand(-1, 3, -1, -1)
+    assert torch.equal(moved["source"][same], moved["pixels"][same])
+    assert not torch.equal(moved["source"], moved["pixels"])
+
+
+def test_the_contrast_of_a_pair_is_counted_from_one_gray():
+    pixels, source = torch.full((1, 3, 8, 8), 0.2), torch.full((1, 3, 8, 8), 0.2)
+    source[..., :4] = 0.8
+    moved = Augment(contrast=0.5)({"pixels": pixels, "source": source}, draws([0]))
+    assert torch.equal(moved["source"][..., 4:], moved["pixels"][..., 4:])
+    alone = Augment(contrast=0.5)({"pixels": pixels}, draws([0]))
+    assert (moved["pixels"] - alone["pixels"]).abs().max() > 0.01
+
+
+def test_a_gray_source_and_one_with_alpha_take_the_colours_too():
+    gray, alpha = torch.rand(2, 1, 8, 8), torch.rand(2, 4, 8, 8)
+    moved = Augment(**COLOURS)({"pixels": alpha, "source": gray}, draws(range(2)))
+    assert moved["pixels"].shape == (2, 4, 8, 8)
+    assert moved["source"].shape == (2, 3, 8, 8)
+    assert torch.equal(moved["pixels"][:, 3], alpha[:, 3])
+
+
+def test_a_source_of_another_size_is_refused():
+    batch = {"pixels": torch.zeros(2, 3, 8, 8), "source": torch.zeros(2, 3, 8, 9)}
+    with pytest.raises(UserError, match=r"^Augment: source: expected one an image, of its size, got \(2, 3, 8, 9\)"):
+        Augment(flip=0.5)(batch, draws(range(2)))
+
+
+def test_what_is_no_picture_is_left_out():
+    moved = Augment(flip=1.0)(coordinates(2) | {"index": torch.arange(2), "caption": ["a", "b"]}, draws(range(2)))
+    assert set(moved) == {"pixels", "mask", "segmentation"}
+    assert Augment().training_only
+
+
 def test_one_mask_for_all_images_is_moved_with_each():
     batch = coordinates(10)
     moved = Augment(flip=0.5)(batch | {"mask": batch["mask"][:1]}, draws(range(10)))
@@ -137,10 +184,10 @@ def test_one_mask_for_all_images_is_moved_with_each():
         ({"flip": 2}, "flip must be a probability in 0…1, got 2"),
         (
             {"crop": [0.0, 1.0]},
-            r"crop must be two shares of the area above 0 and at most 1, in order, got \[0.0, 1.0\]",
+            r"crop must be two numbers above 0 and at most 1, in order, the share of the area, got \[0.0, 1.0\]; ",
         ),
-        ({"crop": [0.9, 0.5]}, "crop must be two shares"),
-        ({"aspect": 0.5}, "aspect must be at least 1, got 0.5"),
+        ({"crop": [0.9, 0.5]}, "crop must be two numbers"),
+        ({"aspect": 0.5}, "aspect must be a number of at least 1, got 0.5"),
         ({"hue": 0.6}, "hue must be a number in 0…0.5, got 0.6"),
         ({"contrast": -1}, "contrast must be a number in 0…1, got -1"),
     ],
@@ -186,3 +233,20 @@ def test_the_mask_of_an_inpainting_encoder_is_moved_with_its_image():
     assert torch.equal(grown[~flipped], still[~flipped])
     assert (grown[flipped][..., :8] == 1).all()
     assert (still[..., :8] == 0).all()
+
+
+def test_a_source_is_moved_before_the_encoder_masks_it_and_a_mask_source_may_write_the_mask_anew():
+    columns = coordinates(8, 32, 32)
+    source = (columns["pixels"] // 2).contiguous()
+    photos = Photos(photo_columns(8) | {name: value.contiguous() for name, value in columns.items()}, batch_size=4)
+    photos.dataset.columns["source"] = source
+    encoder = InpaintEncoder(FrozenVAE(RecordingAutoencoder()), grow_mask_by=0)
+    model = fit(LatentDataModule(photos, encoder, augment=Augment(flip=0.5), masks=RandomMask(), keep_pixels=True))
+    pixels = model.column("train", "pixels")
+    flipped = (pixels != columns["pixels"]).flatten(1).any(dim=1)
+    assert 0 < flipped.sum() < 8
+    seen = torch.nn.functional.pixel_shuffle(model.column("train", "masked_latents"), 8)
+    kept = (model.column("train", "noise_mask") == 0).expand_as(seen)
+    expected = torch.where(flipped[:, None, None, None], source.flip(-1), source) / 127.5 - 1
+    assert torch.allclose(seen[kept], expected[kept], atol=1e-5)
+    assert torch.equal(seen[~kept], torch.zeros_like(seen[~kept]))

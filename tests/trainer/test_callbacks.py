@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from helpers import LatentModel, Photos, complains, images, photo_columns, quiet_trainer, tiny_kl
+from helpers import LatentModel, NoiseAutoencoder, Photos, complains, images, photo_columns, quiet_trainer, tiny_kl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.profilers import SimpleProfiler
 from PIL import Image
 
 import latentdm.demo_vae
@@ -252,44 +251,48 @@ def test_costs_are_logged_at_log_steps_with_units(vae, tmp_path):
         assert float(row["encode/chunks_per_batch"]) == 2  # two images, each clean and masked, three at a time
 
 
-class Heavy(LatentModel):
-    """A step of about the cost of an encoding."""
+class Clockwork(NoiseAutoencoder):
+    """Takes 2 seconds of a clock that does nothing else for a pass."""
 
-    def __init__(self):
+    def __init__(self, clock):
         super().__init__()
-        self.layer = torch.nn.Linear(700, 700)
+        self.clock = clock
 
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch, batch_idx) + 0 * self.layer(torch.ones(900, 700)).sum()
-
-
-def test_share_of_the_step_agrees_with_a_profiler(demo, tmp_path):
-    monitor, profiler = EncodeMonitor(), SimpleProfiler()
-    fit(photographs(demo), monitor, LatentPreview(every_n_steps=5), LatentStats(), model=Heavy(), max_steps=20,
-        profiler=profiler, default_root_dir=tmp_path)  # fmt: skip
-    took = profiler.recorded_durations
-    hook = took["[LightningDataModule]LatentDataModule.on_after_batch_transfer"]
-    pictures = [0, 5, 10, 15]  # drawn inside the hook, and no part of encoding
-    quiet = [turn for turn in range(1, 20) if turn not in pictures]
-    encoding = sum(hook[turn] for turn in quiet) / len(quiet) * 19
-    profiled = 100 * encoding / (encoding + sum(took["run_training_batch"][1:]))
-    assert monitor.totals.batches == 19  # all but the first
-    assert 20 < profiled < 98
-    assert abs(monitor.totals.share_of_step_pct - profiled) < 5
+    def encode(self, x):
+        self.clock.now += 2
+        return super().encode(x)
 
 
-def test_validation_and_pictures_do_not_count(vae, tmp_path):
-    class Slow(Callback):
+def test_encoding_and_steps_are_counted_and_neither_loading_nor_validation_nor_other_callbacks(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("latentdm.callbacks.encode_monitor.perf_counter", lambda: clock.now)
+
+    class Stepping(LatentModel):
+        def training_step(self, batch, batch_idx):
+            clock.now += 3
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            clock.now += 100
+
+    class Loading(Photos):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            clock.now += 1000
+            return batch
+
+    class Drawing(Callback):
         def on_encode_end(self, *observed):
-            from time import sleep
-
-            sleep(0.05)
+            clock.now += 10_000
 
     monitor = EncodeMonitor()
-    fit(inpainting(vae), monitor, Slow(), max_steps=4, model=LatentModel(), limit_val_batches=2)
-    assert monitor.totals.batches == 3
-    assert monitor.totals.images == 6
-    assert monitor.totals.encode_s + monitor.totals.step_s < 3 * 0.05
+    encoder = PlainEncoder(FrozenVAE(Clockwork(clock)), per_batch=1)
+    datamodule = LatentDataModule(Loading(photo_columns(8)), encoder)
+    fit(datamodule, monitor, Drawing(), max_steps=4, model=Stepping(), limit_val_batches=2, val_check_interval=2)
+    assert monitor.totals.batches == 3  # all but the first, which warms up
+    assert monitor.totals.images == monitor.totals.chunks == 6
+    assert monitor.totals.encode_s == 3 * 2 * 2
+    assert monitor.totals.step_s == 3 * 3
+    assert monitor.totals.share_of_step_pct == pytest.approx(100 * 4 / 7)
 
 
 def test_samples_encoded_again_in_float32_are_counted(tmp_path):
@@ -372,13 +375,10 @@ def test_a_forgotten_scaling_factor_is_noticed_within_ten_batches():
     assert "scaling_factor" in said
 
 
-def test_a_scaling_factor_applied_twice_is_noticed(demo):
-    class Scaled(PlainEncoder):
-        def start(self, batch, draws):
-            finish = super().start(batch, draws)
-            return lambda: {key: value * 0.3658 for key, value in finish().items()}
-
-    [said] = warned(LatentDataModule(SamplesData(size=64, batch_size=4), Scaled(demo)))
+def test_a_scaling_factor_applied_twice_is_noticed():
+    autoencoder = AutoencoderKL.from_pretrained(latentdm.demo_vae.__path__[0])
+    autoencoder.register_to_config(scaling_factor=autoencoder.config.scaling_factor**2)
+    [said] = warned(photographs(FrozenVAE(autoencoder, dtype="float32")))
     assert "far below 1" in said
 
 
@@ -386,8 +386,8 @@ class Constant(MaskSource):
     def __init__(self, value):
         self.value = value
 
-    def __call__(self, inputs, draws):
-        b, _, height, width = inputs["pixels"].shape
+    def masks(self, batch, draws):
+        b, _, height, width = batch["pixels"].shape
         return torch.full((b, 1, height, width), self.value)
 
 
@@ -609,9 +609,8 @@ class Predicting(LatentModel):
 
 
 @pytest.fixture
-def offloaded(monkeypatch):
+def offloaded():
     """Runs `VAEOffload` in a stage as on a GPU, and gives the autoencoder's journeys."""
-    monkeypatch.setattr(VAEOffload, "_useless", staticmethod(lambda trainer: False))
     vae, offload = Travelling(tiny_kl()), VAEOffload()
 
     def run(stages, pixels, model, stage="predict"):

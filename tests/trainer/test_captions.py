@@ -12,56 +12,53 @@ from latentdm.draws import Draws
 TAGS = "sks dog, grass , sun,sky, tree"
 
 
-def draws(ids, seed=0, epoch=0):
-    return Draws(seed, epoch, list(ids))
+def changed_by(captions, texts, ids=None, seed=0, epoch=0, training=True):
+    """What the stage makes of texts, one a sample."""
+    draws = Draws(seed, epoch, list(range(len(texts)) if ids is None else ids), training)
+    written = captions({"caption": texts, "other": 1}, draws)
+    assert list(written) == ["caption"]
+    return written["caption"]
 
 
 def test_dropout_has_its_probability():
-    changed = Captions(dropout=0.3)(["a dog"] * 400, draws(range(400)))
+    changed = changed_by(Captions(dropout=0.3), ["a dog"] * 400)
     assert set(changed) == {"a dog", ""}
     assert 90 < changed.count("") < 150
-    assert Captions()(["a dog", None], draws(range(2))) == ["a dog", ""]
+    assert changed_by(Captions(), ["a dog", None]) == ["a dog", ""]
 
 
 def test_tags_are_shuffled_behind_those_that_stay():
-    changed = Captions(shuffle_tags=True, keep_tags=2)([TAGS] * 60, draws(range(60)))
+    changed = changed_by(Captions(shuffle_tags=True, keep_tags=2), [TAGS] * 60)
     assert len(set(changed)) == 6
     for text in changed:
         tags = text.split(", ")
         assert tags[:2] == ["sks dog", "grass"]
         assert sorted(tags[2:]) == ["sky", "sun", "tree"]
-    assert {
-        text.split(", ")[0] for text in Captions(shuffle_tags=True, keep_tags=0)([TAGS] * 60, draws(range(60)))
-    } == {
-        "sks dog",
-        "grass",
-        "sun",
-        "sky",
-        "tree",
-    }
-    assert Captions(shuffle_tags=True, separator="|")(["a, b"], draws([0])) == ["a, b"]
-    assert Captions(shuffle_tags=True, keep_tags=9)(["a, b"], draws([0])) == ["a, b"]
+    first = {text.split(", ")[0] for text in changed_by(Captions(shuffle_tags=True, keep_tags=0), [TAGS] * 60)}
+    assert first == {"sks dog", "grass", "sun", "sky", "tree"}
+    assert changed_by(Captions(shuffle_tags=True, separator="|"), ["a, b"]) == ["a, b"]
+    assert changed_by(Captions(shuffle_tags=True, keep_tags=9), ["a, b"]) == ["a, b"]
 
 
 def test_templates_and_several_captions_are_drawn_evenly():
     captions = Captions(templates=["a photo of {caption}", "{caption} {x}"])
-    changed = Counter(captions([["a dog", "a hound"]] * 200, draws(range(200))))
+    changed = Counter(changed_by(captions, [["a dog", "a hound"]] * 200))
     assert set(changed) == {"a photo of a dog", "a photo of a hound", "a dog {x}", "a hound {x}"}
     assert min(changed.values()) > 30
-    assert captions([[]], draws([0]), training=False) == ["a photo of "]
+    assert changed_by(captions, [[]], training=False) == ["a photo of "]
 
 
 def test_outside_training_what_comes_first_is_taken():
     captions = Captions(dropout=1.0, shuffle_tags=True, templates=["a {caption}", "the {caption}"])
-    assert captions([TAGS, ["x", "y"]], draws(range(2)), training=False) == [f"a {TAGS}", "a x"]
+    assert changed_by(captions, [TAGS, ["x", "y"]], training=False) == [f"a {TAGS}", "a x"]
 
 
 def test_a_caption_depends_on_its_own_draws_alone():
     captions = Captions(dropout=0.2, shuffle_tags=True, templates=["a {caption}", "{caption}"])
-    together = captions([TAGS] * 20, draws(range(20)))
-    assert [captions([TAGS], draws([index]))[0] for index in range(20)] == together
-    assert captions([TAGS] * 20, draws(range(20), epoch=1)) != together
-    assert captions([TAGS] * 20, draws(range(20), seed=1)) != together
+    together = changed_by(captions, [TAGS] * 20)
+    assert [changed_by(captions, [TAGS], ids=[index])[0] for index in range(20)] == together
+    assert changed_by(captions, [TAGS] * 20, epoch=1) != together
+    assert changed_by(captions, [TAGS] * 20, seed=1) != together
 
 
 @pytest.mark.parametrize(
@@ -84,13 +81,14 @@ def test_wrong_settings(settings, message):
     [
         (torch.zeros(2), r"expected a list of strings, one an image, got \(2,\) float32; name another key"),
         ("ab", "expected a list of strings, one an image, got str"),
+        (["a", "b", "c"], "expected a list of strings, one an image, got 3 for 2 images"),
         ([1, 2], "expected strings, got 1 for the sample 0"),
         ([["a", b"b"], "c"], r"expected strings, got \['a', b'b'\] for the sample 0"),
     ],
 )
 def test_wrong_captions(captions, message):
     with pytest.raises(ValueError, match=f"^Captions: caption: {message}"):
-        Captions()(captions, draws(range(2)))
+        changed_by(Captions(), captions, ids=range(2))
 
 
 def trained(index=True, epochs=1, **settings):
@@ -108,7 +106,7 @@ def test_captions_of_any_data_module_are_changed_in_training_and_pass_through_ot
     assert trained()[0] == {"train": plain, "val": plain}
     seen, _ = trained(captions=Captions(dropout=0.3, shuffle_tags=True), epochs=2)
     assert seen["val"] == plain * 2
-    expected = [Captions(dropout=0.3, shuffle_tags=True)(plain, draws(range(8), epoch=epoch)) for epoch in range(2)]
+    expected = [changed_by(Captions(dropout=0.3, shuffle_tags=True), plain, epoch=epoch) for epoch in range(2)]
     assert seen["train"] == expected[0] + expected[1]
     assert expected[0] != expected[1] != plain
 

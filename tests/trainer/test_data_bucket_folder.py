@@ -1,6 +1,5 @@
 """A folder in buckets: images, masks and transparency stay aligned, and the sizes that ride along are true."""
 
-import json
 import logging
 
 import numpy as np
@@ -11,7 +10,6 @@ from PIL import Image
 
 from latentdm import LatentDataModule, PlainEncoder
 from latentdm.data import ImageFolderData
-from latentdm.data.bucket_batches import BucketBatches
 
 SIZES = [(90, 60), (60, 90), (64, 64), (130, 128), (200, 80), (80, 201), (91, 62), (300, 100), (61, 60), (120, 80)]
 BUCKETS = {"area": 64 * 64, "step": 16}
@@ -122,44 +120,3 @@ def test_a_broken_image_is_replaced_by_one_of_its_size(folder):
         assert batch["latents"].shape[-2:] == tuple((batch["target_size"][0] // 8).tolist())
     assert sum(len(batch["index"]) for batch in model.batches("train")) == 20
     assert all(3 not in batch["index"].tolist() for batch in model.batches("train"))
-
-
-class Witness(LatentModel):
-    """Writes down the names and the shape of each batch: a process that ends takes its lists with it."""
-
-    def __init__(self, folder):
-        super().__init__(key="pixels")
-        self.folder = folder
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        with (self.folder / f"rank{self.global_rank}").open("a") as file:
-            seen = [self.current_epoch, [*batch["pixels"].shape[-2:]], batch["index"].tolist()]
-            file.write(json.dumps(seen) + "\n")
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("use_distributed_sampler", [True, False])
-def test_two_ranks_see_the_batches_that_were_planned(folder, tmp_path_factory, use_distributed_sampler):
-    notes = tmp_path_factory.mktemp("notes")
-    data = ImageFolderData(folder, batch_size=2, val_share=0, buckets=BUCKETS)
-    trainer = quiet_trainer(
-        strategy="ddp_fork", devices=2, max_epochs=2, limit_val_batches=0,
-        use_distributed_sampler=use_distributed_sampler,
-    )  # fmt: skip
-    trainer.fit(Witness(notes), datamodule=data)
-    seen = [[json.loads(line) for line in (notes / f"rank{rank}").read_text().splitlines()] for rank in range(2)]
-    data.setup()
-    orders = []
-    for epoch in range(2):
-        mine, other = ([batch[1:] for batch in of_rank if batch[0] == epoch] for of_rank in seen)
-        assert [(shape, len(index)) for shape, index in mine] == [(shape, len(index)) for shape, index in other]
-        for rank, of_rank in enumerate((mine, other)):
-            planned = BucketBatches(range(10), data.train_set.bucket_of, 2, True, num_replicas=2, rank=rank)
-            assert [index for _, index in of_rank] == [[place for place, _ in b] for b in planned.batches(epoch)]
-        for shape, index in mine + other:
-            assert all(data._plan.shape(*SIZES[place]) == tuple(shape[::-1]) for place in index)
-        indices = [place for _, index in mine + other for place in index]
-        assert set(indices) == set(range(10))
-        assert len(indices) == 10 + planned.repeated
-        orders.append(indices)
-    assert orders[0] != orders[1]

@@ -1,11 +1,7 @@
 """Noise keyed on (seed, epoch, index, purpose): the same sample meets the same noise, and nothing touches the rest."""
 
-import os
 import random
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -294,57 +290,3 @@ def test_the_global_seed_changes_no_noise():
         seed_everything(seed, verbose=False)
         noise.append(fit_without_index().column("train"))
     assert torch.equal(*noise)
-
-
-# -------------------------------------------------------------------- two ranks
-
-RANK_SCRIPT = """
-import sys
-
-import torch
-from helpers import LatentModel, Photos, images, noise_vae, photo_columns, quiet_trainer, tiny_kl
-from latentdm import FrozenVAE, LatentDataModule, PlainEncoder
-
-torch.set_num_threads(1)
-trainer = quiet_trainer(strategy="ddp", devices=2, max_epochs=2)
-model = LatentModel()
-vae = FrozenVAE(tiny_kl(), dtype="float32")
-trainer.fit(model, datamodule=LatentDataModule(Photos(photo_columns(8)), PlainEncoder(vae)))
-unkeyed = {"pixels": images(1).repeat(8, 1, 1, 1)}
-predicted = trainer.predict(model, datamodule=LatentDataModule(Photos(unkeyed), PlainEncoder(noise_vae())))
-seen = {
-    "noise": torch.cat([batch["latents"] for batch in predicted]),
-    "epochs": [[model.column("train", name, epoch) for name in ("latents", "index")] for epoch in (0, 1)],
-}
-torch.save(seen, f"{sys.argv[1]}/rank{trainer.global_rank}.pt")
-trainer.strategy.barrier()
-"""
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """What each of two CPU ranks saw."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "ranks.py").write_text(RANK_SCRIPT)
-    tests = Path(__file__).parent.parent
-    paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(folder / "ranks.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
-
-
-def test_with_an_index_two_ranks_see_what_one_sees(two_ranks):
-    encoder = PlainEncoder(FrozenVAE(tiny_kl(), dtype="float32"))
-    alone = fit(LatentDataModule(Photos(photo_columns(8)), encoder), max_epochs=2)
-    for epoch in (0, 1):
-        columns = zip(*(rank["epochs"][epoch] for rank in two_ranks), strict=True)
-        latents, index = (torch.cat(column) for column in columns)
-        assert sorted(index.tolist()) == list(range(8))  # each rank saw samples of its own
-        expected = alone.column("train", epoch=epoch)
-        torch.testing.assert_close(by_index(latents, index), expected, rtol=0, atol=1e-5)
-
-
-def test_without_an_index_two_ranks_draw_noise_of_their_own(two_ranks):
-    assert all_distinct(torch.cat([rank["noise"] for rank in two_ranks]))

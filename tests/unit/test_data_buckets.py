@@ -1,19 +1,13 @@
 """Buckets: each image in the nearest one, each batch of one, and all ranks in step, whatever Lightning is told."""
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
-import bucket_ranks
 import numpy as np
 import pytest
-from bucket_ranks import BATCH, COUNT, PLAN, SIZES
+from bucket_ranks import BATCH, COUNT, PLAN
 
-from latentdm.data.bucket_batches import BucketBatches, BucketLoader
-from latentdm.data.buckets import Buckets
+from latentdm.data import Buckets
+from latentdm.data.order import BucketBatches
 
 
 def test_the_sizes_of_the_published_trainers():
@@ -47,11 +41,11 @@ def test_small_buckets_are_kept_or_merged_and_the_table_tells():
     sizes = [(100, 100)] * 9 + [(100, 160)] * 2 + [(100, 290)] * 5 + [(300, 100)]
     kept = Buckets(area=256 * 256, step=64).plan(sizes)
     assert kept.counts[kept.counts > 0].tolist() == [5, 2, 9, 1]
-    assert kept.table("Data").splitlines()[0] == "Data: 17 images in 4 buckets"
+    assert kept.table().splitlines()[0] == "17 images in 4 buckets"
     merged = Buckets(area=256 * 256, step=64, min_images=3).plan(sizes)
     assert merged.shape(300, 100) == merged.shape(100, 160) == (256, 256)
-    assert [" ".join(line.split()) for line in merged.table("Data").splitlines()] == [
-        "Data: 17 images in 2 buckets",
+    assert [" ".join(line.split()) for line in merged.table().splitlines()] == [
+        "17 images in 2 buckets",
         "width × height images",
         "128 × 384 5",
         "256 × 256 12",
@@ -65,10 +59,10 @@ def test_small_buckets_are_kept_or_merged_and_the_table_tells():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"area": 0}, "area must be at least 1, got 0"),
-        ({"step": 1.5}, "step must be an integer, got 1.5"),
-        ({"min_images": 0}, "min_images must be at least 1"),
-        ({"min_side": 0}, "min_side must be at least 1"),
+        ({"area": 0}, "area must be an integer of at least 1, got 0"),
+        ({"step": 1.5}, "step must be an integer of at least 1, got 1.5"),
+        ({"min_images": 0}, "min_images must be an integer of at least 1"),
+        ({"min_side": 0}, "min_side must be an integer of at least 1"),
         ({"area": 4096, "min_side": 128}, "no multiple of step=64 lies in min_side=128…max_side=128 with an area of"),
     ],
 )
@@ -84,12 +78,14 @@ def test_wrong_sizes(sizes):
 
 
 def planned(ranks, epoch=0, training=True, **settings):
-    """What each rank is to see: rank → batches of places."""
+    """What each rank is to see: rank → batches of positions."""
     samplers = [
-        BucketBatches(range(COUNT), PLAN.bucket_of, BATCH, training, ranks, rank, seed=3, **settings)
+        BucketBatches(range(COUNT), PLAN.bucket_of, BATCH, training, num_replicas=ranks, rank=rank, seed=3, **settings)
         for rank in range(ranks)
     ]
-    return samplers[0], [[[place for place, _ in batch] for batch in sampler.batches(epoch)] for sampler in samplers]
+    return samplers[0], [
+        [[position for position, _ in batch] for batch in sampler.batches(epoch)] for sampler in samplers
+    ]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -100,9 +96,9 @@ def test_all_ranks_are_in_step_and_every_image_comes_once(ranks, training):
     seen = Counter()
     for step in zip(*batches, strict=True):
         assert len({len(batch) for batch in step}) == 1
-        assert len({PLAN.bucket_of[place] for batch in step for place in batch}) == 1
+        assert len({PLAN.bucket_of[position] for batch in step for position in batch}) == 1
         assert len(step[0]) <= BATCH
-        seen.update(place for batch in step for place in batch)
+        seen.update(position for batch in step for position in batch)
     assert set(seen) == set(range(COUNT))
     assert seen.total() - COUNT == sampler.repeated < ranks * (PLAN.counts > 0).sum()
     assert sampler.dropped == 0
@@ -131,56 +127,4 @@ def test_drop_last_leaves_whole_steps_and_counts_the_rest():
 def test_any_step_can_be_skipped_to():
     sampler, [whole] = planned(1)
     for start in (0, 5, len(sampler)):
-        assert [[place for place, _ in batch] for batch in sampler.batches(0, start)] == whole[start:]
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_the_loader_goes_on_where_a_state_was_saved(num_workers):
-    def loader():
-        batches = BucketBatches(range(COUNT), PLAN.bucket_of, BATCH, True, seed=3)
-        return BucketLoader(bucket_ranks.Sizes(), batch_sampler=batches, num_workers=num_workers)
-
-    def epoch_of(loader, epoch=0):
-        loader.sampler.set_epoch(epoch)
-        return [batch["index"].tolist() for batch in loader]
-
-    first, whole = loader(), epoch_of(loader())
-    batches = iter(first)
-    seen = [next(batches)["index"].tolist() for _ in range(4)]
-    second = loader()
-    second.load_state_dict(first.state_dict())
-    assert seen + epoch_of(second) == whole
-    assert epoch_of(second) == whole  # once
-    third = loader()
-    third.load_state_dict(second.state_dict())  # saved at the end of an epoch: the next one is whole
-    assert len(epoch_of(third, epoch=1)) == len(whole)
-
-
-def lightning(folder, devices, use_distributed_sampler="true", stop=0):
-    """Train in other processes; rank → what it saw."""
-    command = [sys.executable, bucket_ranks.__file__, folder, devices, use_distributed_sampler, stop]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(bucket_ranks.__file__).parent)}
-    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    files = [Path(f"{folder}/seen.rank{rank}") for rank in range(devices)]
-    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-
-
-@pytest.mark.parametrize("use_distributed_sampler", ["true", "false"])
-def test_two_ranks_under_lightning_see_what_was_planned(tmp_path, use_distributed_sampler):
-    seen = lightning(tmp_path, 2, use_distributed_sampler)
-    for rank in range(2):
-        expected = []
-        for stage, epoch in (("train", 0), ("train", 1), ("predict", 0)):
-            for places in planned(2, epoch, stage == "train")[1][rank]:
-                width, height = PLAN.shape(*SIZES[places[0]].tolist())
-                expected.append([stage, height, width, places, epoch])
-        assert seen[rank] == expected
-
-
-def test_two_ranks_go_on_in_the_middle_of_an_epoch(tmp_path):
-    steps = len(planned(2)[0])
-    lightning(tmp_path, 2, stop=steps + 3)
-    seen = [[batch for batch in of_rank if batch[0] == "train"] for of_rank in lightning(tmp_path, 2)]
-    for rank in range(2):
-        assert [batch[3] for batch in seen[rank]] == planned(2)[1][rank] + planned(2, epoch=1)[1][rank]
+        assert [[position for position, _ in batch] for batch in sampler.batches(0, start)] == whole[start:]

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
-from torch import nn
 
 from latentdm.data import ImageFolderData, PixelDataModule
+
+SIZES = ("original_size", "crop_top_left", "target_size")
 
 
 def coordinates(height, width):
@@ -49,11 +49,11 @@ def loaded(root, **settings):
 
 
 def everything(data, epoch=0):
-    return [data.predict_set[place, epoch] for place in range(len(data.predict_set))]
+    return [data.predict_set[position, epoch] for position in range(len(data.predict_set))]
 
 
 def names(dataset):
-    return [] if dataset is None else [dataset.name(place) for place in range(len(dataset))]
+    return [] if dataset is None else [dataset.name(position) for position in range(len(dataset))]
 
 
 def test_the_images_of_a_folder_sorted_and_recursive(photos):
@@ -70,7 +70,7 @@ def test_the_images_of_a_folder_sorted_and_recursive(photos):
 def test_a_batch(photos):
     noise(photos / "a" / "0-mask.png")
     batch = next(iter(loaded(photos, masks="ignore").train_dataloader()))
-    assert set(batch) == {"pixels", "index", "name", "caption"}
+    assert set(batch) == {"pixels", "index", "name", "caption", *SIZES}
     assert batch["pixels"].shape == (4, 3, 16, 16)
     assert batch["pixels"].dtype == torch.uint8
     assert batch["index"].dtype == torch.int64
@@ -82,7 +82,7 @@ def test_training_and_validation_share_the_folder(photos):
     assert train
     assert val
     assert sorted(train + val) == names(data.predict_set)
-    indices = {name: place for place, name in enumerate(names(data.predict_set))}
+    indices = {name: position for position, name in enumerate(names(data.predict_set))}
     for dataset in (data.train_set, data.val_set):
         assert all(sample["index"] == indices[sample["name"]] for sample in dataset)
 
@@ -176,7 +176,7 @@ def test_image_and_mask_are_cropped_and_mirrored_alike(tmp_path, height, width, 
     save(tmp_path / "masks" / "1.png", coordinate_mask(height, width))
     data = loaded(tmp_path, flip=True, val_share=0, alpha=alpha)
     mask = torch.from_numpy(coordinate_mask(height, width))
-    places, mirrored = set(), 0
+    corners, mirrored = set(), 0
     for epoch in range(60):
         sample = data.train_set[0, epoch]
         x, y = sample["pixels"][:2].long()
@@ -185,11 +185,11 @@ def test_image_and_mask_are_cropped_and_mirrored_alike(tmp_path, height, width, 
         assert sample["pixels"].shape == (4 if alpha else 3, 16, 16)
         if alpha:
             assert (sample["pixels"][3] == 255).all()
-        places.add((int(x.min()), int(y.min())))
+        corners.add((int(x.min()), int(y.min())))
         mirrored += bool(x[0, 0] > x[0, 1])
-    assert len(places) > 30
-    assert max(max(place) for place in places) > 65
-    assert min(max(place) for place in places) < 9
+    assert len(corners) > 30
+    assert max(max(corner) for corner in corners) > 65
+    assert min(max(corner) for corner in corners) < 9
     assert 15 < mirrored < 45
 
 
@@ -216,6 +216,22 @@ def test_validation_takes_the_centre(tmp_path):
 
 
 ODD = next(side for side in range(17, 500) if int(side * (16 / side)) < 16)  # where the product falls below 16
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 100), (100, 40)])
+def test_the_sizes_that_ride_along_say_what_was_cropped(tmp_path, height, width):
+    save(tmp_path / "1.png", coordinates(height, width))
+    data = loaded(tmp_path, size=40, flip=True, val_share=0)
+    for epoch in range(10):
+        sample = data.train_set[0, epoch]
+        x, y = sample["pixels"][:2]
+        top, left = sample["crop_top_left"].tolist()
+        assert {sample[name].dtype for name in SIZES} == {torch.int64}
+        assert sample["original_size"].tolist() == [height, width]
+        assert sample["target_size"].tolist() == [40, 40]
+        mirrored = bool(x[0, 0] > x[0, 1])
+        assert top == y.min()
+        assert left == (width - 1 - x.max() if mirrored else x.min())
 
 
 def test_the_short_side_is_resized_and_never_shrinks_below_size(tmp_path):
@@ -271,34 +287,14 @@ def test_alpha_is_kept_when_asked_for_and_colours_under_it_stay(tmp_path):
 # Randomness
 
 
-class Recorder(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-        self.batches = []
-
-    def training_step(self, batch, _):
-        self.batches.append(batch)
-        return self.layer(torch.ones(1, 1)).sum()
-
-    def validation_step(self, batch, _):
-        self.batches.append(batch)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit(root, **settings):
-    recorder = Recorder()
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    data = ImageFolderData(root, **{"size": 16, "batch_size": 3, "flip": True, **settings})
-    Trainer(accelerator="cpu", devices=1, max_epochs=2, num_sanity_val_steps=0, **quiet).fit(recorder, datamodule=data)
-    return recorder.batches
+def two_epochs(root, **settings):
+    """The training batches of two epochs, and the validation batches after each."""
+    data, batches = loaded(root, **{"batch_size": 3, "flip": True, **settings}), []
+    train, val = data.train_dataloader(), data.val_dataloader()
+    for epoch in range(2):
+        train.sampler.set_epoch(epoch)
+        batches += [*train, *val]
+    return batches
 
 
 @pytest.fixture
@@ -311,7 +307,7 @@ def masked_photos(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(masked_photos, workers):
-    mine, theirs = fit(masked_photos), fit(masked_photos, num_workers=workers)
+    mine, theirs = two_epochs(masked_photos), two_epochs(masked_photos, num_workers=workers)
     for one, other in zip(mine, theirs, strict=True):
         assert one["name"] == other["name"]
         assert all(torch.equal(one[key], other[key]) for key in ("pixels", "mask", "index"))
@@ -321,14 +317,14 @@ def test_crops_follow_the_seed_the_epoch_and_the_index(masked_photos):
     data, other = loaded(masked_photos, val_share=0.3), loaded(masked_photos, val_share=0.3, seed=1)
     same = loaded(masked_photos, val_share=0.3)
     changed = {"epoch": 0, "seed": 0}
-    for place in range(len(data.train_set)):
-        crop = data.train_set[place, 0]["pixels"]
-        assert torch.equal(crop, same.train_set[place, 0]["pixels"])
-        changed["epoch"] += not torch.equal(crop, data.train_set[place, 1]["pixels"])
-        changed["seed"] += not torch.equal(crop, other.train_set[place, 0]["pixels"])
+    for position in range(len(data.train_set)):
+        crop = data.train_set[position, 0]["pixels"]
+        assert torch.equal(crop, same.train_set[position, 0]["pixels"])
+        changed["epoch"] += not torch.equal(crop, data.train_set[position, 1]["pixels"])
+        changed["seed"] += not torch.equal(crop, other.train_set[position, 0]["pixels"])
     assert min(changed.values()) >= len(data.train_set) - 1
-    for place in range(len(data.val_set)):
-        assert torch.equal(data.val_set[place, 0]["pixels"], data.val_set[place, 1]["pixels"])
+    for position in range(len(data.val_set)):
+        assert torch.equal(data.val_set[position, 0]["pixels"], data.val_set[position, 1]["pixels"])
 
 
 def test_a_sample_s_crop_does_not_depend_on_the_batch_size(masked_photos):
@@ -337,7 +333,7 @@ def test_a_sample_s_crop_does_not_depend_on_the_batch_size(masked_photos):
             int(i): pixels for batch in batches[:1] for i, pixels in zip(batch["index"], batch["pixels"], strict=True)
         }
 
-    small, large = by_index(fit(masked_photos, batch_size=1)), by_index(fit(masked_photos, batch_size=6))
+    small, large = by_index(two_epochs(masked_photos, batch_size=1)), by_index(two_epochs(masked_photos, batch_size=6))
     assert len(small) == 1
     for index, pixels in small.items():
         assert torch.equal(pixels, large[index])
@@ -410,12 +406,13 @@ def test_a_truncated_file_is_named(masked_photos, broken, workers):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"size": 0}, "size must be at least 1, got 0"),
-        ({"size": 51.2}, "size must be an integer, got 51.2; set it to 1 or more"),
-        ({"val_share": 1.0}, "val_share must be at least 0 and below 1, got 1.0"),
-        ({"val_share": -0.1}, "val_share must be at least 0 and below 1, got -0.1"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"size": 0}, "size must be an integer of at least 1, got 0"),
+        ({"size": 51.2}, "size must be an integer of at least 1, got 51.2"),
+        ({"val_share": 1.0}, "val_share must be a number below 1, got 1.0"),
+        ({"val_share": -0.1}, "val_share must be a number in 0…1, got -0.1"),
         ({"masks": "yes"}, "masks must be one of auto, require, ignore, got 'yes'"),
+        ({"sources": True}, "sources must be one of auto, require, ignore, got True"),
     ],
 )
 def test_wrong_settings(tmp_path, settings, message):

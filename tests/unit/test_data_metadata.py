@@ -9,6 +9,7 @@ from PIL import Image
 
 from latentdm.data import ImageFolderData
 
+SIZES = ("original_size", "crop_top_left", "target_size")
 KINDS = ["metadata.csv", "metadata.jsonl"]
 
 
@@ -52,11 +53,12 @@ def test_captions_masks_and_columns(root, kind, caption, mask, encoding):
     found = samples(root, columns=columns)
     assert {name: sample["caption"] for name, sample in found.items()} == texts
     for number, name in enumerate(texts):
-        assert set(found[name]) == {"pixels", "mask", "index", "name", "caption", "license"}
+        assert set(found[name]) == {"pixels", "mask", "index", "name", "caption", "license", *SIZES}
         assert torch.equal(found[name]["mask"], torch.full((1, 8, 8), 100 + number, dtype=torch.uint8))
         assert found[name]["license"] == "free"
     ignored = samples(root, columns=columns, masks="ignore", captions="ignore")
     assert all(not {"mask", "caption"} & set(sample) for sample in ignored.values())
+    assert set(ignored) == set(texts)  # an ignored mask is no image
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,8 +66,10 @@ def test_names_are_relative_to_the_file_that_holds_them(root, kind):
     write(root / "in" / kind, [{"file_name": "3.png", "caption": "three", "mask": "../1x.png"}])
     data = ImageFolderData(root, size=8, on_error="skip")
     data.setup()
-    (place,) = [place for place in range(len(data.predict_set)) if data.predict_set.name(place) == "in/3.png"]
-    sample = data.predict_set[place]
+    (position,) = [
+        position for position in range(len(data.predict_set)) if data.predict_set.name(position) == "in/3.png"
+    ]
+    sample = data.predict_set[position]
     assert sample["caption"] == "three"
     assert sample["mask"].max() == 100
 
@@ -77,6 +81,8 @@ def test_names_are_relative_to_the_file_that_holds_them(root, kind):
         ({"file_name": "../1.png"}, "names a file outside root="),
         ({"file_name": "1.png", "mask": "../1.png"}, "names a file outside root="),
         ({"file_name": "9.png"}, "names 9.png, which is no image in root="),
+        ({"file_name": "1.png", "mask": "9.png"}, "names the mask 9.png, which does not exist in root=.*masks=ignore"),
+        ({"file_name": "1.png", "source": "a web site"}, "names the source a web site, which .*sources=ignore"),
         ({"name": "1.png"}, "a row must have a column 'file_name'"),
     ],
 )

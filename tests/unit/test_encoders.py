@@ -235,7 +235,7 @@ def test_the_clean_and_the_masked_image_draw_noise_of_their_own():
 
 def test_progress_shows_a_bar_only_when_asked(monkeypatch, capsys, recording_vae):
     at_once = lambda *args, **options: tqdm(*args, **(options | {"delay": 0}))  # noqa: E731
-    monkeypatch.setattr("latentdm.autoencoders.chunks.tqdm", at_once)
+    monkeypatch.setattr("latentdm.frozen.chunks.tqdm", at_once)
     for progress in (False, True):
         PlainEncoder(recording_vae, per_batch=2, progress=progress)(indexed(5))
         assert ("encode" in capsys.readouterr().err) == progress

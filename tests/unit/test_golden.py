@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Photos, predict
+from helpers import Photos
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -64,7 +64,8 @@ def test_the_data_module_takes_the_nodes_own_layout(case, recorder, recording_va
     if "mask" in tensors:
         columns["mask"] = tensors["mask"].expand(b, -1, -1)
     datamodule = LatentDataModule(Photos(columns, batch_size=b), encoder_for(settings, recording_vae), layout="HWC")
-    (encoded,) = predict(datamodule)
+    [batch] = datamodule.predict_dataloader()
+    encoded = datamodule.process(batch, "cpu")
     assert_matches(recorder, encoded, tensors)
 
 

@@ -1,8 +1,4 @@
-"""``latentdm preview``: the picture of one's own data, and the words below it."""
-
-import re
-import subprocess
-import sys
+"""The preview of a batch: its picture, the words below it, and the samples of any data module."""
 
 import numpy as np
 import pytest
@@ -11,10 +7,9 @@ from helpers import Photos, images, masks, photo_columns
 from PIL import Image
 from tiny_models import CONFIGS, VIDEO, frozen
 
-from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
-from latentdm.cli import main
-from latentdm.pictures import Sheet
-from latentdm.preview import captions_of, describe, first_samples, preview
+from latentdm import Captions, FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
+from latentdm.preview import before_and_after, captions_of, describe, first_samples, preview
+from latentdm.preview.sheet import Sheet
 
 CPU = torch.device("cpu")
 COLUMNS = [
@@ -26,167 +21,11 @@ COLUMNS = [
     "noise_mask\n+ latent_mask",
     "latents\nas colour",
 ]
-SMALL = ["pixels.size=64", "pixels.batch_size=2"]
-
-
-def run(capsys, *arguments):
-    """The picture that the command writes, and the lines that it prints below its path."""
-    assert main(["preview", *arguments]) == 0
-    path, *notes = capsys.readouterr().out.splitlines()
-    with Image.open(path) as picture:
-        picture.load()
-    return picture, [note.strip() for note in notes]
-
-
-def fails(capsys, *arguments):
-    """What the command says on stderr."""
-    assert main(["preview", *arguments]) == 1
-    return capsys.readouterr().err
-
-
-def tile(picture, sheet, row, column):
-    """float64 ``h w 3`` in 0…255."""
-    return np.asarray(picture.crop(sheet.box(row, sheet.columns.index(column)))).astype(float)
-
-
-def psnr(one, other):
-    return 10 * np.log10(255**2 / np.square(one - other).mean())
 
 
 def width_of(columns, size):
     """The width of a sheet of these columns."""
     return Sheet(columns, size).box(0, len(columns) - 1)[2] + 14
-
-
-# -------------------------------------------------------------------- the command
-
-
-def test_default_preview_shows_the_photographs_again_after_decoding(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    picture, notes = run(capsys)
-    assert (tmp_path / "preview.png").exists()
-    sheet = Sheet(COLUMNS, (128, 128))
-    assert picture.width == width_of(COLUMNS, (128, 128))
-    originals = [tile(picture, sheet, row, "image") for row in range(4)]
-    decoded = [tile(picture, sheet, row, "decoded\nlatents") for row in range(4)]
-    assert min(original.std() for original in originals) > 15  # photographs, not plain colours
-    assert np.mean(list(map(psnr, decoded, originals))) >= 24.5
-    assert psnr(decoded[0], originals[1]) < 15
-    assert 0.8 < float(re.search(r"standard deviation (\d\.\d+)", " ".join(notes))[1]) < 1.2
-    assert any("128 by 128 pixels become 16 by 16 latents of 4 channels, by AutoencoderKL" in note for note in notes)
-    assert any(re.search(r"white = repaint.* cover \d+% of the image", note) for note in notes)
-    assert not any(note.startswith("CHECK") for note in notes)
-
-
-def test_masked_columns_agree_with_each_other(tmp_path, capsys):
-    picture, _ = run(
-        capsys, "pixels.size=128", "pixels.batch_size=2", "--output", str(tmp_path / "a.png"), "--samples=1"
-    )
-    sheet = Sheet(COLUMNS, (128, 128))
-    original, over, masked, noise = (tile(picture, sheet, 0, COLUMNS[n]) for n in (0, 1, 2, 5))
-    inside = (over != original).any(-1)
-    assert 0.05 < inside.mean() < 0.6
-    assert (np.abs(masked[inside] - 127.5) <= 1).mean() > 0.99
-    assert np.array_equal(masked[~inside], original[~inside])
-    assert (over[inside][:, 0] >= over[inside][:, 2]).mean() > 0.9  # tinted red
-    assert (noise[inside].sum(-1) > 0).all()  # the grown mask holds the mask
-    assert (noise[~inside].sum(-1) > 0).mean() < 0.5
-
-
-@pytest.mark.parametrize(
-    ("overrides", "columns"),
-    [
-        (["encoder=plain"], [COLUMNS[0], COLUMNS[3], COLUMNS[6]]),
-        (["encoder=inpaint"], COLUMNS),
-        (["encoder=inpaint", "encoder.latent_mask=unshuffle"], COLUMNS),
-        (["encoder=inpaint_offset", "encoder.mask_offset=-4"], COLUMNS),
-    ],
-    ids=["plain", "inpaint", "unshuffle", "inpaint_offset"],
-)
-def test_each_encoder_has_its_columns(overrides, columns, tmp_path, capsys):
-    picture, notes = run(capsys, *SMALL, *overrides, "--output", str(tmp_path / "sub" / "a.png"))
-    assert picture.width == width_of(columns, (64, 64))
-    assert any("Masks:" in note for note in notes) == (len(columns) > 3)
-
-
-def test_a_folder_of_ones_own_with_masks(workplace, capsys):
-    picture, notes = run(
-        capsys, "pixels=folder", "pixels.root=photos", "masks=batch", "pixels.size=100", "--samples", "3"
-    )
-    assert picture.width == width_of(COLUMNS, (96, 96))
-    assert "Images: 100 by 100 pixels, cropped to 96 by 96, become 12 by 12 latents" in notes[0]
-    assert "cover 2" in notes[3]  # the box is a fifth of each image
-
-
-def test_a_folder_whose_transparency_is_the_mask(workplace, capsys):
-    picture, notes = run(
-        capsys, "pixels=folder", "pixels.root=cutouts", "pixels.alpha=true", "masks=alpha", "pixels.size=96"
-    )
-    masked = tile(picture, Sheet(COLUMNS, (96, 96)), 0, "masked\nimage")
-    assert (np.abs(masked[30:60, 30:50] - 127.5) <= 1).all()
-    assert "cover 2" in notes[3]
-
-
-def test_validation_data_can_be_shown(tmp_path, capsys):
-    train, _ = run(capsys, *SMALL, "encoder=plain", "--output", str(tmp_path / "train.png"))
-    val, _ = run(capsys, *SMALL, "encoder=plain", "--stage=val", "--output", str(tmp_path / "val.png"))
-    assert train.tobytes() != val.tobytes()
-
-
-def test_options_may_stand_between_overrides(tmp_path, capsys):
-    run(capsys, "encoder=plain", "--samples", "1", *SMALL, "--output", str(tmp_path / "a.png"), "seed=3")
-
-
-def test_an_app_of_ones_own(workplace, capsys):
-    (workplace / "configs").mkdir()
-    (workplace / "configs" / "app.yaml").write_text(
-        "defaults: [{pixels: folder}, {vae: tiny}, {encoder: plain}, {masks: batch}, {datamodule: latent}, _self_]\n"
-        "seed: 0\npixels: {root: photos, size: 96, batch_size: 2}\n"
-        "elsewhere: ${hydra:runtime.output_dir}\n",
-        encoding="utf-8",
-    )
-    picture, _ = run(capsys, "--config-dir", "configs", "--config-name", "app", "pixels.size=64")
-    assert picture.width == width_of([COLUMNS[0], COLUMNS[3], COLUMNS[6]], (64, 64))
-
-
-def test_an_app_without_a_data_module_is_told(workplace, capsys):
-    (workplace / "app.yaml").write_text("seed: 0\n", encoding="utf-8")
-    assert "the config 'app' has no datamodule" in fails(capsys, "--config-dir=.", "--config-name=app")
-
-
-def test_what_is_wrong_is_said_without_a_traceback(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert "inpaint_offset" in fails(capsys, "encoder=outpaint")
-    assert "'encoder.grow_mask'" in fails(capsys, "encoder=inpaint", "encoder.grow_mask=3")
-    assert fails(capsys, "pixels=folder").endswith("preview: pixels.root has no value; give it one: pixels.root=…\n")
-    assert "~masks instead of masks=null" in fails(capsys, "masks=null")
-    said = fails(capsys, "pixels=folder", "pixels.root=nowhere")
-    assert said.startswith("latentdm preview: ImageFolderData: root='nowhere' does not exist")
-    assert "such as preview.png" in fails(capsys, "--output", "x.foo")
-    assert "such as preview.png" in fails(capsys, "--output", str(tmp_path))
-    assert "preview: --device foo: " in fails(capsys, "--device", "foo")
-    assert said.count("\n") == 1
-
-
-def test_unknown_commands_are_answered_with_the_usage(capsys):
-    assert main(["encode_all"]) == 2
-    assert "latentdm preview" in capsys.readouterr().err
-    assert main([]) == 0
-
-
-@pytest.mark.parametrize("samples", ["0", "three"])
-def test_samples_are_counted_from_one(samples, capsys):
-    with pytest.raises(SystemExit):
-        main(["preview", "--samples", samples])
-    assert "--samples" in capsys.readouterr().err
-
-
-def test_the_module_runs_as_a_script(tmp_path):
-    command = [sys.executable, "-m", "latentdm", "preview", *SMALL, "encoder=plain", "--samples=1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "preview.png").exists()
-    assert done.stdout.splitlines()[0] == str(tmp_path / "preview.png")
 
 
 # -------------------------------------------------------------------- any encoder and batch
@@ -260,6 +99,92 @@ def test_the_offset_of_the_nearest_latent_mask_is_explained(latent_mask, vae):
         assert place == [1, 1]  # 8…16, where the mask is 4…12
 
 
+def tile(picture, columns, row, column, size=(32, 32)):
+    """uint8 ``h w 3``, a tile at its images' own size."""
+    part = picture.crop(Sheet(columns, size).box(row, columns.index(column)))
+    return np.asarray(part.resize(size, Image.Resampling.NEAREST))
+
+
+def hwc(pixels):
+    """uint8 ``b 3 h w`` → numpy ``b h w 3``."""
+    return pixels.permute(0, 2, 3, 1).numpy()
+
+
+def test_a_source_has_a_column_and_is_what_the_masked_image_shows(vae):
+    batch = {"pixels": images(2), "mask": masks(2), "source": images(2, seed=7)}
+    columns = [COLUMNS[0], "source", *COLUMNS[1:]]
+    picture = drawn(InpaintEncoder(vae, grow_mask_by=0), batch)
+    assert picture.width == width_of(columns, (32, 32))
+    kept = (batch["mask"][1, 0] == 0).numpy()
+    shown = {column: tile(picture, columns, 1, column) for column in columns}
+    assert np.array_equal(shown["image"], hwc(batch["pixels"])[1])
+    assert np.array_equal(shown["source"], hwc(batch["source"])[1])
+    assert np.array_equal(shown["masked\nimage"][kept], shown["source"][kept])
+
+
+def test_a_source_is_cropped_as_its_image_is(vae):
+    batch = {"pixels": images(1, 45, 60), "source": images(1, 45, 60, channels=1, seed=7)}
+    columns = ["image", "source", "decoded\nlatents", "decoded\nsource_latents", "latents\nas colour"]
+    picture = drawn(PlainEncoder(vae), batch)
+    assert picture.width == width_of(columns, (56, 40))
+    shown = tile(picture, columns, 0, "source", (56, 40))
+    assert np.array_equal(shown, hwc(batch["source"][..., 2:42, 2:58].expand(-1, 3, -1, -1))[0])
+
+
+@pytest.fixture
+def titles(monkeypatch):
+    """The titles of the sheets that are drawn."""
+    seen, draw = [], Sheet.draw
+
+    def watched(self, rows, titles, notes=()):
+        seen.extend(titles)
+        return draw(self, rows, titles, notes)
+
+    monkeypatch.setattr(Sheet, "draw", watched)
+    return seen
+
+
+def test_a_title_tells_the_mask_from_the_noise_mask(vae, titles):
+    mask = torch.zeros(2, 1, 32, 32)
+    mask[0, :, 8:16, 8:24] = 1  # an eighth of the image
+    mask[1, :, 8:24, 8:24] = 1
+    batch = {"pixels": images(2), "mask": mask}
+    encoder = InpaintEncoder(vae, mask_offset=4)
+    outputs = encoder(batch)
+    preview(encoder, batch, outputs, ["one", ""])
+    grown = (16 * 24 / 1024, 24 * 24 / 1024)
+    assert titles[0].startswith(f"one · mask 12%, noise_mask {grown[0]:.0%} · latents' std ")
+    assert titles[1].startswith(f"(no caption) · mask 25%, noise_mask {grown[1]:.0%} · latents' std ")
+    [note] = [note for note in describe(encoder, batch, outputs) if note.startswith("Masks:")]
+    assert "The mask covers 19% (12% to 25%)" in note
+    assert f"{sum(grown) / 2:.0%} ({grown[0]:.0%} to {grown[1]:.0%})" in note
+
+
+def test_samples_are_drawn_from_pixels_as_from_latents(vae):
+    batch = {"pixels": images(2), "mask": masks(2)}
+    encoder = InpaintEncoder(vae)
+    outputs = encoder(batch)
+    sampled = outputs["latents"].flip(0)
+    pixels = torch.cat([vae.decode(row) for row in sampled.split(1)])
+    from_latents, from_pixels = (before_and_after(encoder, batch, outputs, one) for one in (sampled, pixels))
+    assert from_latents.tobytes() == from_pixels.tobytes()
+
+
+def test_a_sample_is_put_into_the_picture_that_the_model_was_shown(vae):
+    batch = {"pixels": images(2), "mask": masks(2), "source": images(2, seed=7)}
+    encoder = InpaintEncoder(vae, grow_mask_by=0)
+    columns = ["image", "source", "masked\nimage", "sampled", "sampled,\nin the image"]
+    sampled = images(2, seed=8)
+    picture = before_and_after(encoder, batch, encoder(batch), sampled.float() / 255)
+    assert picture.width == width_of(columns, (32, 32))
+    for row in range(2):
+        hole = (batch["mask"][row, 0] > 0).numpy()
+        inside = tile(picture, columns, row, "sampled,\nin the image")
+        assert np.array_equal(tile(picture, columns, row, "sampled"), hwc(sampled)[row])
+        assert np.array_equal(inside[hole], hwc(sampled)[row][hole])
+        assert np.array_equal(inside[~hole], hwc(batch["source"])[row][~hole])
+
+
 def test_samples_limit_the_rows(vae):
     encoder = PlainEncoder(vae)
     batch = {"pixels": images(3)}
@@ -287,7 +212,9 @@ def test_wrong_masks_and_scaling_are_pointed_out(vae):
 @pytest.mark.parametrize(
     ("batch", "key", "captions"),
     [
-        ({"text": ["a", "b"], "name": ["x", "y"]}, None, ["a", "b"]),
+        ({"text": ["a", "b"], "name": ["x", "y"]}, None, ["x", "y"]),
+        ({"prompt": ["a", "b"], "caption": ["x", "y"]}, None, ["x", "y"]),
+        ({"text": ["a", "b"], "name": ["x", "y"]}, "text", ["a", "b"]),
         ({"text": ["a", "b"], "name": ["x", "y"]}, "name", ["x", "y"]),
         ({"text": ["a", "b"]}, "name", None),
         ({"text": torch.zeros(2)}, None, None),
@@ -314,6 +241,23 @@ def test_samples_are_gathered_from_several_batches(vae):
     assert torch.equal(inputs["pixels"], columns["pixels"][:4])
     assert outputs["latents"].shape[0] == 4
     assert captions == ["a", "b", "c", "d"]
+
+
+def test_titles_are_names_and_then_captions_as_the_stages_changed_them(vae):
+    captions = Captions(templates=["a photo of {caption}"])
+    columns = photo_columns(3, text=list("abc"))
+    named = photo_columns(3, text=list("abc"), name=list("xyz"))
+    for given, expected in ((columns, [f"a photo of {letter}" for letter in "abc"]), (named, ["x", "y", "z"])):
+        *_, found = first_samples(module(vae, given, keys={"caption": "text"}, captions=captions), 3, CPU)
+        assert found == expected
+
+
+def test_sources_are_gathered_too(vae):
+    columns = photo_columns(4, mask=True, source=images(4, seed=7))
+    datamodule = module(vae, columns, InpaintEncoder)
+    inputs, outputs, _ = first_samples(datamodule, 3, CPU)
+    assert torch.equal(inputs["source"], columns["source"])
+    assert preview(datamodule.encoder, inputs, outputs).width == width_of([*COLUMNS, "source"], (32, 32))
 
 
 def test_one_mask_a_batch_serves_its_images_alone(vae):

@@ -1,0 +1,77 @@
+"""What commands share: Hydra's options and overrides, the config that they ask for, and a device."""
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from latentdm.errors import UserError
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """The options of a command, those that every command has, and Hydra's overrides between them."""
+    parser.add_argument("--config-name", default="train", help="of your own app (default: train, the example's)")
+    parser.add_argument("--config-dir", help="folder of your own configs; the groups of latentdm are known there too")
+    parser.add_argument("overrides", nargs="*", help="as for train_example.py: group=choice, key=value")
+    return parser.parse_intermixed_args(list(arguments))
+
+
+def compose_config(settings: Namespace) -> DictConfig:
+    """The config that the options and overrides of a command ask for.
+
+    Args:
+        settings: from `parse`.
+
+    Raises:
+        HydraException: a choice, a key or a value is wrong, or it holds no data module.
+    """
+    folder = settings.config_dir
+    initialized = (
+        initialize_config_module("latentdm.conf", version_base="1.3")
+        if folder is None
+        else initialize_config_dir(str(Path(folder).resolve()), version_base="1.3")
+    )
+    with initialized:
+        try:
+            cfg = compose(settings.config_name, overrides=_overrides(settings), return_hydra_config=True)
+        except ValueError as error:  # Hydra's answer to masks=null
+            raise ConfigCompositionException(f"{error}; to leave a group out: ~masks instead of masks=null") from error
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = str(Path.cwd())
+    HydraConfig.instance().set_config(cfg)  # so that ${hydra:…} resolves
+    if OmegaConf.is_missing(cfg, "datamodule") or cfg.get("datamodule") is None:
+        raise ConfigCompositionException(
+            f"the config {settings.config_name!r} has no datamodule; add '- datamodule: latent' to its defaults, with "
+            "pixels, vae, encoder and masks"
+        )
+    return cfg
+
+
+def _overrides(settings: Namespace) -> list[str]:
+    """The overrides, and latentdm's groups on the search path of a config of the user's own, behind what is there."""
+    if settings.config_dir is None or any(each.startswith("hydra.searchpath=") for each in settings.overrides):
+        return list(settings.overrides)
+    file = Path(settings.config_dir, settings.config_name.removesuffix(".yaml") + ".yaml")
+    own = OmegaConf.select(OmegaConf.load(file), "hydra.searchpath") if file.is_file() else None
+    paths = dict.fromkeys([*(own or []), "pkg://latentdm.conf"])
+    return [*settings.overrides, f"hydra.searchpath={json.dumps(list(paths), ensure_ascii=False)}"]
+
+
+def device_of(name: str | None) -> Any:
+    """The torch device of ``--device``, which can hold a tensor; None takes CUDA's first, or the CPU without one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    import torch  # late, as composing says sooner what is wrong
+
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:  # of an unknown device, and of one that is missing
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,65 @@
+"""``latentdm preview``: encode one batch, draw it, and say what to check."""
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from latentdm.commands.config import compose_config, device_of, parse
+from latentdm.errors import UserError, plain_errors
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        arguments: its options and overrides.
+
+    Raises:
+        HydraException: the settings or the data are wrong.
+    """
+    parser = ArgumentParser(
+        prog="latentdm preview",
+        description="Draw what a model would see of your data: images, masks, and latents decoded again. "
+        "Takes the overrides of train_example.py, as in: "
+        "latentdm preview pixels=folder pixels.root=photos pixels.size=256 masks=batch",
+    )
+    parser.add_argument("--samples", type=_count, default=4, help="rows of the picture (default: 4)")
+    parser.add_argument("--output", type=Path, default=Path("preview.png"), help="the PNG (default: preview.png)")
+    parser.add_argument("--stage", choices=["train", "val"], default="train", help="whose data (default: train)")
+    parser.add_argument("--device", help="where to encode (default: cuda if there is one, else cpu)")
+    settings = parse(parser, arguments)
+    cfg = compose_config(settings)
+    with plain_errors(cfg):
+        _draw(cfg, settings)
+
+
+def _draw(cfg: DictConfig, settings: Namespace) -> None:
+    """Write the picture, and print its path and what to check."""
+    import torch  # all of it late, as composing says sooner what is wrong
+    from hydra.utils import instantiate
+    from PIL import Image
+
+    from latentdm.preview import describe, first_samples, preview
+
+    if settings.output.is_dir() or settings.output.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--output {settings.output}: expected the name of a picture, such as preview.png")
+    device = device_of(settings.device)
+    torch.manual_seed(cfg.get("seed", 0))
+    datamodule = instantiate(cfg.datamodule)
+    inputs, outputs, captions = first_samples(datamodule, settings.samples, device, settings.stage)
+    notes = describe(datamodule.encoder, inputs, outputs)
+    picture = preview(datamodule.encoder, inputs, outputs, captions, settings.samples, notes)
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(settings.output)
+    print(settings.output.resolve())
+    for note in notes:
+        print(f"  {note}")
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ArgumentTypeError(f"at least 1, got {text}")
+    return count

@@ -1,0 +1,192 @@
+"""The data modules' base: settings, loaders, and the report of what was skipped."""
+
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from latentdm.data.dataset import PixelDataset, Sample, collate
+from latentdm.data.geometry import ResizeCrop, Target, square
+from latentdm.data.loader import PixelLoader, Reading, explanation
+from latentdm.data.order import BucketBatches, EpochSampler
+from latentdm.data.skips import Skips
+from latentdm.draws import sample_seed
+from latentdm.errors import UserError, attributed
+from latentdm.validation import Check
+
+ON_ERROR = ("raise", "skip")
+
+
+class PixelDataModule(LightningDataModule):
+    """The base of the pixel data modules: a subclass sets its datasets in ``setup``, the loaders are made here.
+
+    A batch holds ``pixels`` uint8 ``b c h w`` (a quarter of the bytes of float32, and Lightning does not cast it),
+    ``index`` int64 ``b``, ``name`` (a list of strings), where the data have them ``mask`` uint8 ``b 1 h w`` and
+    ``source`` uint8 ``b 3 h w``, and any other column: numbers as a tensor ``b``, all else as a list. Our own data
+    modules add ``original_size``, ``crop_top_left`` (in the resized image) and ``target_size``: int64 ``b 2``, rows
+    first, for SDXL's micro-conditioning. Images are laid out channels-last, as decoders give them and as convolutions
+    are fastest.
+
+    Training drops its last batch where that is incomplete and another is left; every rank has equally many batches.
+    Where samples differ in size, each batch is of one bucket: see `latentdm.data.order.BucketBatches`.
+    Validation keeps every sample, in order. On several ranks the first few are repeated until the number divides by
+    the ranks, so a mean over them differs by those few from the mean on one device.
+
+    Args:
+        batch_size: samples a batch, on each device.
+        num_workers: processes that read images; 0 reads in the training process. The samples are the same.
+        seed: the order and the crops follow from it.
+        on_error: what happens to a sample that cannot be read: ``"raise"`` an error that names it, or ``"skip"``:
+            another sample, drawn from (epoch, position), replaces it, and a report at the end lists what was skipped.
+        max_skipped_share: with ``skip``: an error all the same when more than this share of the samples is broken.
+
+    Attributes:
+        train_set: the dataset of ``fit``.
+        val_set: the dataset of ``validate``; None: no validation.
+        test_set: the dataset of ``test``.
+        predict_set: the dataset of ``predict``.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    train_set: PixelDataset | None = None
+    val_set: PixelDataset | None = None
+    test_set: PixelDataset | None = None
+    predict_set: PixelDataset | None = None
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        on_error: str = "raise",
+        max_skipped_share: float = 0.05,
+    ) -> None:
+        super().__init__()
+        check = Check(type(self).__name__)
+        self.batch_size = check.integer("batch_size", batch_size, 1)
+        self.num_workers = check.integer("num_workers", num_workers, 0)
+        self.seed = check.integer("seed", seed, 0)
+        self.on_error = check.choice("on_error", on_error, ON_ERROR)
+        self.max_skipped_share = check.number("max_skipped_share", max_skipped_share, 0, 1)
+        self.skips: Skips | None = None
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Shuffled batches; ValueError if there is nothing to train on."""
+        return self._loader(self._needed("train_set"), training=True)
+
+    def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
+        """Batches in order; without a validation set no loader, of which Lightning makes sure with a warning."""
+        return [] if self.val_set is None else self._loader(self.val_set, training=False)
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """Batches in order; ValueError if there is nothing to test on."""
+        return self._loader(self._needed("test_set"), training=False)
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        """Batches in order; ValueError if there is nothing to predict."""
+        return self._loader(self._needed("predict_set"), training=False)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the data beside single samples; for the report where ``on_error`` is "skip"."""
+        return []
+
+    def teardown(self, stage: str) -> None:
+        """Report the samples that were skipped, on the first rank, as a warning."""
+        self._report()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """A run that fails reports what it had skipped until then, and what to do where a worker died.
+
+        The loader says so itself; but PyTorch's error comes by a signal, and so in the middle of a step as well.
+        """
+        whys = (explanation(exception, dataset) for dataset in self._sets())
+        if why := next(filter(None, whys), ""):
+            rank_zero_warn(why)
+        self._report()
+
+    def _report(self) -> None:
+        report = self.skips.report() if self.skips else ""
+        if report:
+            rank_zero_warn(f"{type(self).__name__}: {report}")
+        self.skips = None
+
+    def _sets(self) -> list[PixelDataset]:
+        return [s for s in (self.train_set, self.val_set, self.test_set, self.predict_set) if s is not None]
+
+    def _skips(self, ranks: int, rank: int) -> Skips | None:
+        """The report of this run; made with its first loader."""
+        if self.on_error == "skip" and self.skips is None:
+            trainer = self.trainer
+            folder = Path(mkdtemp() if trainer is None else trainer.default_root_dir) / "skipped_samples"
+            self.skips = Skips(folder, rank, ranks, self.max_skipped_share, total=max(map(len, self._sets())))
+            with attributed(type(self).__name__):
+                for problem in self.problems():
+                    self.skips.add(problem, problem)
+        return self.skips
+
+    def _needed(self, name: str) -> PixelDataset:
+        dataset: PixelDataset | None = getattr(self, name)
+        if dataset is None:
+            raise UserError(f"{type(self).__name__}: {name} is None; call setup() first, and let it set {name}")
+        return dataset
+
+    def _loader(self, dataset: PixelDataset, training: bool) -> DataLoader[Sample]:
+        # The strategy knows which ranks share the data: under tensor parallelism that is not every rank.
+        ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        dataset.distribute(ranks["rank"], ranks["num_replicas"], self.num_workers)
+        drop_last = training and len(dataset) // ranks["num_replicas"] >= self.batch_size
+        dataset.skips = self._skips(ranks["num_replicas"], ranks["rank"])
+        dataset.owner = type(self).__name__
+        if self.num_workers > (dataset.reading.workers if dataset.reading else 0):
+            dataset.reading = Reading(self.num_workers)
+        settings: dict[str, Any] = {
+            "collate_fn": collate,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            # Without one, each new iterator draws from the global generator, and validating changes the training.
+            "generator": torch.Generator().manual_seed(sample_seed(self.seed, 0, "dataset", "workers")),
+        }
+        if dataset.bucket_of is not None:
+            batches = BucketBatches(dataset, dataset.bucket_of, self.batch_size, training, seed=self.seed, **ranks)
+            return PixelLoader(dataset, batch_sampler=batches, **settings)
+        sampler = EpochSampler(dataset, training, seed=self.seed, drop_last=drop_last, **ranks)
+        return PixelLoader(dataset, batch_size=self.batch_size, sampler=sampler, drop_last=drop_last, **settings)
+
+
+class PictureDataModule(PixelDataModule):
+    """The base of the data modules that decode image files: what they share is checked and kept here.
+
+    Args:
+        size: side of the square images in pixels: the short side of each is resized to it, the long side cropped.
+        alpha: keep transparency as a fourth channel.
+        flip: mirror half of the training images, drawn for each sample and epoch.
+        max_pixels: a larger image counts as broken, and is not decoded.
+        random_crop: crop training images anywhere; otherwise in the centre, as all others.
+        settings: of `PixelDataModule`.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    def __init__(
+        self, size: int, alpha: bool, flip: bool, max_pixels: int, random_crop: bool = True, **settings: Any
+    ) -> None:
+        super().__init__(**settings)
+        check = Check(type(self).__name__)
+        self.size = check.integer("size", size, 1)
+        self.alpha = alpha
+        self.flip = flip
+        self.max_pixels = check.integer("max_pixels", max_pixels, 1)
+        self.random_crop = random_crop
+
+    def crops(self, training: bool, target: Target | None = None) -> ResizeCrop:
+        """What makes samples of records: of squares, unless there is another target."""
+        random, flip = self.random_crop and training, self.flip and training
+        return ResizeCrop(target or square(self.size), random, flip, self.alpha, self.seed, self.max_pixels)

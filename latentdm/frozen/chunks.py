@@ -1,0 +1,196 @@
+"""How many images go through an autoencoder at once, and what happens when memory runs out."""
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+from latentdm.errors import UserError
+
+TILINGS = ("never", "last_resort", "always")
+
+_DRIVERS_SAY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+CACHE_BYTES = 8 * 2**20
+"""Up to this size of its widest layer a chunk is fastest on a CPU, measured with and without AVX-512, at 128² to 512².
+
+It is about what a core has of all levels of the cache."""
+
+MOST_ON_CPU = 16
+"""Beyond this many images, a pass costs next to nothing beside its arithmetic."""
+
+_NO_BAR = nullcontext()
+
+T = TypeVar("T")
+
+Encode = Callable[[slice, int, bool], T]
+"""Encodes the rows of a chunk, given how many images to pad it to and whether to tile."""
+
+
+class ImageTooLarge(UserError, torch.OutOfMemoryError):
+    """Not even one image fits in memory."""
+
+
+class Chunks:
+    """Runs rows through an autoencoder a chunk at a time. Out of memory, and only that, makes the chunks smaller.
+
+    Args:
+        tiling: ``"never"``, ``"last_resort"`` (when not even one image fits) or ``"always"``.
+        fixed: keep to few chunk sizes for each size of image, as a compiled autoencoder wants it: a smaller batch is
+            padded to a size that there was, and only a larger one makes a new size.
+        owner: the autoencoder's class, for messages.
+
+    Raises:
+        ValueError: an unknown tiling.
+
+    Attributes:
+        count: chunks that went through so far.
+        retries: how often a chunk was run again, smaller or tiled, because memory ran out.
+    """
+
+    def __init__(self, tiling: str, fixed: bool, owner: str) -> None:
+        if tiling not in TILINGS:
+            raise UserError(f"FrozenVAE: tiling must be one of {', '.join(TILINGS)}, got {tiling!r}")
+        self.tiling = tiling
+        self.fixed = fixed
+        self.owner = owner
+        self.count = 0
+        self.retries = 0
+        self._limits: dict[Hashable, int] = {}
+        """Image shape and dtype → images that fit; 0: not one, unless it is tiled."""
+        self._sizes: dict[Hashable, set[int]] = {}
+        """Of the chunks so far, where they are fixed."""
+
+    def run(
+        self,
+        encode: Encode[T],
+        rows: int,
+        per_batch: int | None,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        progress: bool = False,
+    ) -> list[T]:
+        """Encode all rows, in order.
+
+        Args:
+            encode: encodes a chunk.
+            rows: how many there are.
+            per_batch: at most so many at once; None: all.
+            shape: ``c h w`` of an image, on which with ``dtype`` a limit is remembered.
+            dtype: what the autoencoder computes in.
+            progress: show a bar when the call lasts longer than two seconds.
+
+        Raises:
+            torch.OutOfMemoryError: not even one image fits; it names the resolution, the need and the remedies.
+        """
+        key = (tuple(shape), dtype)
+        size, tiled = self._start(key, rows, per_batch)
+        limit, done = self._limits.get(key), 0
+        encoded: list[T] = []
+        with self._bar(rows) if progress else _NO_BAR as bar:
+            while done < rows:
+                chunk = slice(done, min(done + size, rows))
+                images = size if self.fixed else chunk.stop - chunk.start
+                failure = None
+                try:
+                    encoded.append(encode(chunk, images, tiled))
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    failure = " ".join(str(error).split())
+                if failure is not None:  # outside of the handler, whose traceback would keep the tensors alive
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
+                    if images == 1 and (tiled or self.tiling == "never"):
+                        raise ImageTooLarge(self._hopeless(shape, dtype, tiled, failure))
+                    self.retries += 1
+                    size, tiled = max(1, images // 2), tiled or images == 1
+                    self._limits[key] = 0 if tiled and self.tiling == "last_resort" else size
+                    continue
+                self.count += 1
+                done = chunk.stop
+                if bar is not None:
+                    bar.update(chunk.stop - chunk.start)
+        if self._limits.get(key) != limit:
+            self._say(key, size, tiled)
+        return encoded
+
+    def _bar(self, rows: int) -> Any:
+        return tqdm(total=rows, desc="encode", unit="image", delay=2, leave=False)
+
+    def _start(self, key: Hashable, rows: int, per_batch: int | None) -> tuple[int, bool]:
+        """Images in a chunk, and whether they are tiled."""
+        size = min(per_batch or rows, rows)
+        if self.fixed:
+            sizes = self._sizes.setdefault((key, per_batch), set())
+            size = min((known for known in sizes if known >= size), default=size)
+            sizes.add(size)
+        limit = self._limits.get(key, size)
+        return max(1, min(size, limit)), self.tiling == "always" or limit == 0
+
+    def _say(self, key: tuple[tuple[int, ...], torch.dtype], size: int, tiled: bool) -> None:
+        shape, dtype = key
+        images = f"images of {sides(shape)} in {_name(dtype)}"
+        if tiled and self.tiling == "last_resort":
+            text = (
+                f"out of memory with a single one of the {images}: they are tiled from now on (tiling=last_resort), "
+                "which changes their latents"
+            )
+        else:
+            text = f"out of memory: {images} are encoded {size} at a time from now on; set per_batch={size}"
+        warnings.warn(f"FrozenVAE: {text}", stacklevel=4)
+
+    def _hopeless(self, shape: Sequence[int], dtype: torch.dtype, tiled: bool, failure: str) -> str:
+        remedies = ["smaller images"]
+        if dtype == torch.float32:
+            remedies.append("dtype=bfloat16")
+        if not tiled:
+            remedies.append("tiling=last_resort (which changes the latents)")
+        return (
+            f"FrozenVAE: not even one image of {sides(shape)} fits in memory for {self.owner} in {_name(dtype)}"
+            f"{', tiled' if tiled else ''}; use {' or '.join(remedies)}, or leave the autoencoder more room. "
+            f"What it needed: {failure}"
+        )
+
+
+def best_chunk(device: torch.device, image_bytes: int) -> int | None:
+    """How many images to encode at once where nobody says; None: all of a batch.
+
+    An accelerator is faster the more it is given. A CPU reads and writes every activation of a chunk from memory once
+    the widest layer of the chunk has outgrown the cache, and then gains nothing from more images at once: small chunks
+    are up to twice as fast.
+
+    Args:
+        device: where they are encoded.
+        image_bytes: of the widest layer's activations, for one image.
+    """
+    if device.type != "cpu":
+        return None
+    if image_bytes * MOST_ON_CPU <= CACHE_BYTES:
+        return MOST_ON_CPU
+    return max(1, CACHE_BYTES // image_bytes)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, and nothing else.
+
+    The allocator of the CPU, the CUDA driver and its libraries raise a plain RuntimeError, known by its text alone.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    if "DefaultCPUAllocator" in text:
+        return "can't allocate memory" in text or "not enough memory" in text
+    return any(said in text for said in _DRIVERS_SAY)
+
+
+def sides(shape: Sequence[int]) -> str:
+    """A shape as messages name it: ``3×512×512``."""
+    return "×".join(str(side) for side in shape)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

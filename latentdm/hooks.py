@@ -1,0 +1,108 @@
+"""What the batch-transfer hooks ask of Lightning: a batch's draws, callbacks to notify, models that go past them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from latentdm.batch import CAPTION, INDEX, PIXELS, sample_ids
+from latentdm.draws import Draws, FreshDraws
+from latentdm.errors import UserError, attributed
+from latentdm.tensors import describe
+
+HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+def check_model(model: LightningModule) -> None:
+    """A model that replaces the hooks, or fetches batches itself, would silently train on pixels.
+
+    Raises:
+        UserError: it does; naming the method and the remedy.
+    """
+    name = type(model).__name__
+    for hook in HOOKS:
+        if is_overridden(hook, model, LightningModule):
+            raise UserError(
+                f"LatentDataModule: {name} overrides {hook}, where the latents are made, and Lightning would call only "
+                "one of the two; move that code into the pixel data module, whose hooks are called too"
+            )
+    for step in STEPS:
+        code = getattr(getattr(model, step, None), "__code__", None)
+        if code is not None and "dataloader_iter" in code.co_varnames[: code.co_argcount]:
+            raise UserError(
+                f"LatentDataModule: {name}.{step} takes dataloader_iter, which bypasses the batch-transfer hooks; "
+                f"take batch and batch_idx instead: {step}(self, batch, batch_idx)"
+            )
+
+
+def batch_draws(
+    found: Mapping[str, Any], seed: int, trainer: Trainer | None, dataloader_idx: int, by_hand: FreshDraws
+) -> Draws | None:
+    """The draws of a batch; None as long as nobody can tell how many samples it has.
+
+    Args:
+        found: what the batch holds under our names.
+        seed: of the data module.
+        trainer: whose epoch and stage count; evaluation draws as in epoch 0, so that its figures compare.
+        dataloader_idx: Lightning's.
+        by_hand: gives ids where there is neither an ``index`` nor a running trainer.
+
+    Returns:
+        Keyed on ``index``, else on rank, loader, batch and row.
+    """
+    training = trainer is not None and bool(trainer.training)
+    epoch = trainer.current_epoch if trainer is not None and training else 0
+    count = _count(found)
+    if count is None:
+        return None
+    if found.get(INDEX) is not None:
+        with attributed("LatentDataModule"):
+            return Draws(seed, epoch, sample_ids(found[INDEX], count), training)
+    if trainer is None or trainer.state.status != TrainerStatus.RUNNING:
+        return Draws(seed, epoch, by_hand(count).ids, training)
+    prefix = f"rank{trainer.global_rank}.loader{dataloader_idx}.batch{_batch_number(trainer)}"
+    return Draws(seed, epoch, [f"{prefix}.{row}" for row in range(count)], training)
+
+
+def _count(found: Mapping[str, Any]) -> int | None:
+    """How many samples a batch holds; None where nothing in it tells."""
+    for name in (PIXELS, INDEX, CAPTION):
+        if hasattr(found.get(name), "__len__"):
+            return len(found[name])
+    return None
+
+
+def _batch_number(trainer: Trainer) -> int:
+    """The number of a batch in its epoch or evaluation, as Lightning counts it and saves it in checkpoints."""
+    epoch = trainer.fit_loop.epoch_loop
+    loops: dict[TrainerFn | None, Any] = {
+        TrainerFn.FITTING: epoch if trainer.training else epoch.val_loop,
+        TrainerFn.VALIDATING: trainer.validate_loop,
+        TrainerFn.TESTING: trainer.test_loop,
+        TrainerFn.PREDICTING: trainer.predict_loop,
+    }
+    return int(loops[trainer.state.fn].batch_progress.current.ready)
+
+
+def rounded_pixels(found: Mapping[str, Any], trainer: Trainer | None) -> str | None:
+    """What a precision plugin, which casts before any hook, has taken from float images; None where it took nothing."""
+    pixels = found.get(PIXELS)
+    if trainer is None or not isinstance(pixels, Tensor) or pixels.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    return (
+        f"{PIXELS} came as {describe(pixels)}: precision={trainer.precision} rounds float images before they are "
+        "encoded, by up to half an 8-bit level; yield uint8, which loses nothing and crosses to the device at half the "
+        "bytes"
+    )
+
+
+def notify(trainer: Any, hook: str, *observed: Any) -> None:
+    """Call a hook of those callbacks that have it: see `latentdm.callbacks.EncodeCallback`."""
+    for callback in [] if trainer is None else trainer.callbacks:
+        if hasattr(callback, hook):
+            getattr(callback, hook)(trainer, trainer.lightning_module, *observed)

@@ -1,0 +1,282 @@
+"""What a batch looks like to the model: its images, masks and latents as a picture, and what to check in words.
+
+Shapes: ``b`` batch, ``h w`` pixels after the crop, ``z`` latent channels, ``r`` the VAE's factor; of clips the first
+frame is shown.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from latentdm.alarms import MASK_RANGE, STD_RANGE, latent_std_alarm, mask_alarm
+from latentdm.batch import LATENT_MASK, LATENTS, MASK, MASKED_LATENTS, NOISE_MASK, PIXELS, SOURCE, Key
+from latentdm.datamodule import LatentDataModule
+from latentdm.encoders.base import Encoder
+from latentdm.errors import UserError
+from latentdm.preview.sheet import ORANGE, Sheet, three_components, tinted
+from latentdm.tensors import unit_mask
+
+CAPTIONS: tuple[Key, ...] = ("name", "caption", "captions", "text", "prompt")
+"""Where the titles of samples are looked for in a batch, if nobody says."""
+
+
+def preview(
+    encoder: Encoder,
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Tensor],
+    captions: Sequence[str] | None = None,
+    samples: int | None = None,
+    notes: Sequence[str] = (),
+) -> Image.Image:
+    """Draw a batch: one row a sample, under each header what the encoder and its results have to show.
+
+    Args:
+        encoder: the one that made the results.
+        inputs: what it was given: ``pixels``, ``mask``, ``source``.
+        outputs: what it gave: ``latents`` and, if it inpaints, ``masked_latents``, ``noise_mask``, ``latent_mask``.
+        captions: titles of the rows.
+        samples: how many of the batch; None draws all.
+        notes: sentences to go below, such as those of `describe`.
+
+    Returns:
+        An RGB picture.
+    """
+    b = min(samples or len(outputs[LATENTS]), len(outputs[LATENTS]))
+    inputs, outputs = _first(inputs, b), _first(outputs, b)
+    columns = _columns(encoder, inputs, outputs)
+    masked = [""] * b
+    if NOISE_MASK in outputs:
+        shares = (part.flatten(1).mean(1).tolist() for part in _masks(encoder, inputs, outputs))
+        masked = [f" · mask {mask:.0%}, noise_mask {moved:.0%}" for mask, moved in zip(*shares, strict=True)]
+    titles = [
+        f"{title}{masks} · latents' std {float(latents.std()):.2f}"
+        for title, masks, latents in zip(_titles(captions, b), masked, outputs[LATENTS], strict=True)
+    ]
+    return _sheet(columns, titles, notes)
+
+
+def before_and_after(
+    encoder: Encoder,
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Tensor],
+    sampled: Tensor,
+    captions: Sequence[str] | None = None,
+) -> Image.Image:
+    """Draw what a model made: image, source, masked image, the sample, and the sample in the masked part.
+
+    Args:
+        encoder: as for `preview`.
+        inputs: as for `preview`.
+        outputs: as for `preview`.
+        sampled: of the first ``b`` samples, latents ``b z h/r w/r`` or pixels ``b 3 h w`` float in 0…1.
+        captions: titles of the rows.
+
+    Returns:
+        An RGB picture; without masks, of images and samples alone.
+    """
+    b = len(sampled)
+    inputs, outputs = _first(inputs, b), _first(outputs, b)
+    images = {key: _frame(image) for key, image in encoder.images(inputs).items()}
+    is_latents = sampled.shape[1:] == outputs[LATENTS].shape[1:]
+    made = _decoded(encoder, sampled) if is_latents else sampled
+    columns = _given(encoder, images, inputs)
+    kept = columns.get("source", columns["image"]).to(made.device)
+    if MASKED_LATENTS in images:
+        columns["masked\nimage"] = images[MASKED_LATENTS]
+    columns["sampled"] = made
+    if MASKED_LATENTS in images:
+        hole = outputs[NOISE_MASK].to(made.device)
+        columns["sampled,\nin the image"] = kept * (1 - hole) + made * hole
+    return _sheet(columns, _titles(captions, b))
+
+
+def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> list[str]:
+    """What a person should check in a preview, a sentence or two each; what is wrong begins with ``CHECK``."""
+    vae, latents = encoder.vae, outputs[LATENTS]
+    dtype = str(vae.dtype).removeprefix("torch.")
+    r = vae.spatial_compression
+    whole, cropped, small = (
+        f"{value.shape[-1]} by {value.shape[-2]}" for value in (inputs[PIXELS], encoder.crop(inputs[PIXELS]), latents)
+    )
+    lines = [
+        f"Images: {whole} pixels{'' if cropped == whole else f', cropped to {cropped},'} become {small} latents of "
+        f"{latents.shape[1]} channels, by {vae.class_name} "
+        f"(1/{r} of the side, {dtype} on {vae.device})."
+    ]
+    if vae.can_decode:
+        lines.append(
+            "Decoded latents should look like the image; what is lost there, no model trained on them can learn."
+        )
+    std = float(latents.std())
+    lines.append(
+        f"Latents: standard deviation {std:.2f}, mean {round(float(latents.mean()), 2) + 0.0:.2f}; about 1 is right, "
+        f"outside {STD_RANGE[0]:g}…{STD_RANGE[1]:g} the scaling is wrong."
+    )
+    alarms = [latent_std_alarm(std)]
+    if NOISE_MASK in outputs:
+        mask, moved = (part.flatten(1).mean(1) for part in _masks(encoder, inputs, outputs))
+        lines.append(
+            "Masks: white = repaint (red over the image, orange at latent resolution). The mask covers "
+            f"{_spread(mask)} of the image, noise_mask, the mask as the encoder grew or shrank it, {_spread(moved)}; "
+            "is the mask the part which the model shall fill?"
+        )
+        if getattr(encoder, "latent_mask", None) == "nearest":
+            lines.append(
+                f"latent_mask=nearest takes the top left pixel of each {r} by {r} block, as in Stable Diffusion: "
+                "orange should lie half a block further right and down than white, on average."
+            )
+        low, high = MASK_RANGE
+        alarms.append(mask_alarm(float((moved < low).float().mean()), float((moved > high).float().mean())))
+    return lines + [f"CHECK: {alarm}." for alarm in alarms if alarm]
+
+
+def first_samples(
+    datamodule: LatentDataModule, samples: int, device: torch.device, stage: str = "train"
+) -> tuple[dict[str, Any], dict[str, Tensor], list[str] | None]:
+    """Take the first batches of a data module through its stages, without a trainer.
+
+    Args:
+        datamodule: it is set up here.
+        samples: how many are wanted at least; fewer come where the data has fewer, or no more of the first one's size.
+        device: where to encode.
+        stage: ``"train"`` or ``"val"``.
+
+    Returns:
+        Inputs and outputs under our names, as `preview` takes them, and titles if all batches have some.
+
+    Raises:
+        UserError: there is no batch.
+    """
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    loader = datamodule.train_dataloader() if stage == "train" else datamodule.val_dataloader()
+    if isinstance(loader, list | tuple):
+        loader = next(iter(loader), ())
+    taken: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+    captions: list[str] = []
+    count = 0
+    for batch in islice(loader, samples):
+        inputs, outputs = datamodule.encode(batch, device)
+        if taken and inputs[PIXELS].shape[1:] != taken[0][0][PIXELS].shape[1:]:
+            continue  # a bucket of another size
+        b = len(outputs[LATENTS])
+        if MASK in inputs and len(inputs[MASK]) == 1:
+            inputs = {**inputs, MASK: inputs[MASK].expand(b, *inputs[MASK].shape[1:])}
+        taken.append((_first(inputs, b), _first(outputs, b)))
+        # Captions as the stages changed them come before those that the loader gave.
+        captions += captions_of({**batch, **inputs} if isinstance(batch, Mapping) else inputs) or []
+        count += b
+        if count >= samples:
+            break
+    datamodule.teardown("fit")
+    if not taken:
+        raise UserError(f"no batch: the {stage} data is empty; choose another stage, or look at the data")
+    inputs, outputs = (_joined([part[which] for part in taken]) for which in (0, 1))
+    return inputs, outputs, captions if len(captions) == count else None
+
+
+def captions_of(batch: Any, key: Key | None = None) -> list[str] | None:
+    """The titles of the samples of a user's batch.
+
+    Args:
+        batch: a dict, tuple or list.
+        key: where its list of strings lies; None looks for names, then for captions.
+
+    Returns:
+        One string a sample; None where there are none.
+    """
+    for name in CAPTIONS if key is None else (key,):
+        value = None
+        if isinstance(batch, Mapping):
+            value = batch.get(name)
+        elif isinstance(name, int) and name < len(batch):
+            value = batch[name]
+        if isinstance(value, list | tuple) and value and all(isinstance(caption, str) for caption in value):
+            return list(value)
+    return None
+
+
+def _columns(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Header → ``b c h' w'`` images of the samples."""
+    images = {key: _frame(image) for key, image in encoder.images(inputs).items()}
+    columns = _given(encoder, images, inputs)
+    if MASKED_LATENTS in images:
+        mask, _ = _masks(encoder, inputs, outputs)
+        columns["mask\nover image"] = tinted(images[LATENTS], mask)
+        columns["masked\nimage"] = images[MASKED_LATENTS]
+    if encoder.vae.can_decode:
+        for key in images:
+            columns[f"decoded\n{key}"] = _decoded(encoder, outputs[key])
+    if NOISE_MASK in outputs:
+        columns["noise_mask\n+ latent_mask"] = _both_masks(outputs[NOISE_MASK], outputs[LATENT_MASK])
+    columns["latents\nas colour"] = three_components(_frame(outputs[LATENTS]))
+    return columns
+
+
+def _decoded(encoder: Encoder, latents: Tensor) -> Tensor:
+    """``b 3 h w``; one at a time, for it should fit wherever training does. Of clips the first frame alone."""
+    first = latents[:, :, :1] if latents.ndim == 5 else latents
+    return torch.cat([_frame(encoder.vae.decode(row)) for row in torch.split(first, 1)])
+
+
+def _both_masks(noise_mask: Tensor, latent_mask: Tensor) -> Tensor:
+    """``b 3 h w``: the noise mask in white, over it the latent mask in orange."""
+    if latent_mask.shape[1] > 1:  # unshuffled: as large as the noise mask again
+        latent_mask = F.pixel_shuffle(latent_mask, round(latent_mask.shape[1] ** 0.5))
+    over = F.interpolate(latent_mask.float(), size=noise_mask.shape[-2:], mode="nearest")
+    return tinted(noise_mask.float().expand(-1, 3, -1, -1), over, ORANGE, strength=0.6)
+
+
+def _given(encoder: Encoder, images: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The image, and the picture that the model is shown where it is another one."""
+    columns = {"image": images[LATENTS]}
+    if SOURCE in inputs:
+        source = _frame(inputs[SOURCE])[:, :3]
+        source = source.float() / 255 if source.dtype == torch.uint8 else source.float()
+        columns["source"] = encoder.crop(source).expand(-1, 3, -1, -1)
+    return columns
+
+
+def _masks(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """``b 1 h w`` in 0…1: the mask that the encoder was given, cropped, and its noise mask."""
+    moved = outputs[NOISE_MASK]
+    mask = encoder.crop(unit_mask(inputs[MASK], inputs[PIXELS]))
+    return mask.expand(len(moved), -1, -1, -1), moved
+
+
+def _spread(shares: Tensor) -> str:
+    """Mean, smallest and largest share."""
+    return f"{float(shares.mean()):.0%} ({float(shares.min()):.0%} to {float(shares.max()):.0%})"
+
+
+def _titles(captions: Sequence[str] | None, b: int) -> list[str]:
+    if captions is None:
+        return [f"sample {row}" for row in range(b)]
+    return [caption or "(no caption)" for caption in captions[:b]]
+
+
+def _sheet(columns: Mapping[str, Tensor], titles: Sequence[str], notes: Sequence[str] = ()) -> Image.Image:
+    """Header → ``b c h w`` images; the first ones give the size of the tiles."""
+    height, width = columns["image"].shape[-2:]
+    rows = [[images[row] for images in columns.values()] for row in range(len(titles))]
+    return Sheet(list(columns), (width, height)).draw(rows, titles, notes)
+
+
+def _joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """The tensors of several batches as those of one."""
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _first(values: Mapping[str, Any], b: int) -> dict[str, Any]:
+    """The first samples of each tensor (a mask for all stays one)."""
+    return {name: value[:b] for name, value in values.items() if isinstance(value, Tensor) and value.ndim}
+
+
+def _frame(images: Tensor) -> Tensor:
+    """``b c h w`` as it is; of clips ``b c f h w`` the first frame."""
+    return images[:, :, 0] if images.ndim == 5 else images

@@ -1,0 +1,161 @@
+"""Two ranks under Lightning: every sample once, all in step, whatever Lightning is told."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import bucket_ranks
+import pytest
+from bucket_ranks import BATCH, COUNT, PLAN, SIZES
+from data_helpers import NumbersData, Recorder, trainer
+from helpers import LatentModel, quiet_trainer
+from PIL import Image
+from running import run_example
+
+from latentdm.data import Buckets, EpochSampler, ImageFolderData
+from latentdm.data.order import BucketBatches
+
+BUCKETS = {"area": 64 * 64, "step": 16}
+FOLDER_SIZES = [
+    (90, 60),
+    (60, 90),
+    (64, 64),
+    (130, 128),
+    (200, 80),
+    (80, 201),
+    (91, 62),
+    (300, 100),
+    (61, 60),
+    (120, 80),
+]
+
+
+class PickledRecorder(Recorder):
+    """Writes what its rank saw: a process that ends takes its lists with it."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def on_fit_end(self):
+        seen = {
+            (stage, epoch): self.of(stage, "index", epoch).tolist() for stage in ("train", "val") for epoch in range(2)
+        }
+        seen["epochs"] = sorted(set(self.of("train", "epoch").tolist()))
+        seen["sampler"] = type(self.trainer.train_dataloader.sampler)
+        (self.folder / f"{self.global_rank}").write_bytes(pickle.dumps(seen))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("use_distributed_sampler", [True, False])
+def test_two_ranks_share_the_samples(tmp_path, use_distributed_sampler):
+    trainer(strategy="ddp_fork", devices=2, use_distributed_sampler=use_distributed_sampler).fit(
+        PickledRecorder(tmp_path), datamodule=NumbersData(train=17, val=5)
+    )
+    first, second = (pickle.loads((tmp_path / f"{rank}").read_bytes()) for rank in range(2))
+    assert first["sampler"] is second["sampler"] is EpochSampler
+    assert first["epochs"] == second["epochs"] == [0, 1]
+    for epoch in range(2):
+        mine, other = first["train", epoch], second["train", epoch]
+        assert len(mine) == len(other) == 8
+        assert len({*mine, *other}) == 16
+        assert first["val", epoch] == [0, 2, 4]
+        assert second["val", epoch] == [1, 3, 0]  # the first is repeated so that both have three
+    assert first["train", 0] != first["train", 1]
+
+
+class NoteTaker(LatentModel):
+    """Writes down the names and the shape of each batch: a process that ends takes its lists with it."""
+
+    def __init__(self, folder):
+        super().__init__(key="pixels")
+        self.folder = folder
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        with (self.folder / f"rank{self.global_rank}").open("a") as file:
+            seen = [self.current_epoch, [*batch["pixels"].shape[-2:]], batch["index"].tolist()]
+            file.write(json.dumps(seen) + "\n")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("use_distributed_sampler", [True, False])
+def test_two_ranks_see_the_batches_of_a_folder(tmp_path, use_distributed_sampler):
+    folder, notes = tmp_path / "folder", tmp_path / "notes"
+    folder.mkdir()
+    notes.mkdir()
+    for number, size in enumerate(FOLDER_SIZES):
+        Image.new("RGB", size).save(folder / f"{number:02}.png")
+    data = ImageFolderData(folder, batch_size=2, val_share=0, buckets=BUCKETS)
+    trainer = quiet_trainer(
+        strategy="ddp_fork", devices=2, max_epochs=2, limit_val_batches=0,
+        use_distributed_sampler=use_distributed_sampler,
+    )  # fmt: skip
+    trainer.fit(NoteTaker(notes), datamodule=data)
+    seen = [[json.loads(line) for line in (notes / f"rank{rank}").read_text().splitlines()] for rank in range(2)]
+    data.setup()
+    plan = Buckets(**BUCKETS).plan(FOLDER_SIZES)
+    orders = []
+    for epoch in range(2):
+        mine, other = ([batch[1:] for batch in of_rank if batch[0] == epoch] for of_rank in seen)
+        assert [(shape, len(index)) for shape, index in mine] == [(shape, len(index)) for shape, index in other]
+        for rank, of_rank in enumerate((mine, other)):
+            planned = BucketBatches(range(10), data.train_set.bucket_of, 2, True, num_replicas=2, rank=rank)
+            assert [index for _, index in of_rank] == [[position for position, _ in b] for b in planned.batches(epoch)]
+        for shape, index in mine + other:
+            assert all(plan.shape(*FOLDER_SIZES[position]) == tuple(shape[::-1]) for position in index)
+        indices = [position for _, index in mine + other for position in index]
+        assert set(indices) == set(range(10))
+        assert len(indices) == 10 + planned.repeated
+        orders.append(indices)
+    assert orders[0] != orders[1]
+
+
+def planned(rank, epoch=0, training=True):
+    """The positions of each batch that one of two ranks is to see."""
+    sampler = BucketBatches(range(COUNT), PLAN.bucket_of, BATCH, training, num_replicas=2, rank=rank, seed=3)
+    return [[position for position, _ in batch] for batch in sampler.batches(epoch)]
+
+
+def lightning(folder, devices, use_distributed_sampler="true", stop=0):
+    """Train in other processes; rank → what it saw."""
+    command = [sys.executable, bucket_ranks.__file__, folder, devices, use_distributed_sampler, stop]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(bucket_ranks.__file__).parent)}
+    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    files = [Path(f"{folder}/seen.rank{rank}") for rank in range(devices)]
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
+@pytest.mark.parametrize("use_distributed_sampler", ["true", "false"])
+def test_two_ranks_under_lightning_see_what_was_planned(tmp_path, use_distributed_sampler):
+    seen = lightning(tmp_path, 2, use_distributed_sampler)
+    for rank in range(2):
+        expected = []
+        for stage, epoch in (("train", 0), ("train", 1), ("predict", 0)):
+            for positions in planned(rank, epoch, stage == "train"):
+                width, height = PLAN.shape(*SIZES[positions[0]].tolist())
+                expected.append([stage, height, width, positions, epoch])
+        assert seen[rank] == expected
+
+
+def test_two_ranks_go_on_in_the_middle_of_an_epoch(tmp_path):
+    steps = len(planned(0))
+    lightning(tmp_path, 2, stop=steps + 3)
+    seen = [[batch for batch in of_rank if batch[0] == "train"] for of_rank in lightning(tmp_path, 2)]
+    for rank in range(2):
+        assert [batch[3] for batch in seen[rank]] == planned(rank) + planned(rank, epoch=1)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        ["pixels=webdataset", "pixels.shards='shards/train-{0000..0002}.tar'", "pixels.val_shards=shards/val.tar"],
+        ["pixels=huggingface", "pixels.path=dataset", "pixels.columns={caption: prompt}"],
+    ],
+    ids=["webdataset", "huggingface"],
+)
+def test_the_example_trains_on_two_ranks(source, workplace):
+    run_example([*source, "pixels.size=64", "pixels.batch_size=1", "masks=batch", "trainer=ddp"], workplace)

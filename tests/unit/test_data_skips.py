@@ -1,0 +1,92 @@
+"""Samples that cannot be read: replaced, reported, and an error where there are too many."""
+
+import pytest
+from PIL import Image
+
+from latentdm.data import ImageFolderData
+
+
+def loaded(root, **settings):
+    defaults = {"size": 8, "batch_size": 7, "val_share": 0, "max_skipped_share": 1.0}
+    data = ImageFolderData(root, **{**defaults, **settings})
+    data.setup()
+    return data
+
+
+@pytest.fixture
+def half_broken(tmp_path):
+    """Twelve pictures, three of which are broken."""
+    for number in range(12):
+        Image.new("RGB", (10, 10), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    for number in (3, 4, 9):
+        (tmp_path / f"{number:02}.png").write_bytes(b"broken")
+    return tmp_path
+
+
+def test_a_broken_sample_is_replaced_by_the_same_one_whatever_the_workers(half_broken):
+    def names(workers, epoch):
+        data = loaded(half_broken, on_error="skip", num_workers=workers)
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        return [name for batch in loader for name in batch["name"]]
+
+    assert names(0, 0) == names(2, 0) == names(0, 0)
+    assert len({tuple(names(0, epoch)) for epoch in range(4)}) == 4
+
+
+def test_too_many_broken_samples_end_the_run(half_broken):
+    data = loaded(half_broken, on_error="skip", max_skipped_share=0.2)
+    with pytest.raises(
+        RuntimeError, match=r"^ImageFolderData: 3 of 12 samples cannot be read, .*max_skipped_share=0.2"
+    ):
+        list(data.predict_dataloader())
+    list(loaded(half_broken, on_error="skip", max_skipped_share=0.25).predict_dataloader())
+    with pytest.raises(RuntimeError, match=r"^ImageFolderData: [^\n]*$"):  # not in a worker's traceback
+        list(loaded(half_broken, on_error="skip", max_skipped_share=0.1, num_workers=1).predict_dataloader())
+
+
+def test_captions_and_masks_that_are_wrong(tmp_path):
+    for number in range(6):
+        Image.new("RGB", (20, 10)).save(tmp_path / f"{number}.png")
+        Image.new("L", (20, 10)).save(tmp_path / f"{number}-mask.png")
+        (tmp_path / f"{number}.txt").write_text("fine", encoding="utf-8")
+    (tmp_path / "0.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "1-mask.png").unlink()
+    Image.new("L", (10, 20)).save(tmp_path / "2-mask.png")
+    (tmp_path / "3.txt").unlink()
+    (tmp_path / "3.json").write_text("{broken")
+    Image.new("L", (20, 10)).save(tmp_path / "orphan-mask.png")
+    data = loaded(tmp_path, on_error="skip")
+    batches = list(data.predict_dataloader())
+    assert {name for batch in batches for name in batch["name"]} == {"4.png", "5.png"}
+    report = data.skips.report()
+    for text in (
+        "0.txt: it is not UTF-8",
+        "an image without a mask",
+        "10 × 20 pixels",
+        "3.json: it is no JSON",
+        "orphan",
+    ):
+        assert text in report
+
+
+def test_a_report_names_the_class_once(half_broken):
+    data = loaded(half_broken, on_error="skip")
+    list(data.predict_dataloader())
+    with pytest.warns(UserWarning, match=r"^ImageFolderData: 3 of 12 samples could not be read") as caught:
+        data.teardown("predict")
+    assert str(caught[0].message).count("ImageFolderData") == 1
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "/etc/outside.png", "a/../../outside.png"])
+def test_metadata_that_leave_the_folder_are_refused(tmp_path, name):
+    root = tmp_path / "root"
+    root.mkdir()
+    for path in (tmp_path / "outside.png", root / "1.png"):
+        Image.new("RGB", (10, 10)).save(path)
+    (root / "metadata.jsonl").write_text(f'{{"file_name": "{name}", "text": "x"}}\n')
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 1 names a file outside root="):
+        loaded(root)
+    data = loaded(root, on_error="skip")
+    assert [batch["name"] for batch in data.predict_dataloader()] == [["1.png"]]
+    assert "names a file outside" in data.skips.report()
