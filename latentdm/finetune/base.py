@@ -3,6 +3,7 @@
 Shapes: ``b`` batch, ``z h w`` latents, ``r`` the VAE's factor, ``H W`` pixels.
 """
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,11 +16,11 @@ from latentdm.batch import LATENT_MASK, LATENTS, MASKED_LATENTS
 from latentdm.draws import Draws
 from latentdm.errors import UserError
 from latentdm.extras import require
+from latentdm.finetune.checks import check_batch, check_latents, check_scaling, check_text
 from latentdm.finetune.lora import Lora
 from latentdm.finetune.objectives import Objective
 from latentdm.finetune.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, make_optimizer
 from latentdm.pipelines import PipelineSource
-from latentdm.text.encoder import POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
 from latentdm.validation import Check
 
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,8 +68,19 @@ class FineTune(LightningModule):
     lora_targets: ClassVar[Sequence[str]]
     """Where `Lora` puts its adapters unless told."""
 
+    latent_channels: int
+    """``z``."""
     network: Any
     objective: Objective
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the shared settings in the signature of a model that passes them on: Hydra's schemas are made of it."""
+        super().__init_subclass__(**kwargs)
+        own, shared = (inspect.signature(each).parameters.values() for each in (cls.__init__, FineTune.__init__))
+        named = [each for each in own if each.kind is not each.VAR_KEYWORD][1:]
+        names = {each.name for each in named}
+        inherited = [each for each in shared if each.name not in names | {"self"}]
+        cls.__signature__ = inspect.Signature([*named, *inherited])  # type: ignore[attr-defined]
 
     def __init__(
         self,
@@ -138,29 +150,24 @@ class FineTune(LightningModule):
     # ---------------------------------------------------------------- what fits
 
     def check(self, datamodule: Any) -> None:
-        """Compare the channels of a data module with those of the denoiser, before that is loaded.
+        """Compare what a data module gives with what the denoiser takes, before that is loaded.
 
         Args:
-            datamodule: one with ``channels``, as `latentdm.LatentDataModule` has; others are passed over.
+            datamodule: a `latentdm.LatentDataModule`; one without its ``channels`` is passed over.
 
         Raises:
             UserError: they do not fit; the text says which setting makes them.
         """
+        check_text(self, datamodule)
         channels = getattr(datamodule, "channels", None)
         if isinstance(channels, Mapping) and LATENTS in channels:
-            self._check_channels(channels)
+            check_latents(self, channels)
+            self.check_conditions(channels)
+            check_scaling(self, datamodule.encoder.vae.module)
 
     @abstractmethod
-    def _check_channels(self, channels: Mapping[str, int]) -> None:
-        """Raise UserError unless the denoiser takes latents and conditions of so many channels."""
-
-    def _check_latents(self, channels: Mapping[str, int], expected: int) -> None:
-        if channels[LATENTS] != expected:
-            raise UserError(
-                f"{self.owner}: the VAE gives latents of {channels[LATENTS]} channels, and the {self.component} of "
-                f"{self.pipeline.source!r} takes {expected}; use the pipeline's own VAE: "
-                f"vae.source={self.pipeline.source} vae.subfolder=vae"
-            )
+    def check_conditions(self, channels: Mapping[str, int]) -> None:
+        """Raise UserError unless the denoiser takes conditions of so many channels beside the latents."""
 
     # ---------------------------------------------------------------- loading
 
@@ -229,7 +236,7 @@ class FineTune(LightningModule):
             batch: ``latents`` ``b z h w``, ``prompt_embeds`` and what the denoiser takes.
             draws: of the batch's rows.
         """
-        self._check_batch(batch)
+        check_batch(self, batch)
         latents: Tensor = batch[LATENTS]
         noise = draws.normal("noise", latents.shape[1:], latents.device)
         uniform = draws.uniform("time", 1)[:, 0].to(latents.device)
@@ -247,32 +254,14 @@ class FineTune(LightningModule):
             "loss_in_mask": (error * mask).sum().detach() / mask.sum().clamp(min=1e-6),
         }
 
-    def _check_batch(self, batch: Mapping[str, Any]) -> None:
-        for name in (LATENTS, PROMPT_EMBEDS, *self.conditions):
-            if name not in batch:
-                remedy = {
-                    LATENTS: "use a latentdm.LatentDataModule",
-                    PROMPT_EMBEDS: "let a text encoder make it of captions: text=pipeline",
-                    POOLED_PROMPT_EMBEDS: "SDXL and FLUX need the text encoders of their own pipeline: text=pipeline",
-                }.get(name, "use encoder=inpaint")
-                raise UserError(
-                    f"{self.owner}: the batch has no {name!r}, only {', '.join(map(repr, batch))}; {remedy}"
-                )
-        width, expected = batch[PROMPT_EMBEDS].shape[-1], self._text_width()
-        if width != expected:
-            raise UserError(
-                f"{self.owner}: prompt_embeds have {width} channels, and the {self.component} of "
-                f"{self.pipeline.source!r} reads {expected}; use its own text encoders: "
-                f"text.source={self.pipeline.source}"
-            )
-
     @property
     @abstractmethod
     def conditions(self) -> tuple[str, ...]:
         """What a batch must hold besides latents and prompt embeddings."""
 
+    @property
     @abstractmethod
-    def _text_width(self) -> int:
+    def text_width(self) -> int:
         """Channels of the prompt embeddings."""
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:

@@ -77,11 +77,13 @@ class FluxFill(FineTune):
         """FLUX Fill's."""
         return "FluxFillPipeline"
 
-    def _text_width(self) -> int:
+    @property
+    def text_width(self) -> int:
+        """T5's."""
         return int(self.config["joint_attention_dim"])
 
-    def _check_channels(self, channels: Mapping[str, int]) -> None:
-        self._check_latents(channels, self.latent_channels)
+    def check_conditions(self, channels: Mapping[str, int]) -> None:
+        """Raise UserError unless the encoder gives mask and masked image as this model sees them."""
         if MASKED_LATENTS not in channels or channels[LATENT_MASK] != FACTOR**2:
             raise UserError(
                 f"{self.owner}: FLUX Fill sees the mask as {FACTOR**2} channels and the masked image, and the encoder "

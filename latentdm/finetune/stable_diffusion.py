@@ -98,11 +98,13 @@ class StableDiffusion(FineTune):
             return self.pipeline.pipeline_class
         return f"StableDiffusion{'XL' if self.xl else ''}InpaintPipeline"
 
-    def _text_width(self) -> int:
+    @property
+    def text_width(self) -> int:
+        """CLIP's, or those of SDXL's two side by side."""
         return int(self.config["cross_attention_dim"])
 
-    def _check_channels(self, channels: Mapping[str, int]) -> None:
-        self._check_latents(channels, self.latent_channels)
+    def check_conditions(self, channels: Mapping[str, int]) -> None:
+        """Raise UserError unless the encoder gives mask and masked image as this model sees them."""
         masked = MASKED_LATENTS in channels
         if masked and not self.inpaints:
             raise UserError(
