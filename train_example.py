@@ -19,6 +19,7 @@ from torch import Tensor
 
 from latentdm.callbacks import EncodeMonitor, SamplePreview
 from latentdm.errors import plain_errors
+from latentdm.finetune.base import FineTune
 
 
 class LatentDiffusion(LightningModule):
@@ -100,7 +101,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """Validate, train, validate again, and print a table; returns the first and the last validation loss."""
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.datamodule)
-    model = LatentDiffusion(**OmegaConf.to_container(cfg.model))
+    model = make_model(cfg.model)
+    if isinstance(model, FineTune):
+        model.check(datamodule)
     callbacks, loggers = (list(instantiate(cfg.get(group) or {}).values()) for group in ("callbacks", "logger"))
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
     first = validation_loss(trainer, model, datamodule)
@@ -112,7 +115,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
     return {"first": first, "last": last}
 
 
-def validation_loss(trainer: Trainer, model: LatentDiffusion, datamodule: LightningDataModule) -> float:
+def make_model(cfg: DictConfig) -> LightningModule:
+    """The model above, or the one that an experiment names."""
+    return instantiate(cfg) if "_target_" in cfg else LatentDiffusion(**OmegaConf.to_container(cfg))
+
+
+def validation_loss(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule) -> float:
     """NaN where validation is switched off."""
     results = trainer.validate(model, datamodule, verbose=False)
     return results[0]["val/loss"] if results else float("nan")

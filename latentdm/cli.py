@@ -10,7 +10,10 @@ from hydra.errors import HydraException
 
 import latentdm
 
-COMMANDS = {"preview": "draw what a model would see of your data, without training one"}
+COMMANDS = {
+    "preview": "draw what a model would see of your data, without training one",
+    "train": "fine-tune a model of diffusers, as an experiment has it",
+}
 """Command → summary; the module ``latentdm.commands.<command>`` runs it."""
 
 

@@ -41,6 +41,10 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
         "vae": (Any, MISSING), "per_batch": (int | None, None), "posterior": (str, 'sample'), "progress": (bool, False),
         "multiple": (int | None, None),
     },
+    "TextEncoder/from_pretrained": {
+        "_partial_": (bool, True), "source": (str, MISSING), "dtype": (str, 'auto'), "max_length": (int | None, None),
+        "zero_empty": (bool | None, None), "revision": (str | None, None), "variant": (str | None, None),
+    },
     "callbacks/EncodeMonitor": {
     },
     "callbacks/LatentPreview": {
@@ -83,6 +87,26 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
         "val_shards": (Any, None), "val_length": (int, 64), "columns": (Any, None), "shuffle_buffer": (int, 256),
         "alpha": (bool, False), "flip": (bool, False), "num_workers": (int, 0), "seed": (int, 0),
         "on_error": (str, 'raise'), "max_skipped_share": (float, 0.05), "max_pixels": (int, 178956970),
+    },
+    "finetune/FluxFill": {
+        "pretrained": (str, MISSING), "lora": (Any, None), "guidance": (float, 1.0), "times": (str, 'logit_normal'),
+        "guidance_scale": (float, 30.0), "learning_rate": (float | None, None), "warmup_steps": (int, 0),
+        "schedule": (str, 'constant'), "optimizer": (str, 'adamw'), "weight_decay": (float, 0.01),
+        "gradient_checkpointing": (bool, False), "dtype": (str, 'auto'), "masked_weight": (float, 1.0),
+        "sampling_steps": (int, 30), "seed": (int, 0), "revision": (str | None, None), "variant": (str | None, None),
+    },
+    "finetune/Lora": {
+        "rank": (int | None, None), "alpha": (float | None, None), "targets": (list[str] | None, None),
+    },
+    "finetune/SaveForDiffusers": {
+        "every_n_steps": (int | None, None), "kohya": (bool, False), "dirpath": (str | None, None),
+    },
+    "finetune/StableDiffusion": {
+        "pretrained": (str, MISSING), "lora": (Any, None), "widen": (bool, False), "snr_gamma": (float | None, None),
+        "learning_rate": (float | None, None), "warmup_steps": (int, 0), "schedule": (str, 'constant'),
+        "optimizer": (str, 'adamw'), "weight_decay": (float, 0.01), "gradient_checkpointing": (bool, False),
+        "dtype": (str, 'auto'), "masked_weight": (float, 1.0), "sampling_steps": (int, 30),
+        "guidance_scale": (float, 7.5), "seed": (int, 0), "revision": (str | None, None), "variant": (str | None, None),
     },
     "masks/AlphaMask": {
         "invert": (bool, False),

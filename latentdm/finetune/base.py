@@ -23,6 +23,8 @@ from latentdm.finetune.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer,
 from latentdm.pipelines import PipelineSource
 from latentdm.validation import Check
 
+FULL_RATE, LORA_RATE = 3e-6, 1e-4
+"""Usual learning rates."""
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,7 +41,8 @@ class FineTune(LightningModule):
     Args:
         pretrained: a pipeline's folder or hub id.
         lora: a LoRA's settings; without a rank all weights are trained.
-        learning_rate: of the optimizer, after the warm-up.
+        learning_rate: of the optimizer, after the warm-up; None is 3e-6 for all weights, at a batch of 4 or so, and
+            1e-4 for a LoRA.
         warmup_steps: optimizer steps in which the learning rate rises from 0.
         schedule: ``"constant"``, or ``"cosine"`` or ``"linear"``, which fall to 0 at the trainer's last step.
         optimizer: ``"adamw"``, or ``"adamw_8bit"``, whose state takes a quarter of the memory (bitsandbytes, a GPU).
@@ -86,7 +89,7 @@ class FineTune(LightningModule):
         self,
         pretrained: str,
         lora: Lora | Mapping[str, Any] | None = None,
-        learning_rate: float = 1e-5,
+        learning_rate: float | None = None,
         warmup_steps: int = 0,
         schedule: str = "constant",
         optimizer: str = "adamw",
@@ -104,6 +107,8 @@ class FineTune(LightningModule):
         self.owner = type(self).__name__
         check = Check(self.owner)
         self.lora = Lora.of(lora)
+        if learning_rate is None:
+            learning_rate = FULL_RATE if self.lora.rank is None else LORA_RATE
         self.learning_rate = check.number("learning_rate", learning_rate, 0)
         self.warmup_steps = check.integer("warmup_steps", warmup_steps, 0)
         self.schedule = check.choice("schedule", schedule, SCHEDULES)

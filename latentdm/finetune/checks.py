@@ -16,8 +16,8 @@ def check_text(model: Any, datamodule: Any) -> None:
     names = getattr(getattr(datamodule, "line", None), "names", None)
     if names is not None and PROMPT_EMBEDS not in names:
         raise UserError(
-            f"{model.owner}: no stage of the data module makes {PROMPT_EMBEDS!r} of the captions; set text=pipeline, or "
-            "name it in the reads of a stage of your own where the batches bring it"
+            f"{model.owner}: no stage of the data module makes {PROMPT_EMBEDS!r} of the captions; set text=pipeline, "
+            "or name it in the reads of a stage of your own where the batches bring it"
         )
 
 
