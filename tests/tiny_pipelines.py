@@ -218,6 +218,20 @@ def save_pipeline(name, folder, seed=0):
     return folder
 
 
+def experiment_stand_in(overrides, workplace):
+    """Overrides that point the experiment among some at its tiny pipeline; the photographs get captions.
+
+    The repositories that the experiments name are out of reach of a test.
+    """
+    chosen = [override.removeprefix("experiment=") for override in overrides if override.startswith("experiment=")]
+    if not chosen:
+        return []
+    for photo in (workplace / "photos").glob("*.png"):
+        if not photo.stem.endswith("-mask"):
+            photo.with_suffix(".txt").write_text(f"a photo of the {photo.stem}", encoding="utf-8")
+    return [f"model.pretrained={save_pipeline(EXPERIMENTS[chosen[0]], workplace / 'pretrained')}"]
+
+
 def photographs(count, height, width, seed=5):
     """uint8 ``count 3 height width``, and uint8 masks ``count 1 height width`` of a box each."""
     from helpers import images

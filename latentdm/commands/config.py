@@ -22,11 +22,12 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     return parser.parse_intermixed_args(list(arguments))
 
 
-def compose_config(settings: Namespace) -> DictConfig:
+def compose_config(settings: Namespace, output: Path | None = None) -> DictConfig:
     """The config that the options and overrides of a command ask for.
 
     Args:
         settings: from `parse`.
+        output: the run's folder, which Hydra makes of an app; None is the current one.
 
     Raises:
         HydraException: a choice, a key or a value is wrong, or it holds no data module.
@@ -43,7 +44,7 @@ def compose_config(settings: Namespace) -> DictConfig:
         except ValueError as error:  # Hydra's answer to masks=null
             raise ConfigCompositionException(f"{error}; to leave a group out: ~masks instead of masks=null") from error
     with open_dict(cfg):
-        cfg.hydra.runtime.output_dir = str(Path.cwd())
+        cfg.hydra.runtime.output_dir = str(output or Path.cwd())
     HydraConfig.instance().set_config(cfg)  # so that ${hydra:…} resolves
     if OmegaConf.is_missing(cfg, "datamodule") or cfg.get("datamodule") is None:
         raise ConfigCompositionException(

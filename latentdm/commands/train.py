@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from latentdm.commands.config import compose_config, parse
@@ -28,23 +27,19 @@ def run(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--output", type=Path, help="the run's folder (default: outputs/<date>/<time>)")
     settings = parse(parser, arguments)
-    cfg = compose_config(settings)
     output = settings.output or Path(f"{datetime.now():outputs/%Y-%m-%d/%H-%M-%S}")
-    output.mkdir(parents=True, exist_ok=True)
+    cfg = compose_config(settings, output.resolve())
+    with open_dict(cfg):
+        del cfg["hydra"]
     with plain_errors(cfg):
         _train(cfg, output.resolve())
 
 
 def _train(cfg: DictConfig, output: Path) -> None:
-    """Train in a folder, where the config is kept, and print what came of it."""
-    with open_dict(cfg):
-        cfg.hydra.runtime.output_dir = str(output)
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    (output / "config.yaml").write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
-
+    """Train, keep the config beside the results, and print what came of it."""
     from latentdm.finetune.train import train  # late, as composing says sooner what is wrong
 
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
     losses = train(cfg)
     print(f"validation loss {losses['first']:.4f} → {losses['last']:.4f}\n{output}")

@@ -27,7 +27,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """
     if "_target_" not in (cfg.get("model") or {}):
         raise UserError(
-            "latentdm train: the config has no model to train; choose an experiment, such as experiment=sd15_inpaint, "
+            "the config has no model to train; choose an experiment, such as experiment=sd15_inpaint, "
             "or a model with a _target_ of your own"
         )
     seed_everything(cfg.get("seed", 0), workers=True, verbose=False)

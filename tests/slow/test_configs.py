@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from running import ROOT, run_example
 from tiny_models import STAND_INS, stand_in
+from tiny_pipelines import experiment_stand_in
 
 YAMLS = sorted(ROOT.glob("conf/**/*.yaml"))
 
@@ -23,6 +24,7 @@ def header_command(yaml: Path) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:VAEOffload. has no effect:UserWarning")  # there is no device to free here
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers and numpy
 @pytest.mark.parametrize("yaml", YAMLS, ids=lambda path: str(path.relative_to(ROOT / "conf")))
 def test_header_command_runs_a_step(yaml, workplace):
     overrides = header_command(yaml)
@@ -33,6 +35,7 @@ def test_header_command_runs_a_step(yaml, workplace):
         )
     if group == "vae" and yaml.stem in STAND_INS:  # a test cannot reach the repository that it names
         overrides.append(f"vae.source={stand_in(yaml.stem, workplace / 'autoencoder')}")
+    overrides += experiment_stand_in(overrides, workplace)
     run_example(overrides, workplace)
 
 
