@@ -122,7 +122,7 @@ def table(experiment: str) -> list[str]:
         lines.append(f"  {name:34}{weights:7.2f}{gradients:11.2f}{optimizer:11.2f}{others:10.2f}{total:9.2f}")
     return [
         *lines,
-        "Frozen are VAE and text encoders in bfloat16; callbacks=vae_offload is for the stages without them.",
+        "Frozen are VAE and text encoders, in bfloat16.",
     ]
 
 

@@ -23,8 +23,8 @@ class SaveForDiffusers(Callback):
     so that what is there is whole; where the disk is full it warns, and training goes on. In ``pipeline/`` all that was
     not trained is copied from the pretrained pipeline.
 
-    Under ``EMAWeightAveraging`` the last save holds the averages if that callback stands before this one; the saves
-    before it hold the weights as they train.
+    Under Lightning's ``EMAWeightAveraging`` the last save holds the averages, and those before it the weights as they
+    train.
 
     Args:
         every_n_steps: optimizer steps from one save to the next; None saves at the end alone.
@@ -74,7 +74,7 @@ class SaveForDiffusers(Callback):
         if step and self.every_n_steps and step % self.every_n_steps == 0 and step != self._saved_at:
             self.save(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what training came to, unless this step was saved already and no averages have come since."""
         averages: Any = getattr(callbacks, "WeightAveraging", ())  # Lightning has it from 2.6 on
         averaged = any(isinstance(callback, averages) for callback in trainer.callbacks)  # type: ignore[attr-defined]

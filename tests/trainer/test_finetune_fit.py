@@ -141,7 +141,7 @@ def test_the_last_save_holds_lightnings_averages(lora, folders, data, tmp_path):
 
     save = SaveForDiffusers(dirpath=tmp_path)
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "checkpoints", save_last=True, every_n_train_steps=2)
-    callbacks = [Keep(), EMAWeightAveraging(decay=0.5), save, checkpoint]
+    callbacks = [save, Keep(), EMAWeightAveraging(decay=0.5), checkpoint]
     trainer = quiet_trainer(max_steps=4, callbacks=callbacks, enable_checkpointing=True)
     trainer.fit(model, datamodule=data[name])
     trained = {key: weight for key, weight in model.network.named_parameters() if weight.requires_grad}
@@ -248,8 +248,14 @@ def test_batches_without_text_or_with_that_of_another_model_are_told(folders, da
         fit("sdxl_inpaint", type(source)(silent, source.encoder, source.text))
     with complains("no 'pooled_prompt_embeds'", "text=pipeline"):
         fit("sdxl_inpaint", type(source)(unpooled, source.encoder, source.text))
+    mixed = {**data["sd15_inpaint"].batch, "prompt_embeds": source.batch["prompt_embeds"]}
     with complains("prompt_embeds have 40 channels", "reads 16", f"text.source={folders['sd15_inpaint']}"):
-        fit("sd15_inpaint", source)
+        fit("sd15_inpaint", type(source)(mixed, data["sd15_inpaint"].encoder, source.text))
+
+
+def test_the_vae_of_a_family_with_another_scale_is_told(folders, data):
+    parts = ("scaling_factor is 0.13025", "0.18215", f"vae.source={folders['sd15_inpaint']}")
+    refuses("sd15_inpaint", folders["sd15_inpaint"], data["sdxl_inpaint"], *parts)
 
 
 def test_sampling_without_a_latent_data_module_is_told(folders, data):
