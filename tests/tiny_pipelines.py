@@ -3,7 +3,9 @@
 import diffusers
 import torch
 from helpers import tiny_kl
+from lightning.pytorch import LightningDataModule
 from tokenizers.pre_tokenizers import ByteLevel
+from torch.utils.data import DataLoader
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -250,3 +252,32 @@ def ready_batch(folder, count=3, height=64, width=96, inpaint=True, captions=Non
         "target_size": torch.tensor([[height, width]] * count),
     }
     return encode(batch) | text(batch | tokens, draws) | sizes, encode, text
+
+
+class Ready(LightningDataModule):
+    """Hands out one batch again and again, with what a model asks of a latentdm.LatentDataModule."""
+
+    def __init__(self, batch, encoder, text, length=4):
+        super().__init__()
+        self.batch, self.encoder, self.text, self.length = batch, encoder, text, length
+
+    @property
+    def channels(self):
+        return self.encoder.channels
+
+    def train_dataloader(self):
+        return DataLoader([self.batch] * self.length, batch_size=None)
+
+    val_dataloader = predict_dataloader = train_dataloader
+
+
+def ready(folder, length=4, **batch):
+    """The data module of `ready_batch`."""
+    return Ready(*ready_batch(folder, **batch), length=length)
+
+
+def model_of(name, folder, **settings):
+    """The fine-tune of a pipeline above."""
+    from latentdm.finetune import FluxFill, StableDiffusion
+
+    return (FluxFill if name == "flux_fill" else StableDiffusion)(str(folder), **settings)

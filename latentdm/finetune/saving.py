@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 
@@ -50,7 +50,7 @@ class SaveForDiffusers(Callback):
         self.kohya = kohya
         self.dirpath = dirpath
         self.latest: Path | None = None
-        self._saved_at = 0
+        self._saved_at = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that this model can be saved."""
@@ -64,19 +64,22 @@ class SaveForDiffusers(Callback):
             raise UserError("SaveForDiffusers: kohya=true without a LoRA; set model.lora.rank, or kohya: false")
         if self.kohya:
             check_kohya(pl_module.component, "SaveForDiffusers")
-        self._saved_at = trainer.global_step
+        self._saved_at = -1
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if this step's turn has come."""
         step = trainer.global_step
-        if self.every_n_steps is not None and step % self.every_n_steps == 0 and step != self._saved_at:
+        if step and self.every_n_steps and step % self.every_n_steps == 0 and step != self._saved_at:
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what training came to."""
-        self.save(trainer, pl_module)
+        """Save what training came to, unless this step was saved already and no averages have come since."""
+        averages: Any = getattr(callbacks, "WeightAveraging", ())  # Lightning has it from 2.6 on
+        averaged = any(isinstance(callback, averages) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if averaged or trainer.global_step != self._saved_at:
+            self.save(trainer, pl_module)
 
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder now."""
