@@ -24,6 +24,7 @@ from benchmarks.encoder import floor_gflop_256, hook, matrices, matrix_peak, tim
 from benchmarks.report import device
 from benchmarks.rows import interleaved
 from latentdm import FrozenVAE, PlainEncoder
+from latentdm.frozen.weights import computes_bfloat16
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,9 @@ def main() -> None:
     sizes = DRY if parser.parse_args().dry else Sizes()
     if sizes is not DRY and not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: needs a CUDA device; --dry tries the script itself without one")
-    # Dry, in float32: a processor without bfloat16 would take minutes for a figure that means nothing.
-    products = matrices(torch.float32 if sizes is DRY else torch.bfloat16)
-    peak = matrix_peak(median(interleaved({"": timed(products)}, 1 if sizes is DRY else 5)[""]))
-    say("matrix_peak", peak / 1e12, f"TFLOP/s, bfloat16, {device()}")
+    dtype = torch.bfloat16 if computes_bfloat16(models.DEVICE) else torch.float32  # emulated, it takes minutes
+    peak = matrix_peak(median(interleaved({"": timed(matrices(dtype))}, sizes.rounds)[""]))
+    say("matrix_peak", peak / 1e12, f"TFLOP/s, {str(dtype).removeprefix('torch.')}, {device()}")
     operations = 0.0 if sizes is DRY else 1e9 * floor_gflop_256(quick=False)
     for side, count in sizes.counts.items():
         # attention adds to what convolutions take, which grows with the area

@@ -19,7 +19,7 @@ CACHE_BYTES = 8 * 2**20
 
 It is about what a core has of all levels of the cache."""
 
-MOST_ON_CPU = 16
+MAX_IMAGES_ON_CPU = 16
 """Beyond this many images, a pass costs next to nothing beside its arithmetic."""
 
 _NO_BAR = nullcontext()
@@ -169,8 +169,8 @@ def best_chunk(device: torch.device, image_bytes: int) -> int | None:
     """
     if device.type != "cpu":
         return None
-    if image_bytes * MOST_ON_CPU <= CACHE_BYTES:
-        return MOST_ON_CPU
+    if image_bytes * MAX_IMAGES_ON_CPU <= CACHE_BYTES:
+        return MAX_IMAGES_ON_CPU
     return max(1, CACHE_BYTES // image_bytes)
 
 

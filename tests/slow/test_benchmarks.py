@@ -8,6 +8,8 @@ import pytest
 import torch
 from running import ROOT
 
+from benchmarks import encoder, models
+from benchmarks.peers import InpaintScript
 from benchmarks.rows import ROWS, Row, interleaved, row
 from latentdm.frozen.weights import computes_bfloat16
 
@@ -63,6 +65,46 @@ def test_functions_take_turns():
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert seconds["b"] == [7.0] * 3
     assert all(0 <= second < 1 for second in seconds["a"])
+
+
+def test_a_batch_is_as_the_data_modules_yield_it():
+    batch = models.batch(2, 64)
+    assert {name: tuple(value.shape) for name, value in batch.items()} == {
+        "pixels": (2, 3, 64, 64),
+        "mask": (2, 1, 64, 64),
+        "index": (2,),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_script_encodes_in_its_own_precision(dtype):
+    autoencoder = models.demo()
+    script = InpaintScript(autoencoder, models.batch(2, 32), dtype)
+    seen = []
+    script.vae.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    latents, masked, mask = script.inpaint()
+    assert [images.dtype for images in seen] == [dtype] * 2  # two calls
+    assert latents.shape == masked.shape == (2, 4, 4, 4)
+    assert mask.shape == (2, 1, 4, 4)
+    assert next(autoencoder.parameters()).dtype == torch.float32  # the other ways encode with it
+
+
+@pytest.mark.parametrize(
+    ("side", "slower", "expected"),
+    [
+        (128, {}, 1.0),  # the default is one of those that it is compared with
+        (128, {"8": 0.5}, 0.5),
+        (128, {"8": 2.0}, 1.0),
+        (96, {}, 1.5),  # seven at once: better than all of them
+    ],
+)
+def test_the_default_chunk_is_compared_with_the_best(side, slower, expected, monkeypatch):
+    def made_up(ways, rounds):
+        seconds = {way: 1.0 if way == "None" else 1.5 for way in ways} | slower
+        return {way: [seconds[way]] * rounds for way in ways}
+
+    monkeypatch.setattr("benchmarks.encoder.interleaved", made_up)
+    assert encoder.chunk_ratio.__wrapped__("inpaint", "float32", side, 3) == pytest.approx(expected)
 
 
 def test_the_gpu_script_runs_dry():
