@@ -15,9 +15,11 @@ TILINGS = ("never", "last_resort", "always")
 _DRIVERS_SAY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 CACHE_BYTES = 8 * 2**20
-"""Up to this size of its widest layer a chunk is fastest on a CPU, measured with and without AVX-512, at 128² to 512².
+"""The widest layer of a chunk on a CPU. About what a core has of all levels of the cache.
 
-It is about what a core has of all levels of the cache."""
+Measured in float32 on one processor with AVX2: at 256² and 512² no larger chunk was clearly faster; at 128² two images
+instead of the four that this gives were faster in some runs, and slower in others.
+"""
 
 MAX_IMAGES_ON_CPU = 16
 """Beyond this many images, a pass costs next to nothing beside its arithmetic."""
