@@ -16,7 +16,7 @@ from latentdm.draws import Draws
 from latentdm.errors import UserError, attributed
 from latentdm.extras import require
 from latentdm.stages import Stage
-from latentdm.tensors import describe, unit_mask
+from latentdm.tensors import describe, unit_levels, unit_mask
 from latentdm.validation import Check
 
 
@@ -147,7 +147,7 @@ class Augment(Stage):
         frames = [picture.movedim(1, -3).flatten(0, -4) for picture in pictures]
         channels = max(min(frame.shape[1], 3) for frame in frames)
         # Below each other they have one mean gray, from which contrast is counted.
-        colour = torch.cat([_floats(frame[:, :3]).expand(-1, channels, -1, -1) for frame in frames], dim=-2)
+        colour = torch.cat([unit_levels(frame[:, :3]).expand(-1, channels, -1, -1) for frame in frames], dim=-2)
         reaches = reaches.repeat_interleave(len(colour) // len(reaches), dim=0)
         names = {
             "brightness": enhance.adjust_brightness_accumulative,
@@ -182,16 +182,12 @@ def _where(choice: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
 def _cropped(value: Tensor, windows: Tensor, nearest: bool) -> Tensor:
     """``b … H W`` of any dtype, seen through ``windows`` ``b 2 3``, in its own size and dtype."""
     flat = value.flatten(1, -3) if value.ndim > 3 else value[:, None]
-    floats = flat.float() if nearest else _floats(flat)
+    floats = flat.float() if nearest else unit_levels(flat)
     grid = F.affine_grid(windows, [len(flat), 1, *flat.shape[-2:]], align_corners=False)
     seen = F.grid_sample(
         floats, grid, mode="nearest" if nearest else "bilinear", padding_mode="border", align_corners=False
     )
     return (seen.to(value.dtype) if nearest else _like(seen, value)).view(value.shape)
-
-
-def _floats(levels: Tensor) -> Tensor:
-    return levels.float() / 255 if levels.dtype == torch.uint8 else levels.float()
 
 
 def _like(levels: Tensor, other: Tensor) -> Tensor:

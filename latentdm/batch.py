@@ -80,9 +80,10 @@ class BatchKeys:
         if unknown:
             known = ", ".join(dict.fromkeys((*NAMES, *sorted(names))))
             raise UserError(f"LatentDataModule: keys: unknown name {unknown[0]!r}; the names are {known}")
-        if not self.left_out.isdisjoint(set(NAMES) - set(OUTPUTS)):
-            name = min(self.left_out & (set(NAMES) - set(OUTPUTS)))
-            raise UserError(f"LatentDataModule: keys: {name!r} goes into a stage; only outputs can be left out (null)")
+        if inputs := self.left_out & (set(NAMES) - set(OUTPUTS)):
+            raise UserError(
+                f"LatentDataModule: keys: {min(inputs)!r} goes into a stage; only outputs can be left out (null)"
+            )
         if any(isinstance(key, int) and key < 0 for key in self.keys.values()):
             raise UserError(f"LatentDataModule: keys: {self.keys} has a negative position; count from 0, at the front")
         if len({isinstance(key, int) for key in self.keys.values()}) > 1:

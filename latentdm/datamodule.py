@@ -81,7 +81,7 @@ class LatentDataModule(Wrapper):
         self.seed = seed
         self.line = Line.arrange(encoder, masks=masks, augment=augment, captions=captions, text=text, stages=stages)
         self.keys = BatchKeys(keys, layout, pixel_range, self.line.names)
-        self._fresh = FreshDraws(seed)
+        self._fresh = FreshDraws()
         self._warned = False
         self._is_example = False
         self._prepared: tuple[Draws | None, dict[str, Any]] | None = None  # of a batch on its way to the device

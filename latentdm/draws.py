@@ -72,17 +72,13 @@ class FreshDraws:
     """Draws for samples without an id, such as those of a call by hand: every call gets its own.
 
     They follow from the number of calls so far, so that a program that is run again draws the same.
-
-    Args:
-        seed: of the draws.
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    def __init__(self) -> None:
         self.calls = 0
 
     def __call__(self, count: int) -> Draws:
         """The draws of ``count`` samples."""
         ids = [f"call{self.calls}.{row}" for row in range(count)]
         self.calls += 1
-        return Draws(self.seed, 0, ids)
+        return Draws(0, 0, ids)

@@ -88,7 +88,7 @@ class PipelineSource:
         Args:
             module: the library that has its class: diffusers or transformers.
             component: its name.
-            settings: of the class's ``from_pretrained``.
+            settings: of the class's ``from_pretrained``; ``variant`` is this one's unless told.
 
         Raises:
             UserError: the class is unknown to the library, or there are no weights for it.
@@ -100,8 +100,8 @@ class PipelineSource:
                 f"{self.owner}: {self.source!r}: {component} is a {name}, which {module.__name__} "
                 f"{module.__version__} does not have; update it: pip install -U {module.__name__}"
             )
-        if self.variant is not None:
-            settings["variant"] = self.variant
+        if settings.setdefault("variant", self.variant) is None:  # some tokenizers would keep it
+            del settings["variant"]
         try:
             return found.from_pretrained(self.source, subfolder=component, revision=self.revision, **settings)
         except OSError as error:

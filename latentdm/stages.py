@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 
+from latentdm.batch import MASK
 from latentdm.draws import Draws
 from latentdm.errors import UserError, UserTypeError
 
@@ -123,7 +124,7 @@ class Line:
         """
         own = {f"stages[{number}]": stage for number, stage in enumerate(stages)}
         on_host = {name: stage for name, stage in own.items() if getattr(stage, "on_host", False)}
-        asks_for_mask = any("mask" in getattr(stage, "reads", ()) for stage in (encoder, *stages))
+        asks_for_mask = any(MASK in getattr(stage, "reads", ()) for stage in (encoder, *stages))
         named: dict[str, Any] = {
             "captions": captions,
             "text.tokenizer": getattr(text, "tokenizer", None),

@@ -18,8 +18,18 @@ ROUNDING = 1e-4
 def describe(value: object) -> str:
     """A value as an error names it: shape and dtype of a tensor, the type of anything else."""
     if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        return f"{tuple(value.shape)} {dtype_name(value.dtype)}"
     return type(value).__name__
+
+
+def unit_levels(levels: Tensor) -> Tensor:
+    """uint8 0…255 or float 0…1 → float32 in 0…1."""
+    return levels.float() / 255 if levels.dtype == torch.uint8 else levels.float()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as settings and messages name it: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def crop(image: Tensor, multiple: int) -> Tensor:

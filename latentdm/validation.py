@@ -34,8 +34,7 @@ class Check:
     def integer(self, setting: str, value: Any, low: int, high: int | None = None, hint: str = "") -> int:
         """An integer of at least ``low`` and, unless None, at most ``high``. A bool is none."""
         if type(value) is not int or value < low or (high is not None and value > high):
-            bounds = f"of at least {low}" if high is None else f"in {_bound(low)}…{_bound(high)}"
-            raise self.fail(setting, f"an integer {bounds}", value, hint)
+            raise self.fail(setting, f"an integer{_bounds(low, high)}", value, hint)
         return value
 
     def number(self, setting: str, value: Any, low: float = -inf, high: float = inf, hint: str = "") -> float:
@@ -64,8 +63,7 @@ class Check:
             first, last = values
             if low <= first <= last and (high is None or last <= high):
                 return first, last
-        bounds = f"of at least {low}" if high is None else f"in {_bound(low)}…{_bound(high)}"
-        raise self.fail(setting, f"two integers {bounds}, in order", values, hint)
+        raise self.fail(setting, f"two integers{_bounds(low, high)}, in order", values, hint)
 
     def numbers(
         self,
@@ -89,10 +87,10 @@ def _is_pair(values: object) -> bool:
     return isinstance(values, Sequence) and not isinstance(values, str) and len(values) == 2
 
 
-def _bounds(low: float, high: float) -> str:
+def _bounds(low: float, high: float | None) -> str:
     if low == -inf and high == inf:
         return ""
-    if high == inf:
+    if high is None or high == inf:
         return f" of at least {_bound(low)}"
     return f" of at most {_bound(high)}" if low == -inf else f" in {_bound(low)}…{_bound(high)}"
 

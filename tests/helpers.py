@@ -14,6 +14,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from latentdm import FrozenVAE
 
+COLUMNS = [
+    "image",
+    "mask\nover image",
+    "masked\nimage",
+    "decoded\nlatents",
+    "decoded\nmasked_latents",
+    "noise_mask\n+ latent_mask",
+    "latents\nas colour",
+]
+"""What a preview of an inpainting batch shows."""
+
 
 def tiny_kl(seed=0, **config):
     """A real AutoencoderKL with factor 8 and random weights; encoding one 32² image takes milliseconds."""

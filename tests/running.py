@@ -131,3 +131,13 @@ def box_mask(size):
     mask = Image.new("L", size)
     ImageDraw.Draw(mask).rectangle((30, 40, 90, 110), fill=255)
     return mask
+
+
+def run_ranks(script, folder):
+    """Run a script that finds the tests' helpers, in a process of its own that starts its ranks; it gets the folder."""
+    (folder / "ranks.py").write_text(script, encoding="utf-8")
+    paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(folder / "ranks.py"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr

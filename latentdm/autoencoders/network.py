@@ -5,7 +5,7 @@ the spatial compression.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from latentdm.autoencoders.families import Family, family_of
 from latentdm.autoencoders.images import Images, prepare
 from latentdm.autoencoders.posterior import Posterior, posterior_of
+from latentdm.frozen.contexts import NOTHING, no_autocast
 from latentdm.frozen.weights import Weights
 
 
@@ -68,7 +69,7 @@ class Network:
         one_frame = family.frame_axis and images.ndim == 4
         if one_frame:
             images = images.unsqueeze(2)
-        with _tiling(module) if tiled else _NOTHING, _no_autocast(images.device):
+        with _tiling(module) if tiled else NOTHING, no_autocast(images.device):
             output = module.encode(images) if compilation is None else compilation.encode(module, images)
         posterior = posterior_of(output)
         if size > n:
@@ -94,37 +95,10 @@ class Network:
         one_frame = family.frame_axis and z.ndim == 4
         if one_frame:
             z = z.unsqueeze(2)
-        with _no_autocast(z.device):
+        with no_autocast(z.device):
             ranged = family.decode(weights.module, z.to(dtype, memory_format=weights.layout(dtype)))
         ranged = (ranged.squeeze(2) if one_frame else ranged)[:, :3].float()
         return ((ranged - low) / (high - low)).clamp_(0, 1)
-
-
-_NOTHING = nullcontext()
-
-
-def untracked() -> AbstractContextManager[None]:
-    """Without gradients, and outside of inference mode.
-
-    No inference tensor may reach training, nor make a compiled encoder compile again. A context costs microseconds,
-    which a small batch feels: none is entered where there is nothing to change.
-    """
-    if torch.is_inference_mode_enabled():
-        return _untracked()
-    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
-
-
-@contextmanager
-def _untracked() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():  # in this order: leaving inference mode turns gradients on
-        yield
-
-
-def _no_autocast(device: torch.device) -> Any:
-    """The trainer's autocast must not override the autoencoder's own dtype."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return _NOTHING
 
 
 @contextmanager

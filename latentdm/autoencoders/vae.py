@@ -6,6 +6,7 @@ and ``t`` the temporal compression.
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any, Literal, Self
 
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from latentdm.autoencoders.families import family_of
 from latentdm.autoencoders.images import Images
 from latentdm.autoencoders.limits import POSTERIORS, check_encodable, warn_of_overflow
-from latentdm.autoencoders.network import Network, untracked
+from latentdm.autoencoders.network import Network
 from latentdm.autoencoders.posterior import Posterior
 from latentdm.draws import FreshDraws
 from latentdm.errors import UserError, attributed
 from latentdm.frozen.chunks import Chunks, best_chunk
 from latentdm.frozen.compilation import compile_mode
+from latentdm.frozen.contexts import untracked
 from latentdm.frozen.weights import DTYPES, Weights
+from latentdm.tensors import dtype_name
 from latentdm.validation import Check
 
 
@@ -70,8 +73,7 @@ class FrozenVAE:
         compile: bool | str = False,
         tiling: str = "never",
     ) -> None:
-        if dtype not in DTYPES:
-            raise UserError(f"FrozenVAE: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        Check("FrozenVAE").choice("dtype", dtype, DTYPES)
         family = family_of(autoencoder)
         mode = compile_mode(compile, autoencoder, family.frame_axis, tiling)
         if tiling != "never" and not hasattr(autoencoder, "use_tiling"):
@@ -90,8 +92,6 @@ class FrozenVAE:
         """``z``."""
         self.has_posterior: bool = family.has_posterior
         """Whether a posterior sample differs from the mode."""
-        self.chunks = 0
-        """How many chunks went through the autoencoder so far."""
         self.reencoded = 0
         """How many samples were encoded again in float32 so far."""
         self._normalization = family.normalization(autoencoder).to("cpu")
@@ -194,6 +194,11 @@ class FrozenVAE:
         return not self._encoder_only and callable(getattr(self._weights.original, "decode", None))
 
     @property
+    def chunks(self) -> int:
+        """How many chunks went through the autoencoder so far."""
+        return self._chunks.count
+
+    @property
     def retries(self) -> int:
         """How often a chunk was run again, smaller or tiled, because memory ran out."""
         return self._chunks.retries
@@ -274,12 +279,7 @@ class FrozenVAE:
             UserError: the moments of a row are not finite even in float32.
             torch.OutOfMemoryError: not even one image fits; it names the resolution, the need and the remedies.
         """
-
-        def encode(rows: slice, size: int, tiled: bool) -> Posterior:
-            moments = self._network.moments(sets, rows, size, tiled)
-            self.chunks += 1
-            return moments
-
+        encode = partial(self._network.moments, sets)
         count, shape = sum(map(len, sets)), sets[0].pixels.shape[2:]
         with untracked():
             size = per_batch or self.best_chunk(shape)
@@ -302,19 +302,18 @@ class FrozenVAE:
     def _mend(self, moments: Posterior, sets: Sequence[Images], name: Callable[[int], str]) -> Posterior:
         """Encode rows that are not finite again, each alone in float32."""
         for row in (~moments.finite_rows()).nonzero().flatten().tolist():
+            again = None
             if self.dtype != torch.float32:
-                moments = moments.replace(row, self._network.moments(sets, slice(row, row + 1), 1, full=True))
-            if not moments.finite_rows()[row]:
+                again = self._network.moments(sets, slice(row, row + 1), 1, full=True)
+            if again is None or not again.finite_rows().all():
                 raise UserError(
                     f"FrozenVAE: the latents of {name(row)} are not finite in float32 either; look at that image, and "
                     f"whether the autoencoder's weights ({self.class_name}) are finite"
                 )
+            moments = moments.replace(row, again)
             self.reencoded += 1
-            dtype = str(self.dtype).removeprefix("torch.")
-            warnings.warn(
-                f"FrozenVAE: the latents of {name(row)} are not finite in {dtype}; encoded again in float32",
-                stacklevel=4,
-            )
+            found = f"the latents of {name(row)} are not finite in {dtype_name(self.dtype)}"
+            warnings.warn(f"FrozenVAE: {found}; encoded again in float32", stacklevel=4)
         return moments
 
     def posterior(self, pixels: Tensor) -> Posterior:

@@ -15,6 +15,7 @@ from latentdm.batch import LATENTS, MASKED_LATENTS, PIXELS
 from latentdm.callbacks.base import EncodeCallback, Inputs
 from latentdm.errors import UserError
 from latentdm.frozen.chunks import is_out_of_memory
+from latentdm.tensors import dtype_name
 from latentdm.validation import Check
 
 MIN_SPEEDUP = 1.03
@@ -112,8 +113,9 @@ class PerBatchFinder(EncodeCallback):
         return {choice: median(times) for choice, times in sorted(seconds.items())}
 
     def _text(self, shape: Sequence[int], vae: Any, choice: int) -> str:
-        dtype = str(vae.dtype).removeprefix("torch.")
-        lines = [f"PerBatchFinder: images of {'×'.join(map(str, shape[1:]))} in {dtype} on {vae.device}"]
+        lines = [
+            f"PerBatchFinder: images of {'×'.join(map(str, shape[1:]))} in {dtype_name(vae.dtype)} on {vae.device}"
+        ]
         lines += [
             f"  per_batch {n:>4}: {1000 * seconds:8.1f} ms an image{'   <- taken' if n == choice else ''}"
             for n, seconds in self.table.items()

@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_info
 
+from latentdm.batch import CAPTION
 from latentdm.data.buckets import BucketPlan, Buckets
 from latentdm.data.dataset import Joined, PixelDataset, Sample
 from latentdm.data.decode import MAX_PIXELS
 from latentdm.data.geometry import COMPANIONS, Record, ResizeCrop
 from latentdm.data.index import FolderIndex, folder_index
-from latentdm.data.metadata import CAPTION, read_sidecar
+from latentdm.data.metadata import read_sidecar
 from latentdm.data.module import PictureDataModule
 from latentdm.data.pairing import Pairing, check_val_share, find_images, split_hashes
 from latentdm.data.skips import SampleError

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentdm.batch import CROP_TOP_LEFT, MASK, ORIGINAL_SIZE, SOURCE, TARGET_SIZE
 from latentdm.data.buckets import Size
 from latentdm.data.dataset import Sample
 from latentdm.data.decode import (
@@ -27,7 +28,7 @@ from latentdm.data.decode import (
 from latentdm.data.skips import SampleError
 from latentdm.draws import sample_generator
 
-COMPANIONS = ("mask", "source")
+COMPANIONS = (MASK, SOURCE)
 """The other pictures that an image may have."""
 
 Target = Callable[[int, int], Size]
@@ -96,9 +97,9 @@ def size_columns(crop: Crop, width: int, height: int) -> Sample:
     """
     left = crop.full_width - crop.width - crop.left if crop.mirrored else crop.left
     sizes = {
-        "original_size": (height, width),
-        "crop_top_left": (crop.top, left),
-        "target_size": (crop.height, crop.width),
+        ORIGINAL_SIZE: (height, width),
+        CROP_TOP_LEFT: (crop.top, left),
+        TARGET_SIZE: (crop.height, crop.width),
     }
     return {name: torch.tensor(size) for name, size in sizes.items()}
 

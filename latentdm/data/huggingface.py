@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from latentdm.batch import CAPTION
 from latentdm.data.dataset import PixelDataset, Sample
 from latentdm.data.decode import MAX_PIXELS, ImageFile
 from latentdm.data.geometry import COMPANIONS, Record, ResizeCrop
 from latentdm.data.index import unit_hash
-from latentdm.data.metadata import CAPTION, CAPTION_COLUMNS
+from latentdm.data.metadata import CAPTION_COLUMNS
 from latentdm.data.pairing import check_val_share, split_hashes
 from latentdm.data.skips import SampleError
 from latentdm.data.stream import Item, StreamDataModule, stable_index

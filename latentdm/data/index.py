@@ -26,8 +26,8 @@ import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
+from latentdm.batch import CAPTION
 from latentdm.data.decode import read_size
-from latentdm.data.metadata import CAPTION
 from latentdm.data.skips import SampleError
 from latentdm.errors import RunError
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from latentdm.batch import CAPTION
 from latentdm.data.skips import SampleError
 from latentdm.errors import UserError
 
-CAPTION = "caption"
 METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".json")
 

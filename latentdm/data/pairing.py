@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from latentdm.batch import CAPTION
 from latentdm.data.decode import EXTENSIONS
 from latentdm.data.geometry import COMPANIONS
 from latentdm.data.index import THREADS, Entry, stamp
-from latentdm.data.metadata import CAPTION, CAPTION_COLUMNS, FILE_NAME, METADATA, SIDECARS, read_metadata, rename
+from latentdm.data.metadata import CAPTION_COLUMNS, FILE_NAME, METADATA, SIDECARS, read_metadata, rename
 from latentdm.errors import UserError
 from latentdm.validation import Check
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from latentdm.batch import CAPTION
 from latentdm.data.decode import EXTENSIONS, MAX_PIXELS
 from latentdm.data.geometry import COMPANIONS, Record
-from latentdm.data.metadata import CAPTION, CAPTION_COLUMNS, rename
+from latentdm.data.metadata import CAPTION_COLUMNS, rename
 from latentdm.data.skips import SampleError
 from latentdm.data.stream import Item, StreamDataModule, StreamImages, own_share, stable_index
 from latentdm.errors import UserError, attributed

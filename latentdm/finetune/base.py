@@ -20,12 +20,18 @@ from latentdm.finetune.checks import check_batch, check_latents, check_scaling, 
 from latentdm.finetune.lora import Lora
 from latentdm.finetune.objectives import Objective
 from latentdm.finetune.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, make_optimizer
+from latentdm.frozen.weights import DTYPES
 from latentdm.pipelines import PipelineSource
 from latentdm.validation import Check
 
 FULL_RATE, LORA_RATE = 3e-6, 1e-4
 """Usual learning rates."""
-WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONDITIONS = (LATENT_MASK, MASKED_LATENTS)
+"""What an inpainting model sees besides the noisy latents."""
+FACTOR = 8
+"""Pixels a latent along one side, in the VAE of every model here."""
+HALF_PRECISIONS = {"bf16": torch.bfloat16, "16": torch.float16}
+"""How a trainer's precision begins → what it computes in."""
 
 
 class FineTune(LightningModule):
@@ -108,14 +114,14 @@ class FineTune(LightningModule):
         check = Check(self.owner)
         self.lora = Lora.of(lora)
         if learning_rate is None:
-            learning_rate = FULL_RATE if self.lora.rank is None else LORA_RATE
+            learning_rate = LORA_RATE if self.lora.active else FULL_RATE
         self.learning_rate = check.number("learning_rate", learning_rate, 0)
         self.warmup_steps = check.integer("warmup_steps", warmup_steps, 0)
         self.schedule = check.choice("schedule", schedule, SCHEDULES)
         self.optimizer = check_optimizer(check.choice("optimizer", optimizer, OPTIMIZERS), self.owner)
         self.weight_decay = check.number("weight_decay", weight_decay, 0)
         self.gradient_checkpointing = gradient_checkpointing
-        self.weights_dtype = check.choice("dtype", dtype, ("auto", *WEIGHTS))
+        self.weights_dtype = check.choice("dtype", dtype, DTYPES)
         self.masked_weight = check.number("masked_weight", masked_weight, 0)
         self.sampling_steps = check.integer("sampling_steps", sampling_steps, 1)
         self.guidance_scale = check.number("guidance_scale", guidance_scale, 0)
@@ -132,7 +138,7 @@ class FineTune(LightningModule):
                 "optimizer": optimizer,
             }
         )
-        self.strict_loading = self.lora.rank is None  # a LoRA's checkpoint holds the adapter alone
+        self.strict_loading = not self.lora.active  # a LoRA's checkpoint holds the adapter alone
         self.network = None
 
     def _read_config(self) -> Mapping[str, Any]:
@@ -192,7 +198,7 @@ class FineTune(LightningModule):
             if self.gradient_checkpointing:
                 network.enable_gradient_checkpointing()
             network.train()
-            if self.lora.rank is not None:
+            if self.lora.active:
                 self.lora.add_to(network, self.lora_targets, self.owner)
         self.network = network
 
@@ -206,17 +212,10 @@ class FineTune(LightningModule):
             return None
 
     def _loading_dtype(self, precision: str) -> torch.dtype:
-        if self.weights_dtype != "auto":
-            return WEIGHTS[self.weights_dtype]
-        if self.lora.rank is None:
-            return torch.float32
-        return (
-            torch.bfloat16
-            if precision.startswith("bf16")
-            else torch.float16
-            if precision[:2] == "16"
-            else torch.float32
-        )
+        wanted = DTYPES[self.weights_dtype]
+        if wanted is not None or not self.lora.active:
+            return wanted or torch.float32
+        return HALF_PRECISIONS.get(precision.partition("-")[0], torch.float32)
 
     # ---------------------------------------------------------------- the loss
 
@@ -303,7 +302,7 @@ class FineTune(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Of a LoRA keep the adapter alone: the rest lies in the pipeline as it was."""
-        if self.lora.rank is None or "averaging_state" in checkpoint:  # Lightning's averages need every weight
+        if not self.lora.active or "averaging_state" in checkpoint:  # Lightning's averages need every weight
             return
         trained = {name for name, weight in self.named_parameters() if weight.requires_grad}
         checkpoint["state_dict"] = {
@@ -324,7 +323,3 @@ class FineTune(LightningModule):
     def pipeline_class(self) -> str:
         """The pipeline that a full save is loaded with."""
         return self.pipeline.pipeline_class
-
-
-CONDITIONS = (LATENT_MASK, MASKED_LATENTS)
-"""What an inpainting model sees besides the noisy latents."""

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from latentdm.batch import LATENTS
+from latentdm.batch import LATENTS, POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
 from latentdm.errors import UserError
-from latentdm.text.encoder import POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
 
 SCALING_FACTOR = 0.18215
 """Of an AutoencoderKL whose config names none, as that of SD 1.5."""

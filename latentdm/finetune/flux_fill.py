@@ -10,17 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentdm.batch import LATENT_MASK, LATENTS, MASKED_LATENTS
+from latentdm.batch import LATENT_MASK, LATENTS, MASKED_LATENTS, POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
 from latentdm.errors import UserError
-from latentdm.finetune.base import CONDITIONS, FineTune
+from latentdm.finetune.base import CONDITIONS, FACTOR, FineTune
 from latentdm.finetune.lora import Lora
 from latentdm.finetune.objectives import TIMES, FlowMatching
 from latentdm.finetune.sampling import frozen_vae, generators
-from latentdm.text.encoder import POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
 from latentdm.validation import Check
-
-FACTOR = 8
-"""Pixels a latent along one side."""
 
 
 class FluxFill(FineTune):

@@ -50,6 +50,11 @@ class Lora:
             raise check.fail("targets", "a list of names, such as [to_q, to_k, to_v, to_out.0]", self.targets)
         require("peft", "finetune", "Lora")
 
+    @property
+    def active(self) -> bool:
+        """Whether there is one."""
+        return self.rank is not None
+
     @classmethod
     def of(cls, settings: "Lora | Mapping[str, Any] | None") -> Self:
         """The settings from a dict, as Hydra may hand them over; None is without a LoRA."""

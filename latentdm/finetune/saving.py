@@ -59,8 +59,7 @@ class SaveForDiffusers(Callback):
                 f"SaveForDiffusers: {type(pl_module).__name__} is no model of latentdm.finetune; remove the callback, "
                 "or choose model=stable_diffusion, sdxl or flux_fill"
             )
-        lora = pl_module.lora.rank is not None
-        if self.kohya and not lora:
+        if self.kohya and not pl_module.lora.active:
             raise UserError("SaveForDiffusers: kohya=true without a LoRA; set model.lora.rank, or kohya: false")
         if self.kohya:
             check_kohya(pl_module.component, "SaveForDiffusers")
@@ -87,7 +86,7 @@ class SaveForDiffusers(Callback):
         self._saved_at = trainer.global_step
         if not trainer.is_global_zero:
             return
-        lora = pl_module.lora.rank is not None
+        lora = pl_module.lora.active
         folder = Path(self.dirpath if self.dirpath is not None else trainer.default_root_dir) / FOLDERS[lora]
         try:
             with written_whole(folder) as temporary:

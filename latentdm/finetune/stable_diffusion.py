@@ -9,19 +9,26 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from latentdm.batch import LATENT_MASK, LATENTS, MASKED_LATENTS, NOISE_MASK
+from latentdm.batch import (
+    CROP_TOP_LEFT,
+    LATENT_MASK,
+    LATENTS,
+    MASKED_LATENTS,
+    NOISE_MASK,
+    ORIGINAL_SIZE,
+    POOLED_PROMPT_EMBEDS,
+    PROMPT_EMBEDS,
+    TARGET_SIZE,
+)
 from latentdm.errors import UserError
-from latentdm.finetune.base import CONDITIONS, FineTune
+from latentdm.finetune.base import CONDITIONS, FACTOR, FineTune
 from latentdm.finetune.lora import Lora
 from latentdm.finetune.objectives import Diffusion
 from latentdm.finetune.sampling import frozen_vae, generators
 from latentdm.finetune.widen import widen_input
-from latentdm.text.encoder import POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
 from latentdm.validation import Check
 
-SIZES = ("original_size", "crop_top_left", "target_size")
-FACTOR = 8
-"""Pixels a latent along one side, of every Stable Diffusion."""
+SIZES = (ORIGINAL_SIZE, CROP_TOP_LEFT, TARGET_SIZE)
 
 
 class StableDiffusion(FineTune):
@@ -72,7 +79,7 @@ class StableDiffusion(FineTune):
                 f"{self.owner}: the unet of {self.pipeline.source!r} takes {self.in_channels} channels; "
                 f"known are {plain}, and {inpaint} for inpainting"
             )
-        if widen and self.lora.rank is not None:
+        if widen and self.lora.active:
             raise UserError(
                 f"{self.owner}: widen=true with lora.rank={self.lora.rank}: the new channels would be neither trained "
                 "nor saved; train all weights (lora.rank: null), or start from an inpainting model"

@@ -9,6 +9,8 @@ import torch
 from tqdm.auto import tqdm
 
 from latentdm.errors import UserError
+from latentdm.tensors import dtype_name
+from latentdm.validation import Check
 
 TILINGS = ("never", "last_resort", "always")
 
@@ -54,9 +56,7 @@ class Chunks:
     """
 
     def __init__(self, tiling: str, fixed: bool, owner: str) -> None:
-        if tiling not in TILINGS:
-            raise UserError(f"FrozenVAE: tiling must be one of {', '.join(TILINGS)}, got {tiling!r}")
-        self.tiling = tiling
+        self.tiling = Check("FrozenVAE").choice("tiling", tiling, TILINGS)
         self.fixed = fixed
         self.owner = owner
         self.count = 0
@@ -135,7 +135,7 @@ class Chunks:
 
     def _say(self, key: tuple[tuple[int, ...], torch.dtype], size: int, tiled: bool) -> None:
         shape, dtype = key
-        images = f"images of {sides(shape)} in {_name(dtype)}"
+        images = f"images of {sides(shape)} in {dtype_name(dtype)}"
         if tiled and self.tiling == "last_resort":
             text = (
                 f"out of memory with a single one of the {images}: they are tiled from now on (tiling=last_resort), "
@@ -152,7 +152,7 @@ class Chunks:
         if not tiled:
             remedies.append("tiling=last_resort (which changes the latents)")
         return (
-            f"FrozenVAE: not even one image of {sides(shape)} fits in memory for {self.owner} in {_name(dtype)}"
+            f"FrozenVAE: not even one image of {sides(shape)} fits in memory for {self.owner} in {dtype_name(dtype)}"
             f"{', tiled' if tiled else ''}; use {' or '.join(remedies)}, or leave the autoencoder more room. "
             f"What it needed: {failure}"
         )
@@ -192,7 +192,3 @@ def is_out_of_memory(error: BaseException) -> bool:
 def sides(shape: Sequence[int]) -> str:
     """A shape as messages name it: ``3×512×512``."""
     return "×".join(str(side) for side in shape)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ from latentdm.batch import MASK, PIXELS, SEGMENTATION
 from latentdm.draws import Draws
 from latentdm.errors import UserError, attributed
 from latentdm.stages import Stage
-from latentdm.tensors import describe, unit_mask
+from latentdm.tensors import describe, unit_levels, unit_mask
 from latentdm.validation import Check
 
 MAX_FEATHER = 128
@@ -93,9 +93,8 @@ class AlphaMask(MaskSource):
 
     def masks(self, batch: Mapping[str, Any], draws: Draws) -> Tensor:
         """``b 1 H W`` float32 in 0…1, from ``pixels`` ``b 4 H W``."""
-        alpha: Tensor = batch[PIXELS][:, 3:]
         # Floats, because a uint8 mask that is nowhere above 1, as 255 − 254, reads as a mask of zeros and ones.
-        alpha = alpha.float() / 255 if alpha.dtype == torch.uint8 else alpha.float()
+        alpha = unit_levels(batch[PIXELS][:, 3:])
         return alpha if self.invert else 1 - alpha
 
     def check(self, batch: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from latentdm.datamodule import LatentDataModule
 from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError
 from latentdm.preview.sheet import ORANGE, Sheet, three_components, tinted
-from latentdm.tensors import unit_mask
+from latentdm.tensors import dtype_name, unit_levels, unit_mask
 
 CAPTIONS: tuple[Key, ...] = ("name", "caption", "captions", "text", "prompt")
 """Where the titles of samples are looked for in a batch, if nobody says."""
@@ -98,7 +98,6 @@ def before_and_after(
 def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> list[str]:
     """What a person should check in a preview, a sentence or two each; what is wrong begins with ``CHECK``."""
     vae, latents = encoder.vae, outputs[LATENTS]
-    dtype = str(vae.dtype).removeprefix("torch.")
     r = vae.spatial_compression
     whole, cropped, small = (
         f"{value.shape[-1]} by {value.shape[-2]}" for value in (inputs[PIXELS], encoder.crop(inputs[PIXELS]), latents)
@@ -106,7 +105,7 @@ def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, 
     lines = [
         f"Images: {whole} pixels{'' if cropped == whole else f', cropped to {cropped},'} become {small} latents of "
         f"{latents.shape[1]} channels, by {vae.class_name} "
-        f"(1/{r} of the side, {dtype} on {vae.device})."
+        f"(1/{r} of the side, {dtype_name(vae.dtype)} on {vae.device})."
     ]
     if vae.can_decode:
         lines.append(
@@ -236,8 +235,7 @@ def _given(encoder: Encoder, images: Mapping[str, Tensor], inputs: Mapping[str, 
     """The image, and the picture that the model is shown where it is another one."""
     columns = {"image": images[LATENTS]}
     if SOURCE in inputs:
-        source = _frame(inputs[SOURCE])[:, :3]
-        source = source.float() / 255 if source.dtype == torch.uint8 else source.float()
+        source = unit_levels(_frame(inputs[SOURCE])[:, :3])
         columns["source"] = encoder.crop(source).expand(-1, 3, -1, -1)
     return columns
 

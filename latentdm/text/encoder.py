@@ -10,9 +10,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from latentdm.batch import POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
 from latentdm.draws import Draws
 from latentdm.errors import UserError
 from latentdm.extras import require
+from latentdm.frozen.contexts import no_autocast, untracked
 from latentdm.frozen.weights import DTYPES, computes_bfloat16
 from latentdm.pipelines import PipelineSource
 from latentdm.stages import Stage
@@ -20,8 +22,6 @@ from latentdm.text.families import FAMILIES, family_of
 from latentdm.text.tokens import Tokenizer
 from latentdm.validation import Check
 
-PROMPT_EMBEDS = "prompt_embeds"
-POOLED_PROMPT_EMBEDS = "pooled_prompt_embeds"
 LONG = 512
 """Tokens of a T5 caption, as FLUX's pipelines have it."""
 
@@ -72,7 +72,8 @@ class TextEncoder(Stage):
         self._wanted = DTYPES[check.choice("dtype", dtype, DTYPES)]
         self.zero_empty = zero_empty
         self.tokenizer = Tokenizer(tokenizers, self._lengths(tokenizers, max_length, check))
-        self._encoders = encoders if callable(encoders) else [_frozen(encoder) for encoder in encoders]
+        self._load = encoders if callable(encoders) else None
+        self._encoders = [] if callable(encoders) else [_frozen(encoder, self._wanted) for encoder in encoders]
         self.reads = self.drops = self.tokenizer.writes
         self.writes = (PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS) if self._family.pooled else (PROMPT_EMBEDS,)
         self._device = torch.device("cpu")
@@ -107,8 +108,7 @@ class TextEncoder(Stage):
         parts = FAMILIES[family].parts
         if zero_empty is None:
             zero_empty = family == "sdxl" and bool(pipeline.index.get("force_zeros_for_empty_prompt", True))
-        without_variant = PipelineSource("TextEncoder", source, revision)
-        tokenizers = [without_variant.load(transformers, f"tokenizer{part}") for part in parts]
+        tokenizers = [pipeline.load(transformers, f"tokenizer{part}", variant=None) for part in parts]
 
         def load(dtype: torch.dtype) -> list[nn.Module]:
             return [_load(pipeline, transformers, f"text_encoder{part}", dtype) for part in parts]
@@ -140,13 +140,12 @@ class TextEncoder(Stage):
         return self
 
     def _modules(self) -> list[Any]:
-        if callable(self._encoders):
+        if self._load is not None:
             dtype = self._wanted or (torch.bfloat16 if computes_bfloat16(self._device) else torch.float32)
             with torch.inference_mode(False):
-                self._encoders = [_frozen(encoder) for encoder in self._encoders(dtype)]
-        elif self._wanted is not None:
-            self._encoders = [encoder.to(self._wanted) for encoder in self._encoders]
-        return list(self._encoders)
+                self._encoders = [_frozen(encoder) for encoder in self._load(dtype)]
+            self._load = None
+        return self._encoders
 
     # ---------------------------------------------------------------- captions → embeddings
 
@@ -170,8 +169,7 @@ class TextEncoder(Stage):
         return self._encode(self.tokenizer.tokens(captions))
 
     def _encode(self, tokens: Sequence[Tensor]) -> dict[str, Tensor]:
-        # Outside of inference mode, for training may save what comes out; outside of autocast, for the dtype is ours.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+        with untracked(), no_autocast(self._device):
             ids = [part.to(self._device, copy=part.is_inference()) for part in tokens]
             prompt, pooled = self._family.encode(self._modules(), ids)
             embeddings = {PROMPT_EMBEDS: prompt.float()}
@@ -201,13 +199,13 @@ def _zeroed(embeddings: Tensor, rows: Tensor) -> Tensor:
     return embeddings.masked_fill(rows.view(-1, *[1] * (embeddings.ndim - 1)), 0)
 
 
-def _frozen(encoder: Any) -> Any:
+def _frozen(encoder: Any, dtype: torch.dtype | None = None) -> Any:
     if getattr(encoder.config, "use_attention_mask", False):
         raise UserError(
             f"TextEncoder: the config of this {type(encoder).__name__} sets use_attention_mask, which no Stable "
             "Diffusion or FLUX pipeline does; such an encoder is not supported"
         )
-    return encoder.requires_grad_(False).eval()
+    return encoder.requires_grad_(False).eval().to(dtype)
 
 
 def _load(pipeline: PipelineSource, transformers: Any, component: str, dtype: torch.dtype) -> nn.Module:

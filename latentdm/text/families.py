@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from latentdm.errors import UserError
@@ -39,8 +40,6 @@ def _clip(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> tuple[Tensor, No
 
 def _sdxl(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The layer before the last of both, side by side, and the projection of the second."""
-    import torch
-
     results = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, tokens, strict=True)]
     return torch.cat([result.hidden_states[-2] for result in results], dim=-1), results[-1][0]
 

@@ -57,15 +57,19 @@ class Tokenizer(Stage):
             UserError: there are no captions, or they are no strings.
         """
         captions = self._captions(batch)
-        self._warn_if_cut(captions)
-        return dict(zip(self.writes, self.tokens(captions), strict=True))
+        tokenized = self._tokenized(captions)
+        self._warn_if_cut(captions, tokenized)
+        return {name: one["input_ids"] for name, one in zip(self.writes, tokenized, strict=True)}
 
     def tokens(self, captions: Sequence[str]) -> list[Tensor]:
         """``b l`` int64 for each text encoder."""
+        return [one["input_ids"] for one in self._tokenized(captions)]
+
+    def _tokenized(self, captions: Sequence[str]) -> list[Any]:
+        """For each text encoder ``input_ids`` and ``attention_mask``, which is 0 for padding: ``b l`` int64."""
+        settings = {"padding": "max_length", "truncation": True, "return_attention_mask": True, "return_tensors": "pt"}
         return [
-            tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")[
-                "input_ids"
-            ]
+            tokenizer(list(captions), max_length=length, **settings)
             for tokenizer, length in zip(self.tokenizers, self.lengths, strict=True)
         ]
 
@@ -92,17 +96,20 @@ class Tokenizer(Stage):
                 )
         return captions
 
-    def _warn_if_cut(self, captions: Sequence[str]) -> None:
+    def _warn_if_cut(self, captions: Sequence[str], tokenized: Sequence[Any]) -> None:
         if self._warned:
             return
-        for tokenizer, length in zip(self.tokenizers, self.lengths, strict=True):
-            whole = tokenizer(list(captions), verbose=False)["input_ids"]
-            longest = max(range(len(whole)), key=lambda row: len(whole[row]), default=0)
-            if whole and len(whole[longest]) > length:
+        for tokenizer, length, one in zip(self.tokenizers, self.lengths, tokenized, strict=True):
+            full = one["attention_mask"].all(dim=1).nonzero().flatten().tolist()  # the others have room to spare
+            if not full:
+                continue
+            whole = tokenizer([captions[row] for row in full], verbose=False)["input_ids"]
+            count, row = max((len(ids), -row) for ids, row in zip(whole, full, strict=True))
+            if count > length:
                 self._warned = True
                 warnings.warn(
-                    f"TextEncoder: a caption of {len(whole[longest])} tokens is cut to the {length} that its encoder "
-                    f"reads: {captions[longest][:60]!r}…; this is said once, shorten such captions",
+                    f"TextEncoder: a caption of {count} tokens is cut to the {length} that its encoder reads: "
+                    f"{captions[-row][:60]!r}…; this is said once, shorten such captions",
                     stacklevel=3,
                 )
                 return

@@ -1,13 +1,10 @@
 """The callbacks on two ranks: files and log rows once, one choice of ``per_batch``, ranks that read the same images."""
 
 import csv
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from running import run_ranks
 
 SCRIPT = """
 import sys
@@ -88,13 +85,7 @@ fit_and_validate("others")
 def ranks(tmp_path_factory):
     """The folder that two ranks wrote to."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "ranks.py").write_text(SCRIPT, encoding="utf-8")
-    tests = Path(__file__).parent.parent
-    paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(folder / "ranks.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr
+    run_ranks(SCRIPT, folder)
     return folder
 
 

@@ -6,21 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import COLUMNS
 from PIL import Image
 
 import latentdm
 from latentdm.cli import main
 from latentdm.preview.sheet import Sheet
 
-COLUMNS = [
-    "image",
-    "mask\nover image",
-    "masked\nimage",
-    "decoded\nlatents",
-    "decoded\nmasked_latents",
-    "noise_mask\n+ latent_mask",
-    "latents\nas colour",
-]
 SMALL = ["pixels.size=64", "pixels.batch_size=2"]
 
 

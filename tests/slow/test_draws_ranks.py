@@ -1,13 +1,9 @@
 """Noise on two ranks: a sample with an index meets the noise it would meet alone, one without draws its own."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from helpers import Photos, by_index, fit, photo_columns, tiny_kl
+from running import run_ranks
 
 from latentdm import FrozenVAE, LatentDataModule, PlainEncoder
 
@@ -38,13 +34,7 @@ trainer.strategy.barrier()
 def two_ranks(tmp_path_factory):
     """What each of two CPU ranks saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "ranks.py").write_text(RANK_SCRIPT)
-    tests = Path(__file__).parent.parent
-    paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(folder / "ranks.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr
+    run_ranks(RANK_SCRIPT, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 

@@ -47,6 +47,13 @@ def captured(name, component, monkeypatch, noise, **call):
     return seen
 
 
+def inpainting(batch, pixels, masks):
+    """The arguments of an inpainting pipeline's call, without guidance, from image and noise."""
+    height, width = pixels.shape[-2:]
+    call = {"prompt": batch["caption"], "image": pixels / 255, "mask_image": masks / 255}
+    return call | {"height": height, "width": width, "strength": 0.6, "guidance_scale": 1.0}
+
+
 @pytest.mark.parametrize(("count", "height", "width"), SIZES)
 @pytest.mark.parametrize("name", ["sd15_inpaint", "sdxl_inpaint"])
 def test_an_inpainting_unet_gets_what_its_pipeline_gives_it(name, count, height, width, folders, monkeypatch):
@@ -62,13 +69,7 @@ def test_an_inpainting_unet_gets_what_its_pipeline_gives_it(name, count, height,
         "unet",
         monkeypatch,
         noise,
-        prompt=batch["caption"],
-        image=pixels / 255,
-        mask_image=masks / 255,
-        height=height,
-        width=width,
-        strength=0.6,
-        guidance_scale=1.0,
+        **inpainting(batch, pixels, masks),
         **sizes,
     )
     model = StableDiffusion(str(folders[name]))
@@ -97,13 +98,7 @@ def test_flux_fill_gets_what_its_pipeline_gives_it(count, height, width, folders
         "transformer",
         monkeypatch,
         noise,
-        prompt=batch["caption"],
-        image=pixels / 255,
-        mask_image=masks / 255,
-        height=height,
-        width=width,
-        strength=0.6,
-        guidance_scale=1.0,
+        **inpainting(batch, pixels, masks),
     )
     model = FluxFill(str(folders["flux_fill"]))
     sigma = theirs["timestep"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import Photos, images, masks, photo_columns
+from helpers import COLUMNS, Photos, images, masks, photo_columns
 from PIL import Image
 from tiny_models import CONFIGS, VIDEO, frozen
 
@@ -12,15 +12,6 @@ from latentdm.preview import before_and_after, captions_of, describe, first_samp
 from latentdm.preview.sheet import Sheet
 
 CPU = torch.device("cpu")
-COLUMNS = [
-    "image",
-    "mask\nover image",
-    "masked\nimage",
-    "decoded\nlatents",
-    "decoded\nmasked_latents",
-    "noise_mask\n+ latent_mask",
-    "latents\nas colour",
-]
 
 
 def width_of(columns, size):
