@@ -9,7 +9,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from latentdm.batch import PIXELS, BatchKeys, Key, is_batch
+from latentdm.batch import MAPPINGS, PIXELS, BatchKeys, Key, is_batch
+from latentdm.cache.cache import Cache
+from latentdm.cache.rows import CACHED, CachedRows
 from latentdm.draws import Draws, FreshDraws
 from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError, UserTypeError
@@ -36,6 +38,7 @@ class LatentDataModule(Wrapper):
         text: turns captions into prompt embeddings, on the device; its tokenizer runs on the host.
         stages: your own, which run last and still see the pixels: a depth map for a ControlNet, features of another
             frozen network. Those with ``on_host`` run on the host.
+        cache: keeps what was encoded; None: nothing is kept.
         keys: our name → the user's, for inputs and outputs: a key of a dict batch or a position in a tuple batch;
             None keeps an output out of the batch.
         layout: ``"CHW"``, or ``"HWC"`` for channels-last images.
@@ -63,6 +66,7 @@ class LatentDataModule(Wrapper):
         captions: Stage | None = None,
         text: Stage | None = None,
         stages: Sequence[Stage] = (),
+        cache: Cache | None = None,
         keys: Mapping[str, Key | None] | None = None,
         layout: str = "CHW",
         pixel_range: Sequence[float] = (0, 1),
@@ -79,6 +83,9 @@ class LatentDataModule(Wrapper):
         self.text = text
         self.keep_pixels = keep_pixels
         self.seed = seed
+        self.cache = cache
+        if cache is not None:
+            masks, augment = cache.stages(masks, augment)
         self.line = Line.arrange(encoder, masks=masks, augment=augment, captions=captions, text=text, stages=stages)
         self.keys = BatchKeys(keys, layout, pixel_range, self.line.names)
         self._fresh = FreshDraws()
@@ -97,10 +104,14 @@ class LatentDataModule(Wrapper):
         if self.trainer is not None:
             check_model(self.trainer.lightning_module)
             self.line.setup(self.trainer.strategy.root_device)
+        if self.cache is not None and self.trainer is not None:
+            self.cache.setup(self)
 
     def teardown(self, stage: str) -> None:
         """Delegates; then frees the device of the frozen networks, as Lightning frees it of the model."""
         self.pixels.teardown(stage)
+        if self.cache is not None:
+            self.cache.flush()
         if self.trainer is not None:
             self.line.setup("cpu")
 
@@ -200,7 +211,9 @@ class LatentDataModule(Wrapper):
     def _run(self, batch: Any, dataloader_idx: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run the device's stages on a user's batch."""
         (draws, prepared), self._prepared = self._prepared or (None, {}), None
-        inputs = self.keys.read(batch) | prepared
+        cached = batch.get(CACHED) if self.cache is not None and isinstance(batch, MAPPINGS) else None
+        blank = cached.images() if isinstance(cached, CachedRows) else {}
+        inputs = self.keys.read({**batch, **blank} if blank else batch) | prepared
         if draws is None or len(draws.ids) != inputs[PIXELS].shape[0]:  # len of a tensor is slow
             draws = self._draws(inputs, dataloader_idx)
             assert draws is not None

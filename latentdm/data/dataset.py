@@ -6,7 +6,7 @@ rank ever comes up short.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -35,6 +35,7 @@ class PixelDataset(Dataset[Sample], ABC):
         skips: where a sample that cannot be read is written down while another replaces it; None: it is an error.
         bucket_of: ``n``: the bucket of each sample, where samples differ in size; None: all are alike.
         reading: what each worker reads, for the error of one that dies; None: there are no workers.
+        collate: samples → a batch; see the function `collate`.
         ordered: positions are asked for in order, in training too: the dataset shuffles by itself.
     """
 
@@ -43,6 +44,7 @@ class PixelDataset(Dataset[Sample], ABC):
     reading: Reading | None = None
     ordered: bool = False
     bucket_of: npt.NDArray[np.int32] | None = None
+    collate: Callable[[Sequence[Sample]], Sample]
 
     @abstractmethod
     def __len__(self) -> int:
@@ -159,6 +161,9 @@ def collate(samples: Sequence[Sample]) -> Sample:
         else:
             batch[key] = values
     return batch
+
+
+PixelDataset.collate = staticmethod(collate)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

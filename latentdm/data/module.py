@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from latentdm.data.dataset import PixelDataset, Sample, collate
+from latentdm.data.dataset import PixelDataset, Sample
 from latentdm.data.geometry import ResizeCrop, Target, square
 from latentdm.data.loader import PixelLoader, Reading, explanation
 from latentdm.data.order import BucketBatches, EpochSampler
@@ -146,7 +146,7 @@ class PixelDataModule(LightningDataModule):
         if self.num_workers > (dataset.reading.workers if dataset.reading else 0):
             dataset.reading = Reading(self.num_workers)
         settings: dict[str, Any] = {
-            "collate_fn": collate,
+            "collate_fn": dataset.collate,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
