@@ -84,9 +84,9 @@ class LatentDataModule(Wrapper):
         self.keep_pixels = keep_pixels
         self.seed = seed
         self.cache = cache
-        if cache is not None:
-            masks, augment = cache.stages(masks, augment)
-        self.line = Line.arrange(encoder, masks=masks, augment=augment, captions=captions, text=text, stages=stages)
+        steps: dict[str, Any] = {"masks": masks, "augment": augment, "text": text, "stages": stages}
+        steps = steps if cache is None else cache.stages(**steps)
+        self.line = Line.arrange(encoder, captions=captions, **steps)
         self.keys = BatchKeys(keys, layout, pixel_range, self.line.names)
         self._fresh = FreshDraws()
         self._warned = False

@@ -1,4 +1,4 @@
-"""Encode once: moments are kept under keys that say all they depend on, read before images are opened, written behind."""
+"""Encode once: moments are kept under keys that say all they depend on, and read before an image is opened."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -75,6 +75,7 @@ class CachedRows:
         masks: rows whose mask was found, and ``n 1 H W`` uint8 of them.
         blank: ``H W`` where no image was read, because all that they would give was found; else None.
         only: make nothing but what has a key: the cache is being filled.
+        passed: entries found for samples that are not in the batch, as nothing of them is asked for.
     """
 
     keys: dict[str, list[bytes]]
@@ -88,6 +89,7 @@ class CachedRows:
     masks: tuple[list[int], Tensor] | None = None
     blank: tuple[int, int] | None = None
     only: bool = False
+    passed: int = 0
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -214,10 +216,11 @@ def collate_cached(samples: Sequence[dict[str, Any]], collate: Callable[..., dic
                     sample[name] = torch.zeros_like(like)
         elif name == PIXELS:
             blank = parts[0].sizes[-2:]  # type: ignore[union-attr]
-    return collate(whole) | {CACHED: _rows_of(parts, blank)}  # type: ignore[arg-type]
+    return collate(whole) | {CACHED: rows_of(parts, blank)}  # type: ignore[arg-type]
 
 
-def _rows_of(parts: Sequence[CachedSample], blank: tuple[int, int] | None) -> CachedRows:
+def rows_of(parts: Sequence[CachedSample], blank: tuple[int, int] | None) -> CachedRows:
+    """Samples → a batch; ``blank`` is the size of their images where none of these was read."""
     names = [name for name in parts[0].keys if all(name in part.keys for part in parts)]
     rows: dict[str, list[int]] = {}
     moments: dict[str, Tensor] = {}

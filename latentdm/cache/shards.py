@@ -1,7 +1,7 @@
 """A shard: one immutable safetensors file of entries whose fields have the same shapes.
 
-The tensor ``keys`` (U8 ``n 16``) says which entry a row is, ``crc`` (U32 ``n``) is the CRC-32 over its key and all of its
-fields, and each field is a tensor of ``n`` rows. The first and largest begins on a boundary of `ALIGNMENT` bytes.
+The tensor ``keys`` (U8 ``n 16``) says which entry a row is, ``crc`` (U32 ``n``) is the CRC-32 over its key and all of
+its fields, and each field is a tensor of ``n`` rows. The first and largest begins on a boundary of `ALIGNMENT` bytes.
 """
 
 import json

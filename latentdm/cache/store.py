@@ -6,16 +6,20 @@
         tmp/<id>                                  never read
 """
 
+import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import monotonic, time
+from typing import Any
 from uuid import uuid4
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from latentdm.cache.index import Index, newest
+from latentdm.cache.keys import key_of
 from latentdm.cache.shards import BrokenShard, Layout, read_keys, read_layout, read_row
 
 OPEN_FILES = 128
@@ -35,6 +39,29 @@ DAY_S = 86400.0
 Entry = dict[str, Tensor]
 
 
+def open_space(root: Path, space: Mapping[str, Any]) -> "Store":
+    """The entries of one space, which is described in a file for people to read.
+
+    Args:
+        root: of the cache.
+        space: all that the entries have in common, as JSON; it names the folder.
+    """
+    folder = root / key_of(space).hex()
+    described_in = folder / "space.json"
+    try:
+        if not described_in.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            part = folder / f"space.{uuid4().hex}"
+            part.write_text(json.dumps(space, indent=1), encoding="utf-8")
+            part.replace(described_in)
+    except OSError as error:
+        if not folder.exists():
+            rank_zero_warn(f"Cache: cannot write to dir={str(root)!r} ({error}); nothing is kept. Set another one")
+    store = Store(folder)
+    store.refresh()
+    return store
+
+
 class Store:
     """The entries of a space.
 
@@ -42,6 +69,8 @@ class Store:
         folder: of the space; it need not exist.
 
     Attributes:
+        index: of the shards that it was built from.
+        new: of those that have come since.
         failures: rows and shards that could not be read so far, by this copy.
     """
 
@@ -51,8 +80,8 @@ class Store:
         self._clear()
 
     def _clear(self) -> None:
-        self._index = Index.of([])
-        self._new = Index.of([])
+        self.index = Index.of([])
+        self.new = Index.of([])
         self._known: set[str] = set()
         self._seen: dict[str, float] = {}  # folder → its time of change when it was listed
         self._looked = -LOOK_AGAIN_S
@@ -68,7 +97,7 @@ class Store:
 
     def __len__(self) -> int:
         """Entries known, those that were written twice counted twice."""
-        return len(self._index) + len(self._new)
+        return len(self.index) + len(self.new)
 
     # ---------------------------------------------------------------- reading
 
@@ -84,7 +113,7 @@ class Store:
         return next(self._places(key), None) is not None
 
     def _places(self, key: bytes) -> Iterator[tuple[str, int, int]]:
-        for index in (self._index, self._new):
+        for index in (self.index, self.new):
             for place in index.places(key):
                 yield place.shard, place.row, place.crc
 
@@ -142,8 +171,8 @@ class Store:
             self.close()
             self._clear()
             self._looked = monotonic()
-            self._index = newest(self.folder / "index") or self._index
-            self._known = set(self._index.shards)
+            self.index = newest(self.folder / "index") or self.index
+            self._known = set(self.index.shards)
         there = self._listed()
         if there is None:
             return False
@@ -164,7 +193,7 @@ class Store:
                 fresh.remove(shard)
         self._known |= set(fresh)
         if parts:
-            self._new = self._new.joined(Index.of(parts))
+            self.new = self.new.joined(Index.of(parts))
         return bool(parts)
 
     def _listed(self) -> set[str] | None:
@@ -199,12 +228,12 @@ class Store:
             OSError: it cannot be written.
         """
         there = set(self.all_shards())
-        gone = set(self._index.shards) - there
-        if len(self._new) < least and not gone:
+        gone = set(self.index.shards) - there
+        if len(self.new) < least and not gone:
             return
-        self._index = self._index.joined(self._new).without((gone | set(self._new.shards)) - there)
-        self._new = Index.of([])
-        kept = self._index.save(self.folder / "index", self.folder / "tmp")
+        self.index = self.index.joined(self.new).without((gone | set(self.new.shards)) - there)
+        self.new = Index.of([])
+        kept = self.index.save(self.folder / "index", self.folder / "tmp")
         for path in (self.folder / "index").glob("*.safetensors"):
             # Others may have mapped the one before; on a network's file system it must not go away under them.
             if path != kept and time() - path.stat().st_mtime > DAY_S:

@@ -81,7 +81,7 @@ class Writer:
         self.stopped = ""
         self._host = re.sub(r"[^\w.]", "_", platform.node())[:40] or "host"
         self.warned = False
-        self._queue: Queue[_Part | None | bool] = Queue(WAITING)
+        self._queue: Queue[_Part | bool | None] = Queue(WAITING)
         self._open: dict[tuple[Path, str], _Open] = {}
         self._pending: set[bytes] = set()
         self._thread: Thread | None = None

@@ -17,8 +17,10 @@ from latentdm.validation import Check
 
 @dataclass(frozen=True)
 class PhotographCrop:
-    """Makes a crop of a photograph: a square with a side between ``size`` and ``2·size`` pixels (or less, where the
-    photograph is smaller), resized to ``size`` and mirrored half of the time.
+    """Makes a crop of a photograph.
+
+    It is a square with a side between ``size`` and ``2·size`` pixels (or less, where the photograph is smaller),
+    resized to ``size`` and mirrored half of the time.
 
     Attributes:
         split: ``"train"`` draws each crop anew every epoch, ``"val"`` draws it once.
