@@ -211,7 +211,7 @@ class LatentDataModule(Wrapper):
     def _run(self, batch: Any, dataloader_idx: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run the device's stages on a user's batch."""
         (draws, prepared), self._prepared = self._prepared or (None, {}), None
-        cached = batch.get(CACHED) if self.cache is not None and isinstance(batch, MAPPINGS) else None
+        cached = batch.get(CACHED) if isinstance(batch, MAPPINGS) else None
         blank = cached.images() if isinstance(cached, CachedRows) else {}
         inputs = self.keys.read({**batch, **blank} if blank else batch) | prepared
         if draws is None or len(draws.ids) != inputs[PIXELS].shape[0]:  # len of a tensor is slow

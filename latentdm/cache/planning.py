@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from latentdm.batch import MASK, PIXELS, SEGMENTATION, SOURCE, SOURCE_LATENTS
 from latentdm.cache.keys import described
 from latentdm.cache.samples import FIXED, OWN, VARIANTS, Plan, can_look_up, draws_freely, look_up, parts_of
-from latentdm.cache.steps import CachedStep, KeyedLookup
+from latentdm.cache.steps import NO_KEY, CachedStep, KeyedLookup
 from latentdm.cache.store import Store
 from latentdm.data.dataset import PixelDataset
 from latentdm.data.module import PixelDataModule
@@ -55,7 +55,10 @@ class Planner:
         self.cache.keyed.owner = type(pixels).__name__
         self.cache.keyed.augmented = self.datamodule.augment is not None
         if not isinstance(pixels, PixelDataModule):
+            if not why:
+                self._tell(f"batches of {type(pixels).__name__} are looked up by their cache_key, a text an image")
             return
+        self.cache.keyed.told = True  # here, where a data set has none
         for name in SETS:
             dataset = getattr(pixels, name)
             if dataset is None:
@@ -88,10 +91,7 @@ class Planner:
     def _set_reason(self, dataset: PixelDataset, able: bool, training: bool) -> str:
         """Why one data set cannot be cached; "" if it can."""
         if not able:
-            return (
-                f"{type(dataset).__name__} makes samples by code of its own, which no key can tell; give each sample a "
-                "cache_key, a text that names all that its pixels depend on"
-            )
+            return NO_KEY.format(type(dataset).__name__)
         if not training:
             return ""
         if self.cache.variants is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from latentdm.autoencoders.images import Images
 from latentdm.autoencoders.posterior import Posterior
 from latentdm.batch import MASK, PIXELS, SOURCE
+from latentdm.errors import UserError
 
 CACHED = "cached"
 """The key of the batch."""
@@ -128,13 +129,15 @@ class CachedRows:
         black = torch.zeros((), dtype=torch.uint8, device=next(iter(self.moments.values())).device)
         return {PIXELS: black.expand(len(self), 3, *self.blank)}
 
-    def with_masks(self, mask: Tensor) -> Tensor:
+    def with_masks(self, mask: Tensor | None) -> Tensor | None:
         """Masks ``b 1 H W`` with those that were found in their rows."""
         if self.masks is None:
             return mask
         rows, found = self.masks
         if len(rows) == len(self):
             return found
+        if mask is None:
+            return None
         if len(mask) == 1:
             mask = mask.expand(len(self), *mask.shape[1:])
         levels = found if mask.dtype == torch.uint8 else (found / 255).to(mask.dtype)
@@ -160,6 +163,12 @@ class CachedRows:
         lacking = {name: self.missing(name) for name in names}
         sets = [_some(to_encode[name], lacking[name], len(self)) for name in names if lacking[name]]
         fresh: dict[str, Posterior] = {}
+        if sets and self.blank is not None:
+            lost = next(name for name in names if lacking[name])
+            raise UserError(
+                f"the batch holds latents without images, and {lost!r} is not among them; choose encoder=plain, or "
+                "export from a cache that has it (a data set's own masks, or cache.mask_variants)"
+            )
         if sets:
             order = [(name, row) for name in names for row in lacking[name]]
             moments, start = encode(sets, order), 0

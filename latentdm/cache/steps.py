@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from latentdm.batch import LATENTS, MASK, MASKED_LATENTS, PIXELS, SOURCE, SOURCE_LATENTS
@@ -13,6 +14,11 @@ from latentdm.draws import Draws
 from latentdm.errors import UserError
 from latentdm.stages import Stage
 from latentdm.tensors import describe
+
+NO_KEY = (
+    "{} makes samples by code of its own, which no key can tell; give each sample a cache_key, a text that names all "
+    "that its pixels depend on"
+)
 
 CACHE_KEY = "cache_key"
 """Of a foreign batch: a text for each image that names all that its pixels, mask and source depend on."""
@@ -76,6 +82,7 @@ class KeyedLookup(Stage):
     Attributes:
         plan: how; None: nothing is looked up.
         owner: the data module's class, for messages.
+        told: whether it was said that batches have none.
         augmented: images are augmented in training, where they are then not looked up.
     """
 
@@ -86,6 +93,7 @@ class KeyedLookup(Stage):
         self.plan: Plan | None = None
         self.owner = ""
         self.augmented = False
+        self.told = False
 
     def __call__(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Any]:
         """A `CachedRows`, where the batch has a key and none yet.
@@ -94,14 +102,19 @@ class KeyedLookup(Stage):
             UserError: not one key an image.
         """
         plan, given = self.plan, batch.get(CACHE_KEY)
-        if plan is None or CACHED in batch or (draws.training and self.augmented):
+        pixels = batch.get(PIXELS)
+        if plan is None or not isinstance(pixels, Tensor) or CACHED in batch or (draws.training and self.augmented):
             return {}
         if given is None:
+            if not self.told:
+                self.told = True
+                rank_zero_warn(f"Cache: not cached: {NO_KEY.format(self.owner)}")
             return {}
         keys = given.flatten().tolist() if isinstance(given, Tensor) else given
         if not isinstance(keys, list | tuple) or len(keys) != len(draws.ids):
             raise UserError(
-                f"{CACHE_KEY}: expected a list of texts, one an image, got {describe(given)} for {len(draws.ids)} images"
+                f"{CACHE_KEY}: expected a list of texts, one an image, got {describe(given)} for {len(draws.ids)} "
+                "images"
             )
         parts = [self._sample(plan, str(key), batch, draws) for key in keys]
         return {CACHED: rows_of(parts, None)}

@@ -124,6 +124,9 @@ class Encoder(Stage):
         with attributed(type(self).__name__):
             if not isinstance(batch, MAPPINGS):
                 raise UserError(f"expected a dict, as in {{'pixels': images}}, got {describe(batch)}")
+            cached = batch.get(CACHED)
+            if isinstance(cached, CachedRows) and cached.masks is not None:
+                batch = {**batch, MASK: cached.with_masks(batch.get(MASK))}
             self._check(batch)
             if draws is not None:
                 return self._encode(batch, draws)
