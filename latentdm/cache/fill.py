@@ -116,7 +116,10 @@ def needed_keys(datasets: Sequence[PixelDataset]) -> Iterator[bytes]:
 
 
 def _part_of(dataset: Any, crops: CachedCrops, position: int, epoch: int) -> int:
-    key = crops.keys(dataset.record(position), epoch)[0][LATENTS]
+    try:
+        key = crops.keys(dataset.record(position), epoch)[0][LATENTS]
+    except SampleError:
+        return 0  # of a file that is gone somebody must say so
     return int.from_bytes(key[:8], "big")
 
 
@@ -170,15 +173,14 @@ class FillData(PixelDataModule):
         able = [part for dataset in sets for part in parts_of(dataset) if isinstance(_crops(part), CachedCrops)]
         if not able:
             raise UserError(f"{type(self.inner).__name__}: nothing of it can be cached; the warning says why")
+        for dataset in able:
+            crops: CachedCrops = dataset.crops  # type: ignore[attr-defined]
+            crops.plan = replace(crops.plan, needs_pixels=False)  # nobody looks at what is there
         return able
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         """Everything that the data sets would look up."""
-        able = self.able()
-        for dataset in able:
-            crops: CachedCrops = dataset.crops  # type: ignore[attr-defined]
-            crops.plan = replace(crops.plan, needs_pixels=False)  # nobody looks at what is there
-        self.predict_set = Jobs(able, self.part)
+        self.predict_set = Jobs(self.able(), self.part)
         return self._loader(self.predict_set, training=False)
 
     def teardown(self, stage: str) -> None:

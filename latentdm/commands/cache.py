@@ -16,6 +16,7 @@ DOES = {
     "verify": "read every entry and compare its sum",
     "prune": "remove all that the configuration does not need; --dry-run tells what that is",
     "compact": "merge small files, and leave out what is broken or there twice",
+    "export": "write latents as files (--format, --output), which pixels=latents reads without images",
 }
 
 
@@ -36,6 +37,8 @@ def run(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("action", choices=list(DOES))
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--format", choices=["safetensors", "webdataset", "comfyui"], default="safetensors")
+    parser.add_argument("--output", type=Path, default=Path("exported"), help="folder (default: exported)")
     parser.add_argument("--dry-run", action="store_true", help="of prune: remove nothing")
     parser.add_argument("--device", help="where the encoder would compute (default: cuda if there is one, else cpu)")
     settings = parse(parser, arguments)
@@ -79,7 +82,8 @@ def _run(cfg: DictConfig, settings: Namespace, folder: str) -> dict[str, Any]:
 
 
 def _compared(datamodule: Any, root: Path, settings: Namespace) -> dict[str, Any]:
-    """What of a cache a configuration needs; for ``prune``, the rest is removed."""
+    """What of a cache a configuration needs; for ``prune``, the rest is removed, for ``export`` it is written."""
+    from latentdm.cache.export import export
     from latentdm.cache.fill import FillData, needed_keys
     from latentdm.cache.upkeep import compact, remove, spaces, totals
     from latentdm.data.module import PixelDataModule
@@ -90,6 +94,8 @@ def _compared(datamodule: Any, root: Path, settings: Namespace) -> dict[str, Any
     pixels.setup()
     datamodule.line.setup(device_of(settings.device))
     datamodule.cache.setup(datamodule)
+    if settings.action == "export":
+        return export(pixels.able(), settings.format, settings.output) | {"output": str(settings.output.resolve())}
     store = datamodule.cache.store
     counts = totals(store)
     needed = set(needed_keys(pixels.able()))
