@@ -5,10 +5,11 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from hashlib import blake2b
+from inspect import isroutine
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdm.data.decode import ImageFile
 from latentdm.data.skips import SampleError
@@ -77,7 +78,7 @@ def described(value: Any, owner: str) -> Any:
     if isinstance(value, Sequence | set | frozenset):
         items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
         return [described(item, owner) for item in items]
-    if callable(value) or not hasattr(value, "__dict__"):
+    if isroutine(value) or isinstance(value, type | nn.Module) or not hasattr(value, "__dict__"):
         raise UserError(f"{owner} holds {value!r}, whose state no key can tell")
     kind = type(value)
     return {"class": f"{kind.__module__}.{kind.__qualname__}", **described(vars(value), owner)}

@@ -159,7 +159,8 @@ class CachedRows:
         """
         if sink is not None:
             sink.count(self)
-        names = [name for name in to_encode if not self.only or name in self.keys]
+        whole = [name for name in self.keys if name not in to_encode and not self.missing(name)]  # of images not read
+        names = [*(name for name in to_encode if not self.only or name in self.keys), *whole]
         lacking = {name: self.missing(name) for name in names}
         sets = [_some(to_encode[name], lacking[name], len(self)) for name in names if lacking[name]]
         fresh: dict[str, Posterior] = {}

@@ -62,12 +62,14 @@ class Layout:
         keys: where the keys begin.
         crc: where the sums begin.
         fields: name → where it lies.
+        names: their `signature`, which the sums cover.
     """
 
     count: int
     keys: int
     crc: int
     fields: Mapping[str, FieldLayout]
+    names: bytes
 
 
 def field_bytes(tensor: Tensor) -> Bytes:
@@ -77,20 +79,24 @@ def field_bytes(tensor: Tensor) -> Bytes:
     return flat
 
 
-def checksum(key: bytes, fields: Sequence[Any]) -> int:
-    """The CRC-32 over an entry's key and its fields, in the order of their names."""
-    total = zlib.crc32(key)
+def checksum(key: bytes, names: bytes, fields: Sequence[Any]) -> int:
+    """The CRC-32 over an entry's key, what its fields are (a `signature`), and the fields, sorted by name."""
+    total = zlib.crc32(names, zlib.crc32(key))
     for field in fields:
         total = zlib.crc32(field, total)
     return total
 
 
-def signature(fields: Mapping[str, Tensor]) -> str:
-    """A folder's name for entries like these: ``bf16-2x4x64x64`` of the first field, and the others' names."""
+def signature(fields: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> str:
+    """Names, dtypes and shapes of a row of each field, as ``moments-bf16-2x4x64x64``: a folder's name."""
     return "+".join(
-        f"{name}-{DTYPES[tensor.dtype].lower()}-{'x'.join(map(str, tensor.shape[1:]))}"
-        for name, tensor in sorted(fields.items())
+        f"{name}-{DTYPES[dtype].lower()}-{'x'.join(map(str, shape))}" for name, (dtype, shape) in sorted(fields.items())
     )
+
+
+def signature_of(fields: Mapping[str, Tensor]) -> str:
+    """The same of tensors ``n …``."""
+    return signature({name: (tensor.dtype, tensor.shape[1:]) for name, tensor in fields.items()})
 
 
 def write_shard(path: Path, keys: Sequence[bytes], fields: Mapping[str, Sequence[Tensor]]) -> int:
@@ -108,8 +114,9 @@ def write_shard(path: Path, keys: Sequence[bytes], fields: Mapping[str, Sequence
     rows = {name: [field_bytes(part) for part in fields[name]] for name in names}
     crc = np.zeros(len(keys), dtype="<u4")
     at = [iter(_rows(rows[name])) for name in names]
+    described = signature_of({name: fields[name][0] for name in names}).encode()
     for number, key in enumerate(keys):
-        crc[number] = checksum(key, [next(field) for field in at])
+        crc[number] = checksum(key, described, [next(field) for field in at])
     largest_first = sorted(names, key=lambda name: -rows[name][0].shape[1])
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "latentdm": "1"}}
     offset = 0
@@ -176,9 +183,10 @@ def read_layout(file: int) -> Layout:
             for name, entry in header.items()
             if name not in ("__metadata__", "keys", "crc")
         }
+        names = signature({name: (field.dtype, field.shape) for name, field in fields.items()})
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise BrokenShard(f"its head cannot be read: {error}") from error
-    return Layout(count, places["keys"], places["crc"], dict(sorted(fields.items())))
+    return Layout(count, places["keys"], places["crc"], dict(sorted(fields.items())), names.encode())
 
 
 def read_keys(file: int, layout: Layout) -> tuple[Bytes, npt.NDArray[np.uint32]]:
@@ -210,7 +218,7 @@ def read_row(file: int, layout: Layout, row: int, key: bytes, crc: int) -> dict[
         if read < field.row_bytes:
             raise BrokenShard("a short read")
         buffers.append(buffer)
-    if checksum(key, buffers) != crc:
+    if checksum(key, layout.names, buffers) != crc:
         raise BrokenShard("a wrong sum")
     return {
         name: torch.from_numpy(buffer).view(field.dtype).view(field.shape)

@@ -16,7 +16,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from latentdm.cache.shards import signature, write_shard
+from latentdm.cache.shards import signature_of, write_shard
 from latentdm.cache.store import Store
 
 SEAL_BYTES = 64 * 2**20
@@ -193,7 +193,7 @@ class Writer:
         if len(rows) < len(keys):
             keys = [keys[row] for row in rows]
             fields = {name: tensor[rows] for name, tensor in fields.items()}
-        folder = signature(fields)
+        folder = signature_of(fields)
         grows = self._open.setdefault((part.store.folder, folder), _Open(part.store, folder, monotonic()))
         grows.keys += keys
         grows.parts.append(fields)

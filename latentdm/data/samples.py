@@ -60,10 +60,14 @@ class PhotographCrops(PixelDataset):
 
     Attributes:
         crops: makes them.
+        split: of which part of each photograph.
+        first_index: the ``index`` of the first crop.
         count: crops an epoch.
     """
 
     crops: PhotographCrop
+    split: Literal["train", "val"]
+    first_index: int
     count: int
 
     def __len__(self) -> int:
@@ -72,9 +76,9 @@ class PhotographCrops(PixelDataset):
 
     def record(self, position: int) -> Record:
         """The photograph of crop number ``position``."""
-        names = list(photographs(self.crops.split))
+        names = list(photographs(self.split))
         name = names[position % len(names)]
-        return Record(name, self.crops.first_index + position, photograph_hash(self.crops.split, name))
+        return Record(name, self.first_index + position, photograph_hash(self.split, name))
 
     def sample(self, position: int, epoch: int) -> Sample:
         """Crop number ``position``, as `PhotographCrop` makes it."""
@@ -132,7 +136,7 @@ class SamplesData(PixelDataModule):
 
     def _crops(self, split: Literal["train", "val"], count: int) -> PhotographCrops:
         first = 0 if split == "train" else self.epoch_length
-        return PhotographCrops(PhotographCrop(split, self.size, first, self.seed), count)
+        return PhotographCrops(PhotographCrop(split, self.size, first, self.seed), split, first, count)
 
 
 def _integer(low: int, high: int, generator: torch.Generator) -> int:

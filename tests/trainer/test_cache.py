@@ -70,7 +70,7 @@ def run(folder, cache, encoder=None, epochs=1, model=None, pixels=None, trainer=
     """A fit; returns the model, which kept all batches."""
     encoder = encoder or PlainEncoder(counted_vae()[0], per_batch=1)
     datamodule = LatentDataModule(pixels or data(folder), encoder, cache=cache, **settings)
-    return fit(datamodule, model, max_epochs=epochs, **trainer or {})
+    return fit(datamodule, model, max_epochs=epochs, **{"limit_val_batches": 0} | (trainer or {}))
 
 
 def rows(model, key="latents", stage="train"):
@@ -150,9 +150,9 @@ def test_in_memory(photos):
     vae, encoded = counted_vae()
     cache = Cache()
     datamodule = LatentDataModule(data(photos), PlainEncoder(vae), cache=cache)
-    fit(datamodule, max_epochs=3)
+    fit(datamodule, max_epochs=3, limit_val_batches=0)
     assert encoded.take() == COUNT
-    fit(datamodule, max_epochs=1)
+    fit(datamodule, max_epochs=1, limit_val_batches=0)
     assert encoded.take() == 0
     assert cache.hits == 3 * COUNT
 
@@ -387,7 +387,7 @@ def test_own_masks_are_cached_with_their_images(masked_photos, tmp_path, moved, 
         model = run(masked_photos, Cache(tmp_path / "cache"), encoder, 2)
     assert encoded.take() == 0
     assert_same(model, without, *INPAINTED)
-    write_photo(tmp_path / "other.png", 50, masked_photos / "1-mask.png")
+    write_photo(tmp_path / "other.png", 52, masked_photos / "1-mask.png")
     run(masked_photos, Cache(tmp_path / "cache"), encoder)
     assert encoded.take() == 1  # under its new mask; the clean image is there
 
