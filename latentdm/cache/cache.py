@@ -133,7 +133,7 @@ class Cache:
         datamodule.encoder.cache = self
         if trainer is not None and not any(isinstance(callback, Flush) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.callbacks.append(Flush(self))  # type: ignore[attr-defined]
-        Planner(self, datamodule, self.store).look_up()
+        Planner(self, datamodule, stores[0]).look_up()
 
     def open(self, vae: Any, trainer: Trainer | None = None) -> Store:
         """The entries of one encoder; its weights are hashed."""

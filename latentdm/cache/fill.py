@@ -65,12 +65,14 @@ class Jobs(PixelDataset):
     def name(self, position: int) -> str:
         """The image's."""
         number, at, _ = self.rows[position].tolist()
-        return self.datasets[number].name(at)
+        name: str = self.datasets[number].name(at)
+        return name
 
     def sample(self, position: int, epoch: int) -> Sample:
         """The image as its data set gives it in the job's own epoch."""
         number, at, job_epoch = self.rows[position].tolist()
-        return self.datasets[number].sample(at, job_epoch)
+        sample: Sample = self.datasets[number].sample(at, job_epoch)
+        return sample
 
 
 def _jobs(dataset: PixelDataset, number: int, part: tuple[int, int]) -> npt.NDArray[np.int64]:
@@ -156,7 +158,7 @@ class FillData(PixelDataModule):
         """Delegates."""
         self.inner.prepare_data()
 
-    def setup(self, stage: str | None = None) -> None:
+    def setup(self, stage: str = "predict") -> None:
         """Delegates; UserError: the data come in a stream."""
         self.inner.setup(stage)
         self.train_set, self.val_set = self.inner.train_set, self.inner.val_set

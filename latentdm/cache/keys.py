@@ -57,7 +57,7 @@ def identity(file: ImageFile, how: str) -> list[Any]:
             return [os.path.abspath(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         content = file.read_bytes() if isinstance(file, Path) else file
     except OSError as error:
-        raise SampleError(f"cannot read {file}: {error}; repair or remove the file") from error
+        raise SampleError(f"cannot read {file!s}: {error}; repair or remove the file") from error
     return ["content", blake2b(content, digest_size=KEY_BYTES).hexdigest(), len(content)]
 
 
@@ -71,8 +71,10 @@ def described(value: Any, owner: str) -> Any:
         return value
     if isinstance(value, Tensor):
         return value.tolist()
-    if isinstance(value, bytes | Path):
+    if isinstance(value, Path):
         return str(value)
+    if isinstance(value, bytes):
+        return value.hex()
     if isinstance(value, Mapping):
         return {str(name): described(item, owner) for name, item in value.items()}
     if isinstance(value, Sequence | set | frozenset):

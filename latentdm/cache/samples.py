@@ -134,7 +134,7 @@ class CachedCrops:
             cached.mask_variant = epoch % plan.mask_variants
         if len(found) == len(keys) and not plan.needs_pixels:
             return self._from(found, record, cached) | {CACHED: cached}
-        sample = self.crops(drawn, drawn_epoch)
+        sample: Sample = self.crops(drawn, drawn_epoch)
         sample["index"] = record.index
         cached.sizes = _sizes(sample)
         return sample | {CACHED: cached}

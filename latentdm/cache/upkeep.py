@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -129,7 +130,7 @@ def compact(folder: Path, keep: Keep = lambda _: True, all_shards: bool = False)
     return written
 
 
-def _merge(store: Store, name: str, shards: list[str], keep: Keep, written: Contents, bar: "tqdm[object]") -> None:
+def _merge(store: Store, name: str, shards: list[str], keep: Keep, written: Contents, bar: Any) -> None:
     seen: set[bytes] = set()
     merged: list[str] = []
     keys: list[bytes] = []

@@ -1,12 +1,13 @@
 """The cache among processes: ranks that fill it, writers that are killed, and the commands."""
 
 import json
+import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 import pytest
@@ -14,35 +15,16 @@ import torch
 from PIL import Image
 from running import ROOT, run_ranks
 
+from latentdm.cache import writer as writing
 from latentdm.cache.keys import key_of
 from latentdm.cache.store import Store
 from latentdm.cache.upkeep import compact, spaces, verify
+from latentdm.cache.writer import Writer
 
 COUNT = 24
 
-WRITER = """
-import sys
-from pathlib import Path
-
-import torch
-
-from latentdm.cache import writer as module
-from latentdm.cache.keys import key_of
-from latentdm.cache.store import Store
-from latentdm.cache.writer import Writer
-
-torch.set_num_threads(1)
-folder, rank, start = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-module.SEAL_BYTES = 40_000
-writer, store = Writer(rank), Store(folder)
-for number in range(start, start + 100_000):
-    moments = torch.full((1, 2, 4, 16, 16), float(number % 2048), dtype=torch.bfloat16)
-    moments[..., 0] = float(number % 255)
-    writer.put(store, [key_of(number)], {"moments": moments}, wait=True)
-    if number % 16 == 15:
-        writer.flush()
-        print(number, flush=True)  # all up to this one are acknowledged
-"""
+ROUNDS = 17
+"""Each kills three processes: 51 in all."""
 
 
 def expected(number):
@@ -51,72 +33,68 @@ def expected(number):
     return moments
 
 
-def start_writer(folder, rank, start):
-    command = [sys.executable, "-c", WRITER, str(folder), str(rank), str(start)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+def write_for_ever(folder, rank, start, acknowledged):
+    """Write entries, and say after each flush up to which all are on the disk."""
+    writing.SEAL_BYTES = 40_000
+    writer, store = Writer(rank), Store(folder)
+    for number in count(start):
+        writer.put(store, [key_of(number)], {"moments": expected(number)[None]}, wait=True)
+        if number % 16 == 15:
+            writer.flush()
+            acknowledged.send(number)
 
 
-COMPACTOR = """
-import sys
-from pathlib import Path
-from latentdm.cache.upkeep import compact
-print("ready", flush=True)
-while True:
-    compact(Path(sys.argv[1]))
-"""
+def compact_for_ever(folder, acknowledged):
+    acknowledged.send(0)
+    while True:
+        compact(folder)
 
 
-def start_compactor(folder):
-    command = [sys.executable, "-c", COMPACTOR, str(folder)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-    )
+def start(target, *arguments):
+    """A process that can be killed at any moment, and what it has acknowledged."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(*arguments, sender), daemon=True)
+    process.start()
+    sender.close()
+    return process, receiver
 
 
-def kill(process):
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-
-
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_writers_and_a_compactor_are_killed_and_nothing_is_wrong_or_lost(tmp_path):
-    """Ten rounds, each with two writers and a compactor, killed at any moment while this process reads."""
-    draw, acknowledged = random.Random(0), []
-    starts = [0, 10**6]
+    draw, acknowledged, starts = random.Random(0), [], [0, 10**6]
     reader = Store(tmp_path)
-    for _ in range(10):
-        writers = [start_writer(tmp_path, rank, start) for rank, start in enumerate(starts)]
-        compactor = start_compactor(tmp_path)
-        compactor.stdout.readline()
-        for rank, writer in enumerate(writers):
-            last = None
-            for _ in range(draw.randint(2, 12)):
-                last = int(writer.stdout.readline())
+    for _ in range(ROUNDS):
+        writers = [start(write_for_ever, tmp_path, rank, first) for rank, first in enumerate(starts)]
+        compactor, ready = start(compact_for_ever, tmp_path)
+        ready.recv()
+        for rank, (_, said) in enumerate(writers):
+            last = starts[rank] - 1
+            for _ in range(draw.randint(1, 8)):
+                last = said.recv()
                 reader.refresh()
                 for number in range(max(starts[rank], last - 40), last + 1):
                     found = reader.read(key_of(number))
                     assert found is None or torch.equal(found["moments"], expected(number))
             acknowledged += range(starts[rank], last + 1)
             starts[rank] = last + 1
-        for process in draw.sample([*writers, compactor], 3):
-            kill(process)
-    store = Store(tmp_path)
-    store.refresh()
-    lost = [number for number in acknowledged if store.read(key_of(number)) is None]
-    assert lost == []
-    assert store.failures == 0
+        for process in draw.sample([*(process for process, _ in writers), compactor], 3):
+            process.kill()
+            process.join()
+    reader = Store(tmp_path)
+    reader.refresh()
     for number in acknowledged:
-        assert torch.equal(store.read(key_of(number))["moments"], expected(number))
-    found = verify(tmp_path)
-    assert found.failures == 0
-    before = found.shards
+        assert torch.equal(reader.read(key_of(number))["moments"], expected(number))
+    assert reader.failures == 0
+    before = verify(tmp_path)
+    assert before.failures == 0
     compact(tmp_path)
     after = verify(tmp_path)
-    assert after.shards < before
-    assert after.entries >= len(set(acknowledged))
-    store = Store(tmp_path)
-    store.refresh()
-    assert all(torch.equal(store.read(key_of(number))["moments"], expected(number)) for number in acknowledged)
+    assert after.shards < before.shards
+    assert after.failures == 0
+    reader = Store(tmp_path)
+    reader.refresh()
+    assert all(torch.equal(reader.read(key_of(number))["moments"], expected(number)) for number in acknowledged)
 
 
 # -------------------------------------------------------------------- ranks
@@ -155,10 +133,10 @@ fit("again", Cache(f"{folder}/cache"))
 """
 
 
-def write_photos(folder, count=COUNT):
+def write_photos(folder, number_of=COUNT):
     folder.mkdir()
     draw = np.random.default_rng(0)
-    for number in range(count):
+    for number in range(number_of):
         shape = (32 + 3 * (number % 4), 32 + 5 * (number % 3), 3)
         Image.fromarray(draw.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{number:02}.png")
         (folder / f"{number:02}.txt").write_text(f"photograph {number}")
