@@ -83,8 +83,8 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
         "index_dir": (str | None, None), "random_crop": (bool, True), "buckets": (Any, None), "sources": (str, 'auto'),
     },
     "data/LatentsData": {
-        "root": (str, MISSING), "batch_size": (int, 16), "val_share": (float, 0.1), "num_workers": (int, 0),
-        "seed": (int, 0), "on_error": (str, 'raise'), "max_skipped_share": (float, 0.05),
+        "root": (str, MISSING), "size": (int | None, None), "batch_size": (int, 16), "val_share": (float, 0.1),
+        "num_workers": (int, 0), "seed": (int, 0), "on_error": (str, 'raise'), "max_skipped_share": (float, 0.05),
     },
     "data/SamplesData": {
         "size": (int, 128), "batch_size": (int, 16), "epoch_length": (int, 1024), "val_length": (int, 64),

@@ -5,7 +5,7 @@ An entry that is there is read, and its image is not opened: a run that was stop
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import lcm
 from typing import Any
 
@@ -30,11 +30,15 @@ LOOKED_AT = 1000
 """Epochs among which one is looked for in which an image is mirrored, or is not: one in two is."""
 
 
-@dataclass(frozen=True)
 class Passed:
-    """A batch of which everything was found. It is no batch of images, and passes the data module as it is."""
+    """A batch of which everything was found. It is no batch of images, and passes the data module as it is.
 
-    entries: int
+    Args:
+        entries: their number.
+    """
+
+    def __init__(self, entries: int) -> None:
+        self.entries = entries
 
 
 class Jobs(PixelDataset):
@@ -209,12 +213,13 @@ class Fill(LightningModule):
         self.images = 0
         self.totals: dict[str, int] = {}
 
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
-        """Count."""
+    def predict_step(self, batch: Any, batch_idx: int) -> int:
+        """Count; returns the images encoded."""
         if isinstance(batch, Passed):
             self.cache.hits += batch.entries
-        else:
-            self.images += len(batch[LATENTS])
+            return 0
+        self.images += len(batch[LATENTS])
+        return len(batch[LATENTS])
 
     def on_predict_end(self) -> None:
         """Write the last entries, and add up what all ranks did."""

@@ -7,7 +7,8 @@ Shapes: ``b`` batch, ``n`` found or missing rows, ``z h w`` latents, ``H W`` pix
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,32 +66,44 @@ class CachedSample:
     failures: int = 0
 
 
-@dataclass
 class CachedRows:
-    """The same of a batch.
+    """The same of a batch. It is no dataclass, whose fields Lightning would cast and copy one by one.
 
-    Attributes:
+    Args:
         keys: output → the keys of all rows.
         rows: output → which rows were found.
         moments: output → ``n k z h w`` of those.
+        sizes: of all rows.
+        variants: of all rows.
+        mask_variants: of all rows.
+        training: whether the rows are drawn as in training.
+        failures: entries that could not be read.
         masks: rows whose mask was found, and ``n 1 H W`` uint8 of them.
         blank: ``H W`` where no image was read, because all that they would give was found; else None.
+
+    Attributes:
         only: make nothing but what has a key: the cache is being filled.
         passed: entries found for samples that are not in the batch, as nothing of them is asked for.
     """
 
-    keys: dict[str, list[bytes]]
-    rows: dict[str, list[int]]
-    moments: dict[str, Tensor]
-    sizes: list[tuple[int, ...]]
-    variants: list[int]
-    mask_variants: list[int]
-    training: bool
-    failures: int = 0
-    masks: tuple[list[int], Tensor] | None = None
-    blank: tuple[int, int] | None = None
-    only: bool = False
-    passed: int = 0
+    def __init__(
+        self,
+        keys: dict[str, list[bytes]],
+        rows: dict[str, list[int]],
+        moments: dict[str, Tensor],
+        sizes: list[tuple[int, ...]],
+        variants: list[int],
+        mask_variants: list[int],
+        training: bool,
+        failures: int = 0,
+        masks: tuple[list[int], Tensor] | None = None,
+        blank: tuple[int, int] | None = None,
+    ) -> None:
+        self.keys, self.rows, self.moments, self.sizes = keys, rows, moments, sizes
+        self.variants, self.mask_variants, self.training = variants, mask_variants, training
+        self.failures, self.masks, self.blank = failures, masks, blank
+        self.only = False
+        self.passed = 0
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -104,8 +117,10 @@ class CachedRows:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "CachedRows":
-        moments = {name: change(tensor) for name, tensor in self.moments.items()}
-        return replace(self, moments=moments, masks=self.masks and (self.masks[0], change(self.masks[1])))
+        changed = copy(self)
+        changed.moments = {name: change(tensor) for name, tensor in self.moments.items()}
+        changed.masks = self.masks and (self.masks[0], change(self.masks[1]))
+        return changed
 
     @property
     def hits(self) -> int:

@@ -4,7 +4,6 @@ They are found by a hash over the tokens, which say all of the caption and the t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +22,22 @@ from latentdm.text.encoder import TextEncoder
 CACHED_TEXT = "cached_text"
 
 
-@dataclass
 class CachedText:
     """What a batch carries of it.
 
-    Attributes:
+    Args:
         keys: of its rows.
         rows: which were found.
         found: output → ``n …`` of those.
     """
 
-    keys: list[bytes]
-    rows: list[int]
-    found: dict[str, Tensor]
+    def __init__(self, keys: list[bytes], rows: list[int], found: dict[str, Tensor]) -> None:
+        self.keys, self.rows, self.found = keys, rows, found
 
     def to(self, device: Any, **settings: Any) -> "CachedText":
         """With its tensors on a device."""
         moved = {name: tensor.to(device, non_blocking=True, **settings) for name, tensor in self.found.items()}
-        return replace(self, found=moved)
+        return CachedText(self.keys, self.rows, moved)
 
 
 class TextCache:

@@ -141,6 +141,7 @@ class LatentsData(PixelDataModule):
 
     Args:
         root: a folder with ``.safetensors`` or ``.latent`` files, or with WebDataset shards (``.tar``) of latents.
+        size: the longer side of the images in pixels; latents of others are left out. None takes all.
         batch_size: images a batch, on each device. Latents of one size make a batch.
         val_share: share of the images that validate; a hash of its name decides for each.
         num_workers: processes that read.
@@ -155,6 +156,7 @@ class LatentsData(PixelDataModule):
     def __init__(
         self,
         root: str | Path,
+        size: int | None = None,
         batch_size: int = 16,
         val_share: float = 0.1,
         num_workers: int = 0,
@@ -166,20 +168,27 @@ class LatentsData(PixelDataModule):
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise UserError(f"{OWNER}: root={str(root)!r} is no folder; give the one that latentdm cache export wrote")
+        self.size = None if size is None else Check(OWNER).integer("size", size, 1)
         self.val_share = check_val_share(Check(OWNER), val_share)
 
     def setup(self, stage: str | None = None) -> None:
         """List the files, and set the datasets, whatever the stage."""
-        files = list(_files(self.root))
+        files, shapes = [], []
+        for file in _files(self.root):
+            shape, side = _shape(file)
+            if self.size is None or side in (self.size, None):  # what cannot be read says so when it is
+                files.append(file)
+                shapes.append(shape)
         if not files:
+            of_size = "" if self.size is None else f" of size={self.size}"
             raise UserError(
-                f"{OWNER}: root={str(self.root)!r} holds no {' or '.join(ENDINGS)} files and no tar shards of them"
+                f"{OWNER}: root={str(self.root)!r} holds no {' or '.join(ENDINGS)} files{of_size}, and no tar shards "
+                "of them"
             )
         hashes = np.array([unit_hash(file.name) for file in files])
         train, val = split_hashes(hashes, self.val_share)
-        sizes = [_shape(file) for file in files]
-        buckets = {shape: number for number, shape in enumerate(sorted(set(sizes)))}
-        bucket_of = np.array([buckets[shape] for shape in sizes], np.int32)
+        buckets = {shape: number for number, shape in enumerate(sorted(set(shapes)))}
+        bucket_of = np.array([buckets[shape] for shape in shapes], np.int32)
 
         def some(rows: npt.NDArray[np.int64]) -> Latents:
             latents = Latents(files, rows)
@@ -202,14 +211,15 @@ def _files(root: Path) -> Iterator[File]:
                         yield File(path, member.name, member.offset_data, member.size)
 
 
-def _shape(file: File) -> tuple[int, ...]:
-    """The shape of the latents, from the head of a file; () where it cannot be read."""
+def _shape(file: File) -> tuple[tuple[int, ...], int | None]:
+    """``h w`` of the latents and the longer side of their image, from a file's head; () and None without one."""
     try:
         with file.path.open("rb") as opened:
             opened.seek(file.offset)
             length = int.from_bytes(opened.read(8), "little")
             head = json.loads(opened.read(min(length, 1 << 20)))
-        entry = head.get(f"{LATENTS}.{MOMENTS}") or head["latent_tensor"]
-        return tuple(entry["shape"][-2:])
+        shape = tuple((head.get(f"{LATENTS}.{MOMENTS}") or head["latent_tensor"])["shape"][-2:])
+        columns = json.loads(head.get("__metadata__", {}).get(COLUMNS, "{}"))
+        return shape, max(columns.get(TARGET_SIZE) or [8 * side for side in shape])
     except (OSError, KeyError, TypeError, ValueError):
-        return ()
+        return (), None

@@ -4,7 +4,6 @@ They need no download, so that the default example, the demo VAE and the tests r
 """
 
 from functools import cache
-from hashlib import blake2b
 from typing import Literal
 
 import numpy as np
@@ -50,10 +49,3 @@ def photographs(split: Literal["train", "val"]) -> dict[str, npt.NDArray[np.uint
         cut = round(image.shape[1] * (1 - VALIDATION_SHARE))
         parts[name] = image[:, :cut] if split == "train" else image[:, cut:]
     return parts
-
-
-@cache
-def photograph_hash(split: Literal["train", "val"], name: str) -> bytes:
-    """What tells this part of a photograph from any other picture: 16 bytes."""
-    photograph = photographs(split)[name]
-    return blake2b(repr(photograph.shape).encode() + photograph.tobytes(), digest_size=16).digest()

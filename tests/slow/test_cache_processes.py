@@ -247,9 +247,12 @@ def test_encode_without_a_folder_says_what_to_add(folder):
 
 @pytest.mark.parametrize("kind", ["safetensors", "webdataset", "comfyui"])
 def test_each_export_trains(folder, kind):
-    command(folder, "encode", *overrides())
+    size = "pixels.size=64"  # that of debug=step
+    command(folder, "encode", *overrides("cache", size))
     found = json.loads(
-        command(folder, "cache", "export", "--format", kind, "--output", kind, "--json", *overrides()).stdout
+        command(
+            folder, "cache", "export", "--format", kind, "--output", kind, "--json", *overrides("cache", size)
+        ).stdout
     )
     assert found["misses"] == 0 < found["entries"]
     script = [sys.executable, str(ROOT / "train_example.py"), "pixels=latents", f"pixels.root={kind}", "encoder=plain"]
