@@ -50,7 +50,9 @@ class Rows:
         """A part's records, of files of its own."""
         dataset = self.dataset if parts == 1 else self.dataset.shard(parts, part, contiguous=False)
         if shuffle:
-            dataset = dataset.shuffle(seed=turn % 2**32, buffer_size=1)  # files alone: samples are drawn from our buffer
+            dataset = dataset.shuffle(
+                seed=turn % 2**32, buffer_size=1
+            )  # files alone: samples are drawn from our buffer
         # Not by iterating over it: within a worker that would split it once more.
         for number, batch in enumerate(dataset.iter(batch_size=1)):
             row = {column: values[0] for column, values in batch.items()}

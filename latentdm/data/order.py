@@ -117,7 +117,7 @@ class GlobalOrder(DistributedSampler[list[Key]]):
         seed: the run's seed.
 
     Attributes:
-        taken: what the next iteration leaves out.
+        taken: what iterations leave out.
     """
 
     shuffled = True
@@ -162,8 +162,7 @@ class GlobalOrder(DistributedSampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         """This rank's batches of the epoch, without those that were ``taken``."""
-        taken, self.taken = self.taken, ()
-        return self.batches(self.epoch, taken)
+        return self.batches(self.epoch, self.taken)
 
     def batches(self, epoch: int, taken: Taken = ()) -> Iterator[list[Key]]:
         """This rank's batches of any epoch, of what is left of it."""

@@ -14,6 +14,10 @@ from latentdm import LatentDataModule, PlainEncoder
 from latentdm.data import PixelDataModule, PixelDataset
 from latentdm.draws import sample_generator
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model:UserWarning"),
+]
 COUNT, BATCH = 26, 4
 STEPS = COUNT // BATCH  # an epoch's
 
@@ -116,7 +120,6 @@ def resumed_equals_straight(kind, tmp_path, at, **settings):
     return straight, rest, saved
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 @pytest.mark.parametrize("kind", ["steps", "epochs", "validation", "exception", "callback"])
 @pytest.mark.parametrize("run", RUNS)
 def test_a_fit_goes_on_from_any_checkpoint_of_any_run(run, kind, tmp_path):
@@ -124,7 +127,6 @@ def test_a_fit_goes_on_from_any_checkpoint_of_any_run(run, kind, tmp_path):
     assert torch.equal(rest.scale, straight.scale)
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 @pytest.mark.parametrize("kind", ["steps", "epochs", "validation", "exception"])
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "plain"])
 @pytest.mark.parametrize("run", ["epochs", "steps"])
@@ -135,14 +137,12 @@ def test_and_with_any_setting(setting, kind, run, tmp_path):
     resumed_equals_straight(kind, tmp_path, 2 * STEPS - 3, **settings)
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 @pytest.mark.parametrize("kind", ["steps", "epochs", "exception"])
 @pytest.mark.parametrize("data", [{"buckets": True}, {"num_workers": 2}], ids=["buckets", "workers"])
 def test_and_with_buckets_or_workers(data, kind, tmp_path):
     resumed_equals_straight(kind, tmp_path, 10, data=data, **RUNS["steps"])
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 @pytest.mark.parametrize("at", [1, STEPS - 1, STEPS, STEPS + 1])
 @pytest.mark.parametrize("kind", ["exception", "callback"])
 def test_at_either_side_of_an_epoch_s_end(kind, at, tmp_path):
@@ -210,7 +210,9 @@ def test_a_foreign_loader_without_a_state_is_told_of_once(tmp_path):
     def trained(**settings):
         model = Learner(settings.pop("fail_at", None))
         datamodule = LatentDataModule(Photos(photo_columns(12)), PlainEncoder(noise_vae()))
-        trainer = quiet_trainer(max_epochs=2, limit_val_batches=0, enable_checkpointing="callbacks" in settings, **settings)
+        trainer = quiet_trainer(
+            max_epochs=2, limit_val_batches=0, enable_checkpointing="callbacks" in settings, **settings
+        )
         trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         return model
 
@@ -228,7 +230,9 @@ def test_a_foreign_loader_without_a_state_is_told_of_once(tmp_path):
 
 def test_a_state_travels_in_a_pickle_of_plain_values(tmp_path):
     fit(tmp_path, saving("exception", tmp_path), fail_at=5)
-    (state,) = torch.load(tmp_path / "saved.ckpt", weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    (state,) = torch.load(tmp_path / "saved.ckpt", weights_only=True)["loops"]["fit_loop"]["state_dict"][
+        "combined_loader"
+    ]
     assert state == {
         "epoch": 0,
         "steps": [[BATCH, 5]],

@@ -37,6 +37,7 @@ def steps(folder, source, ranks=1, workers=0, epoch=0, state=None):
     return [[sample for row in zip(*step, strict=True) for sample in row] for step in zip(*of_ranks, strict=True)]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes:UserWarning")
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_step_is_the_same_on_any_number_of_ranks_and_workers(folder, source):
     alone = steps(folder, source)
