@@ -17,6 +17,7 @@ from latentdm.draws import sample_generator
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
     pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint:UserWarning"),
 ]
 COUNT, BATCH = 26, 4
 STEPS = COUNT // BATCH  # an epoch's
