@@ -141,7 +141,7 @@ class HuggingFaceData(StreamDataModule):
         epoch_length: training images an epoch of a stream, on all devices together.
         val_length: validation images of a stream.
         shuffle_buffer: images of a stream that are held, as files, over all parts, and drawn from.
-        parts: in how many a stream is read at most; the order follows from it. Fewer with less than eight files each.
+        parts: in how many a stream is read at most; the order follows from it. Fewer with less than eight files a part.
         alpha: keep transparency as a fourth channel.
         flip: mirror half of the training images, drawn for each sample and epoch.
         num_workers: processes that read images.

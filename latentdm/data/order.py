@@ -214,7 +214,7 @@ class GlobalOrder(DistributedSampler[list[Key]]):
         return steps
 
 
-class InOrder(GlobalOrder, SequentialSampler):
+class InOrder(GlobalOrder, SequentialSampler):  # type: ignore[misc]  # which yields numbers
     """A `GlobalOrder` that is the dataset's own, in every epoch: of validation, and of ``overfit_batches``.
 
     It derives from ``SequentialSampler``, by which Lightning knows that there is no shuffling to turn off.
@@ -226,10 +226,10 @@ class InOrder(GlobalOrder, SequentialSampler):
 class RankBatches(BatchSampler):
     """The batches of a `GlobalOrder`, as a batch sampler that Lightning can take apart to note what is predicted."""
 
-    sampler: GlobalOrder
+    sampler: GlobalOrder  # type: ignore[assignment]  # which yields batches itself
 
     def __init__(self, sampler: GlobalOrder, batch_size: int, drop_last: bool = False) -> None:
-        super().__init__(sampler, batch_size, drop_last)  # type: ignore[arg-type]  # which yields batches itself
+        super().__init__(sampler, batch_size, drop_last)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         """The number of batches of an epoch, the same on every rank."""
