@@ -83,7 +83,7 @@ def can_look_up(dataset: PixelDataset) -> bool:
 
 def parts_of(dataset: PixelDataset) -> Sequence[PixelDataset]:
     """The data sets that a joined one consists of; itself alone otherwise."""
-    return dataset.parts if isinstance(dataset, Joined) else [dataset]
+    return dataset.joined if isinstance(dataset, Joined) else [dataset]
 
 
 def look_up(dataset: PixelDataset, plan: Plan | None) -> None:
