@@ -180,8 +180,11 @@ class Cache:
         self.writer.put(self.store, keys, fields, _prepared, wait=rows.only)
 
     def flush(self) -> None:
-        """Write what waits to be written."""
+        """Write what waits to be written, and know of it."""
         self.writer.flush()
+        for store in (self.store, self.text and self.text.cache.store):
+            if store is not None:
+                store.refresh()
 
     def report(self) -> dict[str, int]:
         """Entries and bytes written so far, and how often they were found, by this process."""
