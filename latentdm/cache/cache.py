@@ -148,6 +148,8 @@ class Cache:
             "format": FORMAT, "store": dtype_name(wanted), "decoder": decoder(), "encoder": vae.fingerprint(),
         }  # fmt: skip
         self.store = open_space(root, space)
+        if not self.store.folder.exists():  # which was said
+            self.writer.stopped, self.writer.warned = "the folder cannot be made", True
         return self.store
 
     # ---------------------------------------------------------------- while it runs
