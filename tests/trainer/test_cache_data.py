@@ -181,6 +181,7 @@ def test_a_folder_that_cannot_be_written_to_trains_on(photos, tmp_path):  # noqa
     assert len(rows(model)) == 2 * COUNT
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path:UserWarning")
 def test_ids_and_draws_are_those_without_a_cache(photos, tmp_path):  # noqa: F811
     """Of a run that goes on from a checkpoint in the middle of an epoch, with another number of workers."""
 
