@@ -131,7 +131,9 @@ class Cache:
             with suppress(OSError):  # each process reads the shards' own keys
                 store.keep_index()
         datamodule.encoder.cache = self
-        if trainer is not None and not any(isinstance(callback, Flush) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if trainer is not None and not any(
+            isinstance(each, Flush) and each.cache is self for each in trainer.callbacks
+        ):  # type: ignore[attr-defined]
             trainer.callbacks.append(Flush(self))  # type: ignore[attr-defined]
         Planner(self, datamodule, stores[0]).look_up()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from math import lcm
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ def _jobs(dataset: PixelDataset, number: int, part: tuple[int, int]) -> npt.NDAr
         for epoch in wanted_epochs(dataset, crops, position)
         if part[1] == 1 or _part_of(dataset, crops, position, epoch) % part[1] == part[0]
     ]
-    return np.array(jobs, np.int64).reshape(-1, 3)
+    return np.array(sorted(jobs, key=itemgetter(2)), np.int64).reshape(-1, 3)  # one epoch after another
 
 
 def wanted_epochs(dataset: Any, crops: CachedCrops, position: int) -> Iterator[int]:

@@ -18,6 +18,8 @@ from latentdm.hooks import HOOKS
 
 SETS = ("train_set", "val_set", "test_set", "predict_set")
 
+LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
+
 MOVED = {PIXELS, SOURCE, MASK, SEGMENTATION}
 """What lies on an image, or is one."""
 
@@ -80,6 +82,9 @@ class Planner:
             if MOVED & set(stage.writes):
                 name = type(stage).__name__
                 return f"{name} changes images on the host, which no key can tell; let the data do that"
+        for name in LOADERS if isinstance(pixels, PixelDataModule) else ():
+            if not getattr(type(pixels), name).__module__.startswith("latentdm."):
+                return f"{type(pixels).__name__} has a {name} of its own, whose batches may need images; use latentdm's"
         for hook in HOOKS:
             if is_overridden(hook, pixels, LightningDataModule):
                 return (

@@ -220,6 +220,12 @@ def _some(images: Images, rows: Sequence[int], count: int) -> Images:
     return Images(images.pixels.index_select(0, index), hole, images.fill)
 
 
+def is_blank(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch's images were not read, as its latents were found: its ``pixels`` then show nothing."""
+    cached = batch.get(CACHED)
+    return isinstance(cached, CachedRows) and cached.blank is not None
+
+
 # -------------------------------------------------------------------- in the worker
 
 

@@ -4,7 +4,7 @@ Shapes: ``H W`` pixels. This runs in the loader's workers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from latentdm.batch import (
     MASKED_LATENTS,
     ORIGINAL_SIZE,
     PIXELS,
+    SOURCE,
     SOURCE_LATENTS,
     TARGET_SIZE,
 )
-from latentdm.cache.keys import identity, key_of
+from latentdm.cache.keys import described, identity, key_of
 from latentdm.cache.rows import CACHED, NO_SIZES, SIZES, CachedSample, collate_cached, unpacked
 from latentdm.cache.store import Entry, Store
 from latentdm.data.dataset import Joined, PixelDataset, Sample, collate
@@ -30,6 +31,12 @@ from latentdm.data.samples import PhotographCrop
 OWN, FIXED, VARIANTS = "own", "fixed", "variants"
 """Which masked images have entries: those under a data set's own masks; under masks that follow from the image; and
 under one of some masks that are drawn for each image."""
+
+
+COMPANIONS_OF_ENTRIES = (MASK, SOURCE)
+
+DRAWN = ("target", "seed", "flip")
+"""Settings of a `ResizeCrop` that a key holds by what they come to: a size, a side, a draw."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ class CachedCrops:
             cached.variant = epoch % plan.variants
         if plan.masked == VARIANTS:
             cached.mask_variant = epoch % plan.mask_variants
-        if len(found) == len(keys) and not plan.needs_pixels:
+        if len(found) == len(keys) and not plan.needs_pixels and not _needs_more(record):
             return self._from(found, record, cached) | {CACHED: cached}
         sample: Sample = self.crops(drawn, drawn_epoch)
         sample["index"] = record.index
@@ -187,6 +194,12 @@ class CachedCrops:
         return sample
 
 
+def _needs_more(record: Record) -> bool:
+    """Whether a sample has pictures beside those that an entry stands for."""
+    known = {"name", "index", "image", "columns", *COMPANIONS_OF_ENTRIES}
+    return any(getattr(record, each.name) is not None for each in fields(record) if each.name not in known)
+
+
 def _recipe(crops: Any, record: Record) -> list[Any]:
     """What makes pixels of a file, beside what is drawn."""
     if isinstance(crops, PhotographCrop):
@@ -198,7 +211,9 @@ def _recipe(crops: Any, record: Record) -> list[Any]:
         size = [side, side]
     else:  # a bucket: which one it is follows from the head of the file
         size = list(target(*read_size(record.image, record.name)))
-    return ["resize", size, crops.random_crop, crops.alpha, crops.max_pixels]
+    # All of its settings, whatever comes to be among them; what is drawn has a place of its own.
+    settings = {each.name: getattr(crops, each.name) for each in fields(crops) if each.name not in DRAWN}
+    return ["resize", size, described(settings, "ResizeCrop")]
 
 
 def _sizes(sample: Sample) -> tuple[int, ...]:
