@@ -131,10 +131,9 @@ class Cache:
             with suppress(OSError):  # each process reads the shards' own keys
                 store.keep_index()
         datamodule.encoder.cache = self
-        if trainer is not None and not any(
-            isinstance(each, Flush) and each.cache is self for each in trainer.callbacks
-        ):  # type: ignore[attr-defined]
-            trainer.callbacks.append(Flush(self))  # type: ignore[attr-defined]
+        callbacks: list[Any] = getattr(trainer, "callbacks", [])
+        if not any(isinstance(callback, Flush) and callback.cache is self for callback in callbacks):
+            callbacks.append(Flush(self))
         Planner(self, datamodule, stores[0]).look_up()
 
     def open(self, vae: Any, trainer: Trainer | None = None) -> Store:
@@ -186,7 +185,7 @@ class Cache:
     def flush(self) -> None:
         """Write what waits to be written, and know of it."""
         self.writer.flush()
-        for store in (self.store, self.text and self.text.cache.store):
+        for store in (self.store, None if self.text is None else self.text.cache.store):
             if store is not None:
                 store.refresh()
 
