@@ -10,8 +10,11 @@ from PIL import Image
 
 from latentdm import Cache, FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
 from latentdm.augment import Augment
+from latentdm.callbacks import EncodeCallback
 from latentdm.data import ImageFolderData, SamplesData
 from latentdm.masks import AlphaMask, RandomMask
+from latentdm.preview import preview
+from latentdm.preview.sheet import Sheet
 
 COUNT, SIZE = 6, 32
 
@@ -444,6 +447,43 @@ def test_sources_are_cached_with_their_images(masked_photos, tmp_path, kind):
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(masked_photos / "0-source.png")
     run(masked_photos, Cache(tmp_path / "cache"), cached)
     assert encoded.take() == 1
+
+
+# -------------------------------------------------------------------- what else runs
+
+
+class Failing(LatentModel):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 2:
+            raise KeyError("a bug of the model")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_run_that_fails_keeps_what_it_encoded(photos, tmp_path):
+    with pytest.raises(KeyError, match="a bug"):
+        run(photos, Cache(tmp_path / "cache"), model=Failing())
+    cache = Cache(tmp_path / "cache")
+    run(photos, cache)
+    assert cache.hits == COUNT
+
+
+class Drawing(EncodeCallback):
+    """Draws each batch as the preview does."""
+
+    def __init__(self):
+        self.pictures = []
+
+    def on_encode_end(self, trainer, pl_module, inputs, outputs, batch):
+        self.pictures.append(preview(trainer.datamodule.encoder, inputs, outputs))
+
+
+def test_a_preview_of_what_was_read_shows_the_latents_decoded(photos, tmp_path):
+    run(photos, Cache(tmp_path / "cache"))
+    drawing = Drawing()
+    run(photos, Cache(tmp_path / "cache"), trainer={"callbacks": [drawing]})
+    sheet = Sheet(["image"], (SIZE, SIZE))
+    for picture in drawing.pictures:
+        assert np.asarray(picture.crop(sheet.box(0, 0))).std() > 1
 
 
 # -------------------------------------------------------------------- what cannot be cached
