@@ -196,7 +196,7 @@ class CachedCrops:
 
 def _needs_more(record: Record) -> bool:
     """Whether a sample has pictures beside those that an entry stands for."""
-    known = {"name", "index", "image", "columns", *COMPANIONS_OF_ENTRIES}
+    known = {"name", "index", "image", "columns", "target", *COMPANIONS_OF_ENTRIES}
     return any(getattr(record, each.name) is not None for each in fields(record) if each.name not in known)
 
 
@@ -207,7 +207,9 @@ def _recipe(crops: Any, record: Record) -> list[Any]:
     assert isinstance(crops, ResizeCrop)
     target: Any = crops.target
     side = getattr(target, "args", (None,))[0]
-    if isinstance(side, int) and target.func is square(side).func:  # type: ignore[attr-defined]
+    if planned := getattr(record, "target", None):
+        size = list(planned)
+    elif isinstance(side, int) and target.func is square(side).func:  # type: ignore[attr-defined]
         size = [side, side]
     else:  # a bucket: which one it is follows from the head of the file
         size = list(target(*read_size(record.image, record.name)))

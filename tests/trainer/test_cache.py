@@ -130,7 +130,7 @@ def test_latents_are_those_of_a_run_without(photos, tmp_path, workers, flip):
 
 def test_a_hit_opens_no_image(photos, tmp_path, monkeypatch):
     run(photos, Cache(tmp_path / "cache"))
-    monkeypatch.setattr("latentdm.data.geometry.read_image", None)
+    monkeypatch.setattr(Image, "open", None)
     model = run(photos, Cache(tmp_path / "cache"), epochs=2)
     assert len(rows(model)) == 2 * COUNT
 
@@ -367,7 +367,7 @@ def test_mask_variants_encode_nothing_in_the_end(photos, tmp_path, monkeypatch):
     cache = Cache(tmp_path / "cache", mask_variants=2)
     model = run(photos, cache, encoder, 2, masks=RandomMask())
     assert encoded.take() == COUNT + 2 * COUNT
-    monkeypatch.setattr("latentdm.data.geometry.read_image", None)
+    monkeypatch.setattr(Image, "open", None)
     again = run(photos, Cache(tmp_path / "cache", mask_variants=2), encoder, 4, masks=RandomMask())
     assert encoded.take() == 0
     for key in INPAINTED:
@@ -386,7 +386,7 @@ def test_own_masks_are_cached_with_their_images(masked_photos, tmp_path, moved, 
     run(masked_photos, Cache(tmp_path / "cache"), encoder)
     assert encoded.take() == 2 * COUNT
     with monkeypatch.context() as context:
-        context.setattr("latentdm.data.geometry.read_image", None)
+        context.setattr(Image, "open", None)
         model = run(masked_photos, Cache(tmp_path / "cache"), encoder, 2)
     assert encoded.take() == 0
     assert_same(model, without, *INPAINTED)
