@@ -77,7 +77,19 @@ def open_file(path: Path) -> BinaryIO:
         SampleError: it is no regular file, or does not answer within the `Patience`; names it.
         OSError: it cannot be opened.
     """
-    return _Buffered(_Waited(lambda: _regular(path), path), PIECE)
+    return _Buffered(_Waited(lambda: open_regular(path), path), PIECE)
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Open a regular file, without a clock; what is none is not touched, because opening it may act or wait."""
+    _check_kind(path, os.stat(path).st_mode)
+    stream = io.FileIO(path)
+    try:
+        _check_kind(path, os.fstat(stream.fileno()).st_mode)  # another one may lie there by now
+    except SampleError:
+        stream.close()
+        raise
+    return stream
 
 
 def open_stream(opened: Callable[[], BinaryIO], name: str) -> BinaryIO:
@@ -241,18 +253,6 @@ class _Buffered(io.BufferedReader):
     def read(self, size: int | None = -1, /) -> bytes:
         left = max(size_of(self) - self.tell(), 0)
         return super().read(left if size is None or size < 0 else min(size, left))
-
-
-def _regular(path: Path) -> BinaryIO:
-    """Open a regular file; what is none is not touched, because opening it may act or wait."""
-    _check_kind(path, os.stat(path).st_mode)
-    stream = io.FileIO(path)
-    try:
-        _check_kind(path, os.fstat(stream.fileno()).st_mode)  # another one may lie there by now
-    except SampleError:
-        stream.close()
-        raise
-    return stream
 
 
 def _check_kind(path: Path, mode: int) -> None:
