@@ -12,6 +12,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread, local
@@ -64,6 +65,11 @@ def patient(patience: Patience) -> Iterator[None]:
         yield
     finally:
         _patience.reset(token)
+
+
+def same_patience() -> Callable[[], object]:
+    """What another thread calls to wait as long as this one."""
+    return partial(_patience.set, _patience.get())
 
 
 def open_file(path: Path) -> BinaryIO:

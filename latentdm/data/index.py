@@ -27,6 +27,7 @@ from tqdm import tqdm
 from latentdm.batch import CAPTION
 from latentdm.data import index_file
 from latentdm.data.decode import read_size
+from latentdm.data.files import same_patience
 from latentdm.data.skips import SampleError
 from latentdm.errors import RunError
 
@@ -158,7 +159,7 @@ class FolderIndex:
     def image_sizes(self) -> npt.NDArray[np.int32]:
         """``n 2``: width and height of each image, from its head, in parallel; 0 where it cannot be read."""
         # Reading silences warnings, which threads do side by side: the last to end may leave them silent.
-        with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
+        with warnings.catch_warnings(), ThreadPoolExecutor(THREADS, initializer=same_patience()) as pool:
             sizes = pool.map(partial(_image_size, self), range(len(self)))
             return np.array(list(tqdm(sizes, "reading sizes", len(self), leave=False)), dtype=np.int32).reshape(-1, 2)
 
