@@ -55,11 +55,11 @@ def _converted(image: Image.Image) -> float:
     if image.mode in ("1", "L") and not transparent:
         return max(peak, stored + (4 if profile else 1))
     if image.mode == "RGB" and not transparent:
-        return peak
-    if image.mode.startswith("I"):
+        return max(peak, stored + 1)  # as a mask it becomes gray
+    if image.mode.startswith(("I", "F")):
         return max(peak, stored + 1, 5 if profile else 0)
     # Turned into RGB or RGBA; alpha, and the colours without it for a profile, are copies as well.
-    return max(peak, stored + 4 + transparent * (5 if profile else 1))
+    return max(peak, stored + 4 + 1 + transparent * (4 if profile else 0))
 
 
 def _decoder(image: Image.Image) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from latentdm.data.files import READ_TIMEOUT_S, Patience, patient
-from latentdm.data.loader import Reading
+from latentdm.data.reading import Reading
 from latentdm.data.skips import SampleError, Skips
 from latentdm.draws import sample_seed
 from latentdm.errors import RunError, attributed

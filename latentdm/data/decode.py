@@ -52,7 +52,7 @@ RESAMPLE_REDUCED = Image.Resampling.BICUBIC
 TURNED = (5, 6, 7, 8)
 """The EXIF orientations of an image that lies on its side."""
 
-STRIP = 1 << 20
+BLOCK = 1 << 20
 """Pixels that are converted at once where a conversion takes many times their memory."""
 
 MAX_TRANSFORMS = 32
@@ -148,7 +148,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
     if low < 0 or high > 65535:
         raise UserError(f"its levels span {low}…{high} (save it with 8 or 16 bits)")
     # Pillow's own conversion clips 16 bits at 255.
-    return in_strips(image, lambda levels: (levels.astype(np.uint32) + 128) // 257)
+    return in_blocks(image, lambda levels: (levels.astype(np.uint32) + 128) // 257)
 
 
 def extremes(image: Image.Image) -> tuple[float, float]:
@@ -156,24 +156,27 @@ def extremes(image: Image.Image) -> tuple[float, float]:
     if image.mode == "L":
         gray: Any = image.getextrema()
         return gray[0], gray[1]
-    bounds = [(strip.min().item(), strip.max().item()) for strip in _strips(image)]
+    bounds = [(block.min().item(), block.max().item()) for _, block in blocks(image)]
     lows, highs = zip(*bounds, strict=True)
     return np.min(lows).item(), np.max(highs).item()
 
 
-def in_strips(image: Image.Image, convert: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Image.Image:
-    """Turn an image's levels into 8-bit ones, some rows after another: whole they would lie in memory several times."""
-    gray, top = Image.new("L", image.size), 0
-    for strip in _strips(image):
-        gray.paste(Image.fromarray(convert(strip).astype(np.uint8)), (0, top))
-        top += len(strip)
+def in_blocks(image: Image.Image, convert: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Image.Image:
+    """Turn an image's levels into 8-bit ones."""
+    gray = Image.new("L", image.size)
+    for corner, block in blocks(image):
+        gray.paste(Image.fromarray(convert(block).astype(np.uint8)), corner)
     return gray
 
 
-def _strips(image: Image.Image) -> Iterator[npt.NDArray[Any]]:
-    rows = max(STRIP // image.width, 1)
+def blocks(image: Image.Image) -> Iterator[tuple[tuple[int, int], npt.NDArray[Any]]]:
+    """An image's levels in parts, each with its upper left corner: as one array they would lie in memory thrice."""
+    columns = min(image.width, BLOCK)
+    rows = BLOCK // columns
     for top in range(0, image.height, rows):
-        yield np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+        for left in range(0, image.width, columns):
+            box = (left, top, min(left + columns, image.width), min(top + rows, image.height))
+            yield (left, top), np.asarray(image.crop(box))
 
 
 @contextmanager
@@ -229,7 +232,7 @@ def _transformed(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> I
     """The image's colours as sRGB shows them; transparency stays."""
     mode, alpha = transform.input_mode, None
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         alpha = image.getchannel("A")
     if image.mode != mode:
         image = image.convert(mode)

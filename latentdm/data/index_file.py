@@ -83,18 +83,16 @@ def read(file: Path, schema: pa.Schema, identity: bytes | None = None) -> tuple[
         mapped = mmap(content.fileno(), 0, access=ACCESS_READ)
     try:
         return _table(pa.py_buffer(mapped).slice(0, size), schema, checked=identity is not None), written
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError, pa.ArrowException) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, pa.ArrowException) as error:
         raise BrokenIndexError(f"{file} holds no index: {error}") from error
 
 
 def _write(table: pa.Table, out: BinaryIO) -> None:
-    arrays = {name: table.column(name).combine_chunks() for name in table.column_names}
-    arrays = {name: pa.concat_arrays(getattr(array, "chunks", [array])) for name, array in arrays.items()}
     places: dict[str, list[list[int] | None]] = {}
     buffers, end = [], 0
-    for name, array in arrays.items():
+    for name in table.column_names:
         places[name] = []
-        for buffer in array.buffers():
+        for buffer in table.column(name).chunk(0).buffers():  # a table that was just made is in one piece
             places[name].append(None if buffer is None else [end, buffer.size])
             if buffer is not None:
                 buffers.append(buffer)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageChops
+from PIL import Image
 from torch import Tensor
 
 from latentdm.data.budget import MAX_PIXELS
-from latentdm.data.decode import STRIP, ImageFile, extremes, image_to_tensor, in_strips, load
+from latentdm.data.decode import BLOCK, ImageFile, blocks, extremes, image_to_tensor, in_blocks, load
 from latentdm.data.skips import SampleError
 from latentdm.errors import UserError
 
@@ -132,7 +132,7 @@ def _mask(image: Image.Image, layout: str) -> Image.Image:
         low, high = extremes(image)
         if not 0 <= low <= high <= 1:  # what is not a number is in no range
             raise UserError(f"as a mask of floats it must be in 0…1, and spans {low:g}…{high:g}; save it with 8 bits")
-        return in_strips(image, lambda levels: np.round(levels * 255))
+        return in_blocks(image, lambda levels: np.round(levels * 255))
     if image.mode.startswith("I"):
         return _deep_mask(image, layout)
     if image.mode in ("P", "PA"):
@@ -153,7 +153,7 @@ def _deep_mask(image: Image.Image, layout: str) -> Image.Image:
     if low < 0:
         raise UserError(f"a mask has no levels below 0, and it has {low}; save it with 8 bits, white to repaint")
     if high <= 1:
-        return in_strips(image, lambda levels: levels * 255)
+        return in_blocks(image, lambda levels: levels * 255)
     if high * 255 < 1.5 * top:
         raise UserError(
             f"its highest level, {high} of {top}, would be black: save a mask with 0 and 1 or with 8 bits, and use "
@@ -165,7 +165,7 @@ def _deep_mask(image: Image.Image, layout: str) -> Image.Image:
         rounded: npt.NDArray[Any] = np.floor((levels % period if period else levels) * (255 / top) + 0.5)
         return rounded
 
-    return in_strips(image, levels_of)
+    return in_blocks(image, levels_of)
 
 
 def _palette_mask(image: Image.Image) -> Image.Image:
@@ -189,15 +189,16 @@ def _gray(image: Image.Image) -> Image.Image:
     """The levels of an 8-bit picture without colours."""
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
         image = image.convert("RGB")
-    first, *others = (image.getchannel(band) for band in image.getbands() if band != "A")
-    if any(extremes(ImageChops.difference(first, other))[1] > NEARLY_GRAY for other in others):
+    coloured = image.mode.startswith("RGB")
+    if coloured and any(np.ptp(block[..., :3], axis=-1).max() > NEARLY_GRAY for _, block in blocks(image)):
         raise UserError(
             "it has colours, and a mask is black and white; save it as gray levels, white to repaint (a label map: by "
             "its numbers, for masks=segmentation)"
         )
-    if image.mode.endswith("A") and _is_flat(first) and not _is_flat(image.getchannel("A")):
+    gray = image.convert("L") if coloured else image.getchannel("L")
+    if image.mode.endswith("A") and _is_flat(gray) and not _is_flat(image.getchannel("A")):
         raise UserError("nothing but its transparency varies; save it as gray levels, white to repaint")
-    return image.convert("L") if others else first
+    return gray
 
 
 def _is_flat(channel: Image.Image) -> bool:
@@ -233,7 +234,7 @@ def _bits(layout: str) -> str:
 
 def _pick(image: Image.Image, rows: Indices, columns: Indices) -> npt.NDArray[Any]:
     left, right = int(columns[0]), int(columns[-1]) + 1
-    height = max(STRIP // (right - left), 1)
+    height = max(BLOCK // (right - left), 1)
     picked, first = [], 0
     while first < len(rows):
         top = int(rows[first])

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from latentdm.data.dataset import PixelDataset, Sample, collate
 from latentdm.data.files import READ_TIMEOUT_S
 from latentdm.data.geometry import ResizeCrop, Target, square
-from latentdm.data.loader import POLL_S, PixelLoader, Reading, explanation
+from latentdm.data.loader import PixelLoader, explanation
 from latentdm.data.order import BucketBatches, EpochSampler
+from latentdm.data.reading import Reading
 from latentdm.data.skips import Skips
 from latentdm.draws import sample_seed
 from latentdm.errors import UserError, attributed
@@ -158,7 +159,6 @@ class PixelDataModule(LightningDataModule):
             "collate_fn": collate,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "timeout": min(self.read_timeout, POLL_S) if self.num_workers else 0,
             "pin_memory": torch.cuda.is_available(),
             # Without one, each new iterator draws from the global generator, and validating changes the training.
             "generator": torch.Generator().manual_seed(sample_seed(self.seed, 0, "dataset", "workers")),

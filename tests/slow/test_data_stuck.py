@@ -36,8 +36,8 @@ def test_a_stopped_worker_ends_the_run_with_what_it_read(workers):
     batches = iter(data.predict_dataloader())
     with pytest.raises(
         RuntimeError,
-        match=r"^StoppingData: the processes that read images stand still: picture 5 was being read for more than "
-        r"read_timeout=1 seconds\. .*; for slow storage set a longer read_timeout$",
+        match=r"^StoppingData: the processes that read images stood still while they read picture 5, for longer than "
+        r"read_timeout=1 seconds, and were ended\. .*; for slow storage set a longer read_timeout$",
     ):
         list(batches)
 

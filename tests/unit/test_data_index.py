@@ -340,9 +340,11 @@ def test_a_name_that_leaves_the_folder_is_refused_on_use(tmp_path, column, name)
 
 def test_a_pipe_in_the_cache_is_not_waited_for(opener):
     opener()
-    opener.files[0].unlink()
-    os.mkfifo(next(iter([opener.cache / "x"])))
+    file = opener.files[0]
+    file.unlink()
+    os.mkfifo(file)
     assert len(opener()) == 12
+    assert file.is_file()
 
 
 def test_what_a_killed_builder_left_is_swept_and_what_another_writes_is_not(opener):
