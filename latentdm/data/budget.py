@@ -19,19 +19,17 @@ BYTES_PER_BYTE = 448
 STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
 """Bytes that Pillow keeps for a pixel of a mode; of all others four."""
 
-ORIENTATION = 0x0112
-"""The EXIF tag of the orientation."""
 
-
-def check_memory(image: Image.Image, file_bytes: int, max_pixels: int) -> None:
+def check_memory(image: Image.Image, file_bytes: int, max_pixels: int, lying: bool = False) -> None:
     """Raise UserError where an image would take more memory than a file of its size may.
 
     Args:
         image: opened, and reduced if it is to be; not decoded.
+        lying: it has to be turned upright.
         file_bytes: the size of its file.
         max_pixels: a user's limit; one above `MAX_PIXELS` allows for more memory as well.
     """
-    needed = image.width * image.height * bytes_per_pixel(image)
+    needed = image.width * image.height * bytes_per_pixel(image, lying)
     allowed = BYTES_PER_BYTE * max(file_bytes, MIB) * max(max_pixels / MAX_PIXELS, 1)
     if needed > allowed:
         raise UserError(
@@ -40,18 +38,16 @@ def check_memory(image: Image.Image, file_bytes: int, max_pixels: int) -> None:
         )
 
 
-def bytes_per_pixel(image: Image.Image) -> float:
+def bytes_per_pixel(image: Image.Image, lying: bool = False) -> float:
     """What a pixel takes at the peak: the decoder, the image, and its conversion to 8 bits of gray or RGB."""
-    return _decoder(image) + _converted(image)
+    return _decoder(image) + _converted(image, lying)
 
 
-def _converted(image: Image.Image) -> float:
+def _converted(image: Image.Image, lying: bool) -> float:
     """The image as it is decoded, beside what it is turned into."""
     stored = STORED.get(image.mode, 4)
     transparent, profile = image.has_transparency_data, bool(image.info.get("icc_profile"))
-    peak = stored
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        peak = 2 * stored
+    peak = 2 * stored if lying else stored
     if image.mode in ("1", "L") and not transparent:
         return max(peak, stored + (4 if profile else 1))
     if image.mode == "RGB" and not transparent:

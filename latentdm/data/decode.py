@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from latentdm.data.budget import MAX_PIXELS, ORIENTATION, check_memory
+from latentdm.data.budget import MAX_PIXELS, check_memory
 from latentdm.data.files import open_file, size_of
 from latentdm.data.skips import SampleError
 from latentdm.errors import UserError
@@ -40,7 +40,7 @@ FORMATS = {
 """The decoders that are used, whatever a file is called, and the endings of their files. Pillow has others that run
 programs (Ghostscript for EPS) or open further files."""
 
-EXTENSIONS = tuple(ending for endings in FORMATS.values() for ending in endings)
+EXTENSIONS = (*(first for first, *_ in FORMATS.values()), *(e for endings in FORMATS.values() for e in endings[1:]))
 """The endings, in lower case, of the files that count as images."""
 
 RESAMPLE = Image.Resampling.LANCZOS
@@ -48,6 +48,9 @@ RESAMPLE = Image.Resampling.LANCZOS
 
 RESAMPLE_REDUCED = Image.Resampling.BICUBIC
 """The same for one that the decoder reduced: at less than a half there is little left to average."""
+
+ORIENTATION = 0x0112
+"""The EXIF tag."""
 
 TURNED = (5, 6, 7, 8)
 """The EXIF orientations of an image that lies on its side."""
@@ -123,7 +126,9 @@ def read_size(file: ImageFile, name: str = "") -> tuple[int, int]:
     Raises:
         SampleError: the file cannot be read; it names the file and says why.
     """
-    with _opened(file, name) as (image, _):
+    with _opened(file, name) as (image, file_bytes):
+        if image.format == "PNG":
+            check_memory(image, file_bytes, MAX_PIXELS)  # as in decoding
         width, height = image.size
         return (height, width) if image.getexif().get(ORIENTATION) in TURNED else (width, height)
 
@@ -202,13 +207,15 @@ def _load(opened: Image.Image, file_bytes: int, resized: Resized | None, max_pix
     width, height = opened.size
     if width * height > max_pixels:
         raise UserError(f"its {width} × {height} pixels exceed max_pixels={max_pixels}")
+    if opened.format == "PNG":
+        check_memory(opened, file_bytes, max_pixels)  # it decodes the image to look for its orientation behind it
     orientation = opened.getexif().get(ORIENTATION, 1)
     turned = orientation in TURNED
     size = (height, width) if turned else (width, height)
     if resized is not None:
         wanted = resized(*size)
         opened.draft(None, wanted[::-1] if turned else wanted)  # None keeps the mode
-    check_memory(opened, file_bytes, max_pixels)
+    check_memory(opened, file_bytes, max_pixels, lying=orientation != 1)
     opened.load()
     if orientation != 1:
         ImageOps.exif_transpose(opened, in_place=True)

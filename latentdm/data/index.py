@@ -25,9 +25,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
 from latentdm.batch import CAPTION
-from latentdm.data import index_file
 from latentdm.data.decode import read_size
 from latentdm.data.files import same_patience
+from latentdm.data.index_file import SUFFIX, BrokenIndexError, read_table, write_table
 from latentdm.data.skips import SampleError
 from latentdm.errors import RunError
 
@@ -183,7 +183,7 @@ def folder_index(
     """
     root = root.resolve()
     key = json.dumps([VERSION, str(root), dict(settings)], sort_keys=True, default=str)
-    file = cache / f"{blake2b(key.encode('utf-8', 'surrogateescape'), digest_size=16).hexdigest()}{index_file.SUFFIX}"
+    file = cache / f"{blake2b(key.encode('utf-8', 'surrogateescape'), digest_size=16).hexdigest()}{SUFFIX}"
     index = _kept(root, file)
     if index is not None:
         return index
@@ -194,7 +194,7 @@ def folder_index(
     if len(entries) < least or not settled:
         return FolderIndex(root, table)
     try:
-        index_file.write(table, file)
+        write_table(table, file)
     except OSError as error:
         rank_zero_warn(f"cannot keep the index of {root} in {cache} ({error}): each run builds it anew; set index_dir")
         return FolderIndex(root, table)
@@ -235,7 +235,7 @@ def unit_hash(name: str) -> float:
 def _kept(root: Path, file: Path) -> FolderIndex | None:
     """The index in a file that still is true; None if there is none, whatever is wrong with it."""
     try:
-        index = FolderIndex(root, *index_file.read(file, SCHEMA), file)
+        index = FolderIndex(root, *read_table(file, SCHEMA), file)
         whole = all(isinstance(problem, str) for problem in index.problems)
         return index if whole and _is_true(index) else None
     except Exception:  # whoever wrote it may have written anything
@@ -245,10 +245,10 @@ def _kept(root: Path, file: Path) -> FolderIndex | None:
 def _reopened(root: Path, file: Path, identity: bytes) -> FolderIndex:
     """The index that another process has opened."""
     try:
-        return FolderIndex(root, *index_file.read(file, SCHEMA, identity), file)
+        return FolderIndex(root, *read_table(file, SCHEMA, identity), file)
     except OSError as error:
         raise RunError(f"the index of {root} is gone from {file} ({error}); start the run again") from error
-    except index_file.BrokenIndexError as error:
+    except BrokenIndexError as error:
         raise RunError(
             f"{root} has changed and its index {file} was built anew meanwhile ({error}); start the run again"
         ) from error

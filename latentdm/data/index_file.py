@@ -44,7 +44,7 @@ class BrokenIndexError(ValueError):
     """The file is none of ours, or not whole."""
 
 
-def write(table: pa.Table, file: Path) -> None:
+def write_table(table: pa.Table, file: Path) -> None:
     """Write an index beside ``file`` and rename it at once: another process may be opening or writing it."""
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     _sweep(file.parent)
@@ -57,11 +57,11 @@ def write(table: pa.Table, file: Path) -> None:
         new.unlink(missing_ok=True)
 
 
-def read(file: Path, schema: pa.Schema, identity: bytes | None = None) -> tuple[pa.Table, bytes]:
+def read_table(file: Path, schema: pa.Schema, identity: bytes | None = None) -> tuple[pa.Table, bytes]:
     """The table in a file, mapped into memory, and its identity.
 
     Args:
-        file: as `write` leaves it.
+        file: as `write_table` leaves it.
         schema: of the table.
         identity: that which the file must have; it is trusted then, as it was read before. None: any.
 

@@ -32,8 +32,8 @@ NEARLY_GRAY = 16
 LUMINANCE = (0.299, 0.587, 0.114)
 """What a gray level takes of red, green and blue, as Pillow has it."""
 
-EXACT = 1 << 22
-"""Sides up to which positions are counted in float32, as torch does; its digits do not suffice for longer ones."""
+MAX_PARTS = 1 << 26
+"""The parts of which weights are counted: a level times two weights fits into 64 bits."""
 
 
 def read_mask(file: ImageFile, name: str = "", max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -255,19 +255,26 @@ def _nearest(
 def _bilinear(
     pick: Pick, size: tuple[int, int], new: tuple[int, int], rows: Indices, columns: Indices
 ) -> npt.NDArray[Any]:
-    (left, right, across), (upper, lower, down) = _between(size[0], new[0], columns), _between(size[1], new[1], rows)
+    left, right, across, width = _between(size[0], new[0], columns)
+    upper, lower, down, height = _between(size[1], new[1], rows)
     x, at_x = np.unique(np.concatenate([left, right]), return_inverse=True)
     y, at_y = np.unique(np.concatenate([upper, lower]), return_inverse=True)
-    levels = pick(y, x).astype(np.float32)
-    levels = levels[:, at_x[: len(columns)]] * (1 - across) + levels[:, at_x[len(columns) :]] * across
-    levels = levels[at_y[: len(rows)]] * (1 - down)[:, None] + levels[at_y[len(rows) :]] * down[:, None]
-    kept: npt.NDArray[np.uint8] = np.clip(np.ceil(levels - np.float32(0.5)), 0, 255).astype(np.uint8)
-    return kept
+    levels = pick(y, x).astype(np.int64)
+    levels = levels[:, at_x[: len(columns)]] * (width - across) + levels[:, at_x[len(columns) :]] * across
+    levels = levels[at_y[: len(rows)]] * (height - down)[:, None] + levels[at_y[len(rows) :]] * down[:, None]
+    whole = width * height
+    kept: npt.NDArray[Any] = -((whole - 2 * levels) // (2 * whole))  # a half goes down
+    return kept.astype(np.uint8)
 
 
-def _between(side: int, new: int, positions: Indices) -> tuple[Indices, Indices, npt.NDArray[np.float32]]:
-    """For positions along a resized side: the pixels before and after, and how far they lie between the two."""
-    kind: Any = np.float32 if max(side, new) <= EXACT else np.float64
-    exact = np.maximum(kind(side) / kind(new) * (positions.astype(kind) + kind(0.5)) - kind(0.5), 0)
-    before = np.minimum(exact.astype(np.int64), side - 1)
-    return before, np.minimum(before + 1, side - 1), (exact - before).clip(0, 1).astype(np.float32)
+def _between(side: int, new: int, positions: Indices) -> tuple[Indices, Indices, Indices, int]:
+    """Of positions along a resized side: the pixels before and after, and the latter's weight, in parts of a whole.
+
+    In integers, and so exact: in floats a half would be more or less than that, by the processor.
+    """
+    parts = 2 * new
+    place = np.maximum((2 * positions + 1) * side - new, 0)
+    before, weight = place // parts, place % parts
+    if parts > MAX_PARTS:
+        weight, parts = weight * (MAX_PARTS / parts) // 1, MAX_PARTS
+    return before, np.minimum(before + 1, side - 1), weight.astype(np.int64), parts
