@@ -54,6 +54,8 @@ def _converted(image: Image.Image, lying: bool) -> float:
         return max(peak, stored + 1)  # as a mask it becomes gray
     if image.mode.startswith(("I", "F")):
         return max(peak, stored + 1, 5 if profile else 0)
+    if image.mode in ("RGBA", "LA"):
+        return max(peak, stored + 2 + (4 if profile else 0))  # a channel after another; with a profile the colours
     # Turned into RGB or RGBA; alpha, and the colours without it for a profile, are copies as well.
     return max(peak, stored + 4 + 1 + transparent * (4 if profile else 0))
 
@@ -67,4 +69,6 @@ def _decoder(image: Image.Image) -> float:
         reduction = max(getattr(image, "decoderconfig", ())[:1] or (1,))
         widest = max((across for _, across, *_ in layers), default=1) * max((layer[2] for layer in layers), default=1)
         return float(2 * sum(across * down for _, across, down, *_ in layers) / widest * reduction**2)
-    return {"WEBP": 20.0, "AVIF": 20.0, "TIFF": 8.0, "GIF": 5.0, "BMP": 3.0, "PPM": 8.0}.get(str(image.format), 0.0)
+    if image.format in ("TIFF", "PPM"):
+        return 2 * STORED.get(image.mode, 4)  # a strip of 16 bits may be all of it
+    return {"WEBP": 12.5, "AVIF": 16.0, "GIF": 1.0, "BMP": 3.0}.get(str(image.format), 0.0)

@@ -176,12 +176,17 @@ def in_blocks(image: Image.Image, convert: Callable[[npt.NDArray[Any]], npt.NDAr
 
 def blocks(image: Image.Image) -> Iterator[tuple[tuple[int, int], npt.NDArray[Any]]]:
     """An image's levels in parts, each with its upper left corner: as one array they would lie in memory thrice."""
+    for corner, part in parts(image):
+        yield corner, np.asarray(part)
+
+
+def parts(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
+    """Crops that make up an image, each with its upper left corner."""
     columns = min(image.width, BLOCK)
     rows = BLOCK // columns
     for top in range(0, image.height, rows):
         for left in range(0, image.width, columns):
-            box = (left, top, min(left + columns, image.width), min(top + rows, image.height))
-            yield (left, top), np.asarray(image.crop(box))
+            yield (left, top), image.crop((left, top, min(left + columns, image.width), min(top + rows, image.height)))
 
 
 @contextmanager

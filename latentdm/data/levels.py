@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from latentdm.data.budget import MAX_PIXELS
-from latentdm.data.decode import BLOCK, ImageFile, blocks, extremes, image_to_tensor, in_blocks, load
+from latentdm.data.decode import BLOCK, ImageFile, extremes, image_to_tensor, in_blocks, load, parts
 from latentdm.data.skips import SampleError
 from latentdm.errors import UserError
 
@@ -190,7 +190,7 @@ def _gray(image: Image.Image) -> Image.Image:
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
         image = image.convert("RGB")
     coloured = image.mode.startswith("RGB")
-    if coloured and any(np.ptp(block[..., :3], axis=-1).max() > NEARLY_GRAY for _, block in blocks(image)):
+    if coloured and any(_has_colours(part) for _, part in parts(image)):
         raise UserError(
             "it has colours, and a mask is black and white; save it as gray levels, white to repaint (a label map: by "
             "its numbers, for masks=segmentation)"
@@ -199,6 +199,11 @@ def _gray(image: Image.Image) -> Image.Image:
     if image.mode.endswith("A") and _is_flat(gray) and not _is_flat(image.getchannel("A")):
         raise UserError("nothing but its transparency varies; save it as gray levels, white to repaint")
     return gray
+
+
+def _has_colours(image: Image.Image) -> bool:
+    red, *others = (image.getchannel(channel) for channel in "RGB")
+    return any(extremes(ImageChops.difference(red, other))[1] > NEARLY_GRAY for other in others)
 
 
 def _is_flat(channel: Image.Image) -> bool:

@@ -126,6 +126,8 @@ def explanation(error: BaseException, dataset: Any) -> str:
         processes = set(map(int, died[1].split(",")))
     else:
         return ""
+    if reading.stood_still:
+        processes = None  # they were ended one after another
     names = [dataset.name(position) for position in reading.positions(processes)]
     if reading.stood_still:
         what = f"while they read {', '.join(names)}" if any(names) else "while nothing was read"
