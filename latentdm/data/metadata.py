@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from latentdm.batch import CAPTION
+from latentdm.data.files import read_file
 from latentdm.data.skips import SampleError
 from latentdm.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".json")
+
+MAX_BYTES = 4 << 30
+"""The most that a file of texts may hold."""
 
 FILE_NAME = "file_name"
 """The column that names the image, as in Hugging Face's imagefolder."""
@@ -72,7 +76,7 @@ def _json(line: str, path: Path, number: int) -> Any:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_file(path, MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SampleError(f"cannot read {path}: it is not UTF-8 ({error}); save it as UTF-8") from error
     except OSError as error:

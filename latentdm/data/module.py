@@ -2,8 +2,9 @@
 
 from inspect import signature
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir
 from typing import Any
+from uuid import uuid4
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -11,9 +12,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from latentdm.data.dataset import PixelDataset, Sample, collate
+from latentdm.data.files import READ_TIMEOUT_S
 from latentdm.data.geometry import ResizeCrop, Target, square
-from latentdm.data.loader import PixelLoader, Reading, explanation
+from latentdm.data.loader import PixelLoader, explanation
 from latentdm.data.order import GlobalOrder, InOrder, RankBatches
+from latentdm.data.reading import Reading
 from latentdm.data.skips import Skips
 from latentdm.draws import sample_seed
 from latentdm.errors import UserError, attributed
@@ -48,6 +51,9 @@ class PixelDataModule(LightningDataModule):
         on_error: what happens to a sample that cannot be read: ``"raise"`` an error that names it, or ``"skip"``:
             another sample, drawn from (epoch, position), replaces it, and a report at the end lists what was skipped.
         max_skipped_share: with ``skip``: an error all the same when more than this share of the samples is broken.
+        read_timeout: seconds that the reading of a file may wait for its storage, all waiting together; of a shard,
+            each reading. Then the sample counts as one that cannot be read. A process of ``num_workers`` that does not
+            get any further for so long ends the run with an error that says what it was reading.
 
     Attributes:
         train_set: the dataset of ``fit``.
@@ -71,6 +77,7 @@ class PixelDataModule(LightningDataModule):
         seed: int = 0,
         on_error: str = "raise",
         max_skipped_share: float = 0.05,
+        read_timeout: float = READ_TIMEOUT_S,
     ) -> None:
         super().__init__()
         check = Check(type(self).__name__)
@@ -79,6 +86,7 @@ class PixelDataModule(LightningDataModule):
         self.seed = check.integer("seed", seed, 0)
         self.on_error = check.choice("on_error", on_error, ON_ERROR)
         self.max_skipped_share = check.number("max_skipped_share", max_skipped_share, 0, 1)
+        self.read_timeout = check.number("read_timeout", read_timeout, 0.01)
         self.skips: Skips | None = None
 
     def train_dataloader(self) -> DataLoader[Sample]:
@@ -127,8 +135,9 @@ class PixelDataModule(LightningDataModule):
     def _skips(self, ranks: int, rank: int) -> Skips | None:
         """The report of this run; made with its first loader."""
         if self.on_error == "skip" and self.skips is None:
-            trainer = self.trainer
-            folder = Path(mkdtemp() if trainer is None else trainer.default_root_dir) / "skipped_samples"
+            # Without a trainer a folder of a new name, that nobody has made: it is made at the first skip, if at all.
+            home = Path(gettempdir()) / f"latentdm-{uuid4().hex}"
+            folder = (home if self.trainer is None else Path(self.trainer.default_root_dir)) / "skipped_samples"
             self.skips = Skips(folder, rank, ranks, self.max_skipped_share, total=max(map(len, self._sets())))
             with attributed(type(self).__name__):
                 for problem in self.problems():
@@ -146,6 +155,7 @@ class PixelDataModule(LightningDataModule):
         ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         dataset.skips = self._skips(ranks["num_replicas"], ranks["rank"])
         dataset.owner = type(self).__name__
+        dataset.read_timeout = self.read_timeout
         if self.num_workers > (dataset.reading.workers if dataset.reading else 0):
             dataset.reading = Reading(self.num_workers)
         settings: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Which images a folder holds, which mask, source and caption belong to each, and which of them are for validation.
 
-A *companion* is another picture of an image: its mask, or its source.
+A *companion* is another picture of an image: its mask, its source, or its label map.
 """
 
 import os
@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from latentdm.batch import CAPTION
+from latentdm.batch import CAPTION, MASK, SEGMENTATION, SOURCE
 from latentdm.data.decode import EXTENSIONS
 from latentdm.data.geometry import COMPANIONS
 from latentdm.data.index import THREADS, Entry, stamp
@@ -29,6 +30,7 @@ class Pairing:
     Attributes:
         masks: ``"auto"``, ``"require"`` or ``"ignore"``, see `latentdm.data.ImageFolderData`.
         sources: the same.
+        segmentations: the same.
         captions: the same.
         columns: our name of a metadata column → its name there.
         lenient: what is wrong with a single image is an error when it is read, and not at once.
@@ -36,13 +38,14 @@ class Pairing:
 
     masks: str = "auto"
     sources: str = "auto"
+    segmentations: str = "auto"
     captions: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     lenient: bool = False
 
     def choice(self, companion: str) -> str:
-        """What is set for ``mask`` or ``source``."""
-        return {"mask": self.masks, "source": self.sources}[companion]
+        """What is set for ``mask``, ``source`` or ``segmentation``."""
+        return {MASK: self.masks, SOURCE: self.sources, SEGMENTATION: self.segmentations}[companion]
 
 
 @dataclass
@@ -93,8 +96,8 @@ def find_images(
     """The images of a folder and of the folders inside it, sorted by name.
 
     The mask of ``a/b.jpg`` is the one that its metadata name, or ``a/b-mask.png`` or ``masks/a/b.png``, with any image
-    ending; its source likewise, with "source" for "mask". Its caption is in its metadata, in ``a/b.txt`` or in
-    ``a/b.json``. An image that the metadata do not name counts as well.
+    ending; its source and its label map likewise, with "source" and "segmentation" for "mask". Its caption is in its
+    metadata, in ``a/b.txt`` or in ``a/b.json``. An image that the metadata do not name counts as well.
 
     Returns:
         The images; what is wrong with the folder (where ``pairing.lenient``); and what to watch for changes.
@@ -134,8 +137,8 @@ def find_images(
         entry, stem = described.get(name, Entry(name)), _stem(name)
         sidecar = next((stem + ending for ending in SIDECARS if stem + ending in listing.sidecars), None)
         caption = None if pairing.captions == "ignore" else sidecar
-        mask, source = (getattr(entry, kind) or found[kind].get(stem) for kind in COMPANIONS)
-        entries.append(replace(entry, size=size, mtime=mtime, mask=mask, source=source, caption=caption))
+        pictures: dict[str, Any] = {kind: getattr(entry, kind) or found[kind].get(stem) for kind in COMPANIONS}
+        entries.append(replace(entry, size=size, mtime=mtime, caption=caption, **pictures))
     stems = {_stem(name) for name in images}
     for kind, names in found.items():
         for companion in (names[stem] for stem in names if stem not in stems):
@@ -214,7 +217,8 @@ def _described(
                 columns = {column: value for column, value in row.items() if column is not None}
                 if pairing.captions == "ignore":
                     columns.pop(CAPTION, None)
-                described[name] = Entry(name, mask=kept.get("mask"), source=kept.get("source"), columns=columns)
+                pictures: dict[str, Any] = kept
+                described[name] = Entry(name, columns=columns, **pictures)
     return described, named
 
 

@@ -10,7 +10,10 @@ from random import Random
 from typing import Any
 
 from latentdm.batch import CAPTION
-from latentdm.data.decode import EXTENSIONS, MAX_PIXELS
+from latentdm.data.archives import check_shards, members, open_shard
+from latentdm.data.budget import MAX_PIXELS
+from latentdm.data.decode import EXTENSIONS
+from latentdm.data.files import READ_TIMEOUT_S
 from latentdm.data.geometry import COMPANIONS, Record
 from latentdm.data.metadata import CAPTION_COLUMNS, rename
 from latentdm.data.skips import SampleError
@@ -51,6 +54,8 @@ class ShardRecords:
         try:
             for files in _read_shard(shard):
                 yield self._record(shard, files)
+        except SampleError as error:  # which names it
+            yield error
         except Exception as error:  # a file system, a network, a pipe or a broken tar: each has its own
             # webdataset appends the stream it was reading, as an argument and in the text, with its address in memory.
             text = error.strerror if isinstance(error, OSError) and error.strerror else next(iter(error.args), error)
@@ -65,7 +70,9 @@ class ShardRecords:
             endings = ", ".join(ending for ending in files if not ending.startswith("__"))
             wanted = self.columns.get("image", ", ".join(IMAGE_ENDINGS))
             return SampleError(f"cannot read {name}: it has no image ({wanted}), only {endings}; remove it")
-        companions = {k: self._find(files, k, [f"{k}.{ending}" for ending in IMAGE_ENDINGS]) for k in COMPANIONS}
+        companions: dict[str, Any] = {
+            kind: self._find(files, kind, [f"{kind}.{ending}" for ending in IMAGE_ENDINGS]) for kind in COMPANIONS
+        }
         try:
             columns = {}
             if "json" in files and self.columns.get(CAPTION) != "json":
@@ -99,8 +106,10 @@ class WebDatasetData(StreamDataModule):
     alike in every epoch and on every worker.
 
     Args:
-        shards: paths or URLs, with braces (``photos-{0000..0099}.tar``); several as a list. ``pipe:`` takes a command
-            that prints a shard; any other protocol is opened with fsspec (``s3://``, ``hf://``, ``https://``).
+        shards: paths or URLs, with braces (``photos-{0000..0099}.tar``); several as a list. ``pipe:`` runs a command
+            that prints a shard, in a shell and with your rights, wherever it stands among them: only with
+            ``allow_pipe``, and never from a list that somebody else wrote. Any other protocol is opened with fsspec
+            (``s3://``, ``hf://``, ``https://``).
         size: side of the square images in pixels.
         batch_size: images a batch, on each device.
         epoch_length: training images an epoch, on all devices together.
@@ -117,6 +126,8 @@ class WebDatasetData(StreamDataModule):
         on_error: ``"raise"`` or ``"skip"``, see `PixelDataModule`; a shard that breaks off counts as one sample.
         max_skipped_share: the share of broken samples that ``skip`` bears.
         max_pixels: a larger image counts as broken, and is not decoded.
+        read_timeout: seconds that each reading from a shard may wait, see `PixelDataModule`.
+        allow_pipe: run the commands of shards that begin with ``pipe:``, with your rights.
 
     Raises:
         ValueError: a setting is out of range; while reading: a broken shard or sample.
@@ -144,14 +155,17 @@ class WebDatasetData(StreamDataModule):
         on_error: str = "raise",
         max_skipped_share: float = 0.05,
         max_pixels: int = MAX_PIXELS,
+        read_timeout: float = READ_TIMEOUT_S,
+        allow_pipe: bool = False,
     ) -> None:
         super().__init__(
             epoch_length, val_length, shuffle_buffer, parts, size=size, alpha=alpha, flip=flip, max_pixels=max_pixels,
             batch_size=batch_size, num_workers=num_workers, seed=seed, on_error=on_error,
-            max_skipped_share=max_skipped_share,
+            max_skipped_share=max_skipped_share, read_timeout=read_timeout,
         )  # fmt: skip
         self.shards = shards
         self.val_shards = val_shards
+        self.allow_pipe = allow_pipe
         self.columns = dict(columns or {})
 
     @attributed(OWNER)
@@ -170,6 +184,7 @@ class WebDatasetData(StreamDataModule):
         webdataset = require("webdataset", extra="webdataset", needed_by=OWNER)
         names = [shards] if isinstance(shards, str) else list(shards)
         expanded = [url for name in names for url in webdataset.shardlists.expand_urls(name)]
+        check_shards(expanded, self.allow_pipe)
         if not expanded:
             raise UserError(f"shards={shards!r} names no shard; give a path, with braces for many")
         return self.stream(ShardRecords(expanded, self.columns), training)
@@ -177,11 +192,6 @@ class WebDatasetData(StreamDataModule):
 
 def _read_shard(url: str) -> Iterator[dict[str, Any]]:
     """The samples of a shard: ending → content, and ``__key__``."""
-    webdataset = require("webdataset", extra="webdataset", needed_by=OWNER)
-    if url.startswith("pipe:"):
-        opened = webdataset.gopen(url)
-    else:
-        opened = require("fsspec", extra="webdataset", needed_by=OWNER).open(url, "rb")
-    with opened as stream:
-        source = [{"url": url, "stream": stream}]
-        yield from webdataset.tariterators.group_by_keys(webdataset.tariterators.tar_file_expander(source))
+    group = require("webdataset", extra="webdataset", needed_by=OWNER).tariterators.group_by_keys
+    with open_shard(url, OWNER) as stream:
+        yield from group(members(stream, url))
