@@ -1,5 +1,6 @@
 """The data modules' base: settings, loaders, and the report of what was skipped."""
 
+from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -13,12 +14,15 @@ from latentdm.data.dataset import PixelDataset, Sample, collate
 from latentdm.data.geometry import ResizeCrop, Target, square
 from latentdm.data.loader import PixelLoader, Reading, explanation
 from latentdm.data.order import BucketBatches, EpochSampler
-from latentdm.data.skips import Skips
+from latentdm.data.skips import SampleError, Skips
 from latentdm.draws import sample_seed
 from latentdm.errors import UserError, attributed
 from latentdm.validation import Check
 
 ON_ERROR = ("raise", "skip")
+
+MAX_EXAMPLES = 8
+"""How many samples are tried for one that can be read."""
 
 
 class PixelDataModule(LightningDataModule):
@@ -92,6 +96,16 @@ class PixelDataModule(LightningDataModule):
         """Batches in order; ValueError if there is nothing to predict."""
         return self._loader(self._needed("predict_set"), training=False)
 
+    def example(self) -> Sample | None:
+        """A training sample, to see what samples hold; None where none can be read, or a stream would begin."""
+        dataset = self.train_set
+        if dataset is None or dataset.ordered:
+            return None
+        for position in range(min(len(dataset), MAX_EXAMPLES)):
+            with suppress(SampleError):  # it is told, or skipped and reported, when its turn comes
+                return dataset.sample(position, 0)
+        return None
+
     def problems(self) -> list[str]:
         """What is wrong with the data beside single samples; for the report where ``on_error`` is "skip"."""
         return []
@@ -108,6 +122,7 @@ class PixelDataModule(LightningDataModule):
         whys = (explanation(exception, dataset) for dataset in self._sets())
         if why := next(filter(None, whys), ""):
             rank_zero_warn(why)
+            exception.args = (why,)  # what is shown last, and kept by whoever catches it
         self._report()
 
     def _report(self) -> None:

@@ -10,6 +10,7 @@ from itertools import islice
 from random import Random
 from typing import Any, TypeVar
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import get_worker_info
 
 from latentdm.data.dataset import PixelDataset, Sample
@@ -113,13 +114,17 @@ class StreamImages(PixelDataset):
         random = Random(sample_seed(self.seed, epoch, part, "stream"))
         turn = empty = 0
         while empty < MAX_EMPTY_PASSES:
+            if empty and not self.training:
+                part, parts = 0, 1  # fewer samples than parts: validation repeats some anyway
             empty += 1
             items = self.items(part, parts, sample_seed(self.seed, epoch, turn, "turn"), self.training)
             for item in shuffled(items, self.shuffle_buffer, random):
                 empty = 0
                 yield item
             turn += 1
-        raise UserError(f"part {part} of {parts} of the stream is empty; use fewer workers or more samples")
+        if not self.training:
+            raise UserError("the validation data hold no sample; give them some, or leave validation out")
+        raise UserError(f"part {part} of {parts} of the training stream is empty; use fewer workers or more samples")
 
 
 class StreamDataModule(PictureDataModule):
@@ -146,6 +151,8 @@ class StreamDataModule(PictureDataModule):
         """The dataset of a stream of records."""
         length = self.epoch_length if training else self.val_length
         owner, crops = type(self).__name__, self.crops(training)
+        if training:
+            rank_zero_info(f"{owner}: an epoch is epoch_length={length} images, however many the stream holds")
         return StreamImages(owner, items, crops, length, training, self.shuffle_buffer, self.seed)
 
 
