@@ -6,6 +6,7 @@ Shapes: ``b`` batch, ``h w`` pixels, ``z`` latent channels. Images are float in 
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -145,7 +146,7 @@ def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
     if len(line) <= width and font.getlength(line) <= width:
         return line
     # Names and captions may be of any length, and to measure one costs as much as its length.
-    length = bisect_right(range(min(len(line), width)), width, key=lambda end: font.getlength(f"{line[:end]}…"))
+    length = bisect_right(range(min(len(line), width)), width, key=lambda end: ceil(font.getlength(f"{line[:end]}…")))
     return f"{line[: max(length - 1, 0)]}…"
 
 
