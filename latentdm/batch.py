@@ -109,6 +109,8 @@ class BatchKeys:
         Returns:
             A batch of the same kind; what lies beside the parts stays as it is.
         """
+        if type(batch) is dict and isinstance(batch.get(self.keys.get(PIXELS, PIXELS)), Tensor):  # nearly all of them
+            return change(batch, path)
         parts = self._parts(batch) if is_batch(batch) else {}
         if not parts:
             return change(batch, path)
@@ -116,8 +118,6 @@ class BatchKeys:
 
     def _parts(self, batch: Any) -> dict[Any, Any]:
         """The items that hold images, where the batch itself has none."""
-        if isinstance(batch, MAPPINGS) and isinstance(batch.get(self.key(PIXELS)), Tensor):  # nearly all of them
-            return {}
         own = self.find(batch).get(PIXELS)
         if own is not None and not is_batch(own):
             return {}

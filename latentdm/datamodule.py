@@ -100,12 +100,13 @@ class LatentDataModule(Wrapper):
         """Look whether the data bring what the stages read, before anything large is loaded.
 
         Sets ``pixels`` up and reads a sample, where they are a module of `latentdm.data` that reads samples by
-        position. What a stream or a data module of your own brings is not known before the first batch.
+        position, and prepares nothing of its own. What others bring is told in `setup`, or at the first batch.
 
         Raises:
             UserError: something is missing; naming the stage and the remedies.
         """
-        if isinstance(self.pixels, PixelDataModule):
+        prepares = getattr(self.pixels.prepare_data, "__module__", "").partition(".")[0]
+        if isinstance(self.pixels, PixelDataModule) and prepares in ("latentdm", "lightning"):
             self.pixels.setup("fit")
             self._check_sample()
 
@@ -209,9 +210,13 @@ class LatentDataModule(Wrapper):
                 self._prepared[path] = draws, move_data_to_device(written, device)
         if self._is_example:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        if not is_overridden("transfer_batch_to_device", self.pixels):  # Lightning refuses to move what is frozen
-            batch = self.keys.each(batch, lambda part, _: rebuild(part, {}) if is_frozen(part) else part)
-        return self.pixels.transfer_batch_to_device(batch, device, dataloader_idx)
+        return self.pixels.transfer_batch_to_device(self.keys.each(batch, self._movable), device, dataloader_idx)
+
+    def _movable(self, batch: Any, path: Path) -> Any:
+        """A part in a form that Lightning moves to a device, unless the pixels have a hook that does."""
+        if is_frozen(batch) and not is_overridden("transfer_batch_to_device", self.pixels):
+            return rebuild(batch, {})
+        return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """On the device: pixels → latents.

@@ -288,3 +288,10 @@ def test_what_holds_no_images_passes(plain):
     datamodule = LatentDataModule(Photos(photo_columns()), plain)
     for thing in (None, "a prompt", 3, torch.arange(2), torch.ones(2, 16, 8, 8), torch.ones(2, 4, 4, 4), Holder(None)):
         assert datamodule.process(thing, CPU) is thing
+
+
+@pytest.mark.parametrize("form", [Plain, Slotted, Named])
+def test_what_the_model_receives_is_of_the_trainer_s_dtype(form, plain):
+    pixels = loading(lambda rows: form(**joined(rows)))
+    (batch, _) = predict(LatentDataModule(pixels, plain), precision="bf16-true")
+    assert batch.latents.dtype == torch.bfloat16

@@ -124,6 +124,20 @@ def test_what_a_loader_or_a_hook_adds_is_not_missed(photos, vae):
         assert "latents" in predict(datamodule)[0]
 
 
+class Prepares(ImageFolderData):
+    """Its folder is filled first."""
+
+    def prepare_data(self):
+        Image.new("RGB", (32, 32)).save(self.root / "made.png")
+
+
+def test_what_prepares_itself_is_looked_at_in_setup(tmp_path):
+    datamodule = wrapped(Prepares(tmp_path, size=32, val_share=0), captions=Captions())
+    datamodule.check()
+    with complains("the batch has no 'caption', only 'pixels', 'index', 'name'"):
+        quiet_trainer().fit(LatentModel(), datamodule=datamodule)
+
+
 class Broken(PixelDataset):
     """The first sample cannot be read."""
 
