@@ -55,24 +55,29 @@ class Publisher:
         except OSError as error:
             written = False
             self._count(file, error)
-        logger: Any
         for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image(key=self.key, images=[picture], step=step)
-            elif hasattr(getattr(logger, "experiment", None), "add_image"):
-                logger.experiment.add_image(self.key, np.asarray(picture), step, dataformats="HWC")
+            try:
+                self._send(picture, logger, step)
+            except OSError as error:
+                self._count(f"to {type(logger).__name__}", error)
         return file if written else None
+
+    def _send(self, picture: Image.Image, logger: Any, step: int) -> None:
+        if hasattr(logger, "log_image"):
+            logger.log_image(key=self.key, images=[picture], step=step)
+        elif hasattr(getattr(logger, "experiment", None), "add_image"):
+            logger.experiment.add_image(self.key, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
         """Say how many pictures were lost, if it was more than the one that was warned of."""
         if self.lost > 1:
-            rank_zero_info(f"{self.owner}: {self.lost} pictures could not be written to {self.folder}")
+            rank_zero_info(f"{self.owner}: {self.lost} pictures could not be written, as to {self.folder}")
 
-    def _count(self, file: Path, error: OSError) -> None:
+    def _count(self, where: Path | str, error: OSError) -> None:
         self.lost += 1
         if not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"{self.owner}: cannot write {file}: {error.strerror or error}; training goes on, and pictures that "
+                f"{self.owner}: cannot write {where}: {error.strerror or error}; training goes on, and pictures that "
                 "cannot be written are left out without another warning"
             )

@@ -65,6 +65,23 @@ def test_a_full_disk_is_warned_of_once_and_pictures_are_counted(vae, tmp_path, c
     assert wandb.images == [("preview", 0), ("preview", 2), ("preview", 4)]
 
 
+class Full(Wandb):
+    """A logger that writes to a full disk."""
+
+    def log_image(self, key, images, step=None):
+        super().log_image(key, images, step)
+        raise OSError(28, "No space left on device")
+
+
+def test_a_logger_on_a_full_disk_is_no_end_either(vae, tmp_path):
+    loggers = [Full(), Wandb()]
+    with pytest.warns(UserWarning, match="LatentPreview: cannot write to Full: No space left on device") as caught:
+        run(vae, LatentPreview(every_n_steps=2, dirpath=tmp_path), logger=loggers)
+    assert len([warning for warning in caught if "LatentPreview" in str(warning.message)]) == 1
+    assert loggers[0].images == loggers[1].images == [("preview", 0), ("preview", 2), ("preview", 4)]
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
 def test_samples_too(vae, tmp_path):
     folder = full(tmp_path / "samples", (4,))
     callback = SamplePreview(dirpath=folder)
