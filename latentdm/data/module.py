@@ -1,5 +1,6 @@
 """The data modules' base: settings, loaders, and the report of what was skipped."""
 
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 from tempfile import gettempdir
@@ -17,7 +18,7 @@ from latentdm.data.geometry import ResizeCrop, Target, square
 from latentdm.data.loader import PixelLoader, explanation
 from latentdm.data.order import GlobalOrder, InOrder, RankBatches
 from latentdm.data.reading import Reading
-from latentdm.data.skips import Skips
+from latentdm.data.skips import SampleError, Skips
 from latentdm.draws import sample_seed
 from latentdm.errors import UserError, attributed
 from latentdm.progress import Progress
@@ -27,6 +28,9 @@ ON_ERROR = ("raise", "skip")
 
 FREE = ("self", "batch_size", "num_workers", "on_error", "max_skipped_share")
 """Arguments that may change in a run that goes on; of the batch size `PixelLoader` tells by itself."""
+
+MAX_EXAMPLES = 8
+"""How many samples are tried for one that can be read."""
 
 
 class PixelDataModule(LightningDataModule):
@@ -105,6 +109,16 @@ class PixelDataModule(LightningDataModule):
         """Batches in order; ValueError if there is nothing to predict."""
         return self._loader(self._needed("predict_set"), training=False)
 
+    def example(self) -> Sample | None:
+        """A training sample, to see what samples hold; None where none can be read, or a stream would begin."""
+        dataset = self.train_set
+        if dataset is None or dataset.ordered:
+            return None
+        for position in range(min(len(dataset), MAX_EXAMPLES)):
+            with suppress(SampleError):  # it is told, or skipped and reported, when its turn comes
+                return dataset.sample(position, 0)
+        return None
+
     def problems(self) -> list[str]:
         """What is wrong with the data beside single samples; for the report where ``on_error`` is "skip"."""
         return []
@@ -121,6 +135,7 @@ class PixelDataModule(LightningDataModule):
         whys = (explanation(exception, dataset) for dataset in self._sets())
         if why := next(filter(None, whys), ""):
             rank_zero_warn(why)
+            exception.args = (why,)  # what is shown last, and kept by whoever catches it
         self._report()
 
     def _report(self) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from latentdm.autoencoders.images import Images
 from latentdm.autoencoders.limits import POSTERIORS, check_clip
 from latentdm.autoencoders.vae import FrozenVAE
-from latentdm.batch import INDEX, LATENTS, MAPPINGS, PIXELS, SOURCE, sample_ids
+from latentdm.batch import INDEX, LATENTS, PIXELS, SOURCE, sample_ids
+from latentdm.containers import MAPPINGS, fields_of
 from latentdm.draws import Draws, FreshDraws
 from latentdm.errors import UserError, attributed
 from latentdm.stages import Stage
-from latentdm.tensors import check_pixels, crop, describe
+from latentdm.tensors import check_pixels, crop, describe, how_to_convert
 from latentdm.validation import Check
 
 
@@ -119,7 +120,11 @@ class Encoder(Stage):
         """
         with attributed(type(self).__name__):
             if not isinstance(batch, MAPPINGS):
-                raise UserError(f"expected a dict, as in {{'pixels': images}}, got {describe(batch)}")
+                named = fields_of(batch)
+                if named is None:
+                    advice = how_to_convert(batch)
+                    raise UserError(f"expected a dict, as in {{'pixels': images}}, got {describe(batch)}{advice}")
+                batch = named
             self._check(batch)
             if draws is not None:
                 return self._encode(batch, draws)
