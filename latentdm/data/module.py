@@ -112,7 +112,7 @@ class PixelDataModule(LightningDataModule):
     def example(self) -> Sample | None:
         """A training sample, to see what samples hold; None where none can be read, or a stream would begin."""
         dataset = self.train_set
-        if dataset is None or dataset.ordered:
+        if dataset is None or dataset.parts is not None:
             return None
         for position in range(min(len(dataset), MAX_EXAMPLES)):
             with suppress(SampleError):  # it is told, or skipped and reported, when its turn comes
