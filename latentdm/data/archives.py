@@ -71,7 +71,7 @@ class _Head(tarfile.TarInfo):
         head = super().frombuf(*arguments, **named)
         long = head.type in (*tarfile.GNU_TYPES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
         if head.type == tarfile.GNUTYPE_SPARSE or (long and head.size > MAX_HEAD_BYTES):
-            raise SampleError(f"a head of {head.size} bytes, or a sparse member; write the shard anew without it")
+            raise tarfile.ReadError(f"a head of {head.size} bytes, or a sparse member; write the shard anew without it")
         return head
 
 
@@ -82,7 +82,7 @@ def members(stream: BinaryIO, shard: str) -> Iterator[dict[str, Any]]:
 
     Raises:
         SampleError: a member is larger than it may be.
-        tarfile.TarError: the shard is broken.
+        tarfile.TarError: the shard is broken, or a head promises more than it may.
     """
     limit = max(MAX_MEMBER_BYTES, size_of(stream))
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Head) as tar:

@@ -29,7 +29,8 @@ def check_memory(image: Image.Image, file_bytes: int, max_pixels: int, lying: bo
         file_bytes: the size of its file.
         max_pixels: a user's limit; one above `MAX_PIXELS` allows for more memory as well.
     """
-    needed = image.width * image.height * bytes_per_pixel(image, lying)
+    rows = 4 * STORED.get(image.mode, 4) * image.width  # two of them, of 16 bits: all of a picture of one row
+    needed = image.width * image.height * bytes_per_pixel(image, lying) + rows
     allowed = BYTES_PER_BYTE * max(file_bytes, MIB) * max(max_pixels / MAX_PIXELS, 1)
     if needed > allowed:
         raise UserError(

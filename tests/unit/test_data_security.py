@@ -92,6 +92,11 @@ def png_head(width, height, mode="RGB"):
     return content[:12] + head + zlib.crc32(head).to_bytes(4, "big") + content[33:]
 
 
+def test_the_rows_of_a_picture_of_one_row_count_as_well():
+    with pytest.raises(SampleError, match=r"its 100000000 × 1 pixels of mode I;16 take \d+ MiB"):
+        read_image(png_head(100_000_000, 1, "I;16"))
+
+
 @pytest.mark.parametrize(("mode", "side"), [("RGB", 13_000), ("RGBA", 11_000), ("I;16", 13_300), ("LA", 11_000)])
 def test_a_picture_that_takes_too_much_is_refused_before_it_is_decoded(mode, side):
     content = png_head(side, side, mode)
