@@ -13,7 +13,7 @@ from latentdm.batch import PIXELS, BatchKeys, Key, is_batch
 from latentdm.draws import Draws, FreshDraws
 from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError, UserTypeError
-from latentdm.hooks import batch_draws, check_model, notify, rounded_pixels
+from latentdm.hooks import batch_draws, check_model, notify, rounded_pixels, unused_masks
 from latentdm.stages import Line, MissingKeyError, Stage
 from latentdm.tensors import describe
 from latentdm.wrapper import Wrapper
@@ -93,6 +93,8 @@ class LatentDataModule(Wrapper):
 
     def setup(self, stage: str) -> None:
         """Delegates; makes the frozen networks and puts them on this rank's device. UserError: see `check_model`."""
+        if hasattr(self.pixels, "masks_unused"):  # our own data modules say it when they are set up
+            self.pixels.masks_unused = unused_masks(self.line.device, self.keys.keys)
         self.pixels.setup(stage)
         if self.trainer is not None:
             check_model(self.trainer.lightning_module)

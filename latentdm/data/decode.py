@@ -23,7 +23,7 @@ from torch import Tensor
 from latentdm.data.skips import SampleError
 from latentdm.errors import UserError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 """The endings, in lower case, of the files that count as images."""
 
 RESAMPLE = Image.Resampling.LANCZOS

@@ -3,7 +3,7 @@
 Shapes: ``c h w``; ``H W`` is an image as it lies in its file. Sizes are (width, height), as Pillow gives them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from latentdm.data.decode import (
     resize_mask,
 )
 from latentdm.data.skips import SampleError
-from latentdm.draws import sample_generator
+from latentdm.draws import sample_generator, sample_seed
 
 COMPANIONS = (MASK, SOURCE)
 """The other pictures that an image may have."""
@@ -47,6 +47,7 @@ class Record:
         source: the same of the picture that the model is shown where that is not the image itself.
         columns: whatever else belongs to it: its ``caption``, and any other column. One that has the name of a picture
             is left out.
+        others: further sets of columns, as where an image has several captions.
     """
 
     name: str
@@ -55,6 +56,13 @@ class Record:
     mask: ImageFile | None = None
     source: ImageFile | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    others: Sequence[Mapping[str, Any]] = ()
+
+    def drawn(self, seed: int, epoch: int, training: bool) -> Mapping[str, Any]:
+        """The columns of a sample: of several sets one, drawn for each sample and epoch; the first outside training."""
+        if not self.others or not training:
+            return self.columns
+        return (self.columns, *self.others)[sample_seed(seed, epoch, self.index, "caption") % (1 + len(self.others))]
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,7 @@ class ResizeCrop:
         alpha: keep transparency as a fourth channel.
         seed: crops and mirroring follow from it.
         max_pixels: larger images are refused.
+        training: draw one of several captions; otherwise the first is taken.
     """
 
     target: Target
@@ -128,6 +137,7 @@ class ResizeCrop:
     alpha: bool = False
     seed: int = 0
     max_pixels: int = MAX_PIXELS
+    training: bool = False
 
     def resized(self, width: int, height: int) -> Size:
         """What an image of this size is resized to, so that it just covers its target."""
@@ -153,7 +163,8 @@ class ResizeCrop:
             opaque = torch.full((1, height, width), 255, dtype=torch.uint8)
             alpha = image_to_tensor(image.getchannel("A")) if image.mode == "RGBA" else opaque
             pixels = torch.cat([pixels, crop.of_mask(alpha)])
-        sample: Sample = {name: value for name, value in record.columns.items() if name not in COMPANIONS}
+        columns = record.drawn(self.seed, epoch, self.training)
+        sample: Sample = {name: value for name, value in columns.items() if name not in COMPANIONS}
         sample |= {"pixels": pixels, "index": record.index, "name": record.name, **size_columns(crop, width, height)}
         if record.mask is not None:
             mask = read_mask(record.mask, f"the mask of {record.name}", self.max_pixels)

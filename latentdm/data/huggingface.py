@@ -13,7 +13,7 @@ from latentdm.data.dataset import PixelDataset, Sample
 from latentdm.data.decode import MAX_PIXELS, ImageFile
 from latentdm.data.geometry import COMPANIONS, Record, ResizeCrop
 from latentdm.data.index import unit_hash
-from latentdm.data.metadata import CAPTION_COLUMNS
+from latentdm.data.metadata import CAPTION_COLUMNS, rows_of_image
 from latentdm.data.pairing import check_val_share, split_hashes
 from latentdm.data.skips import SampleError
 from latentdm.data.stream import Item, StreamDataModule, stable_index
@@ -62,7 +62,7 @@ class Rows:
         """A row as a record; without an index, its image's file gives one.
 
         Raises:
-            SampleError: a column of pictures holds something else.
+            SampleError: a column of pictures or captions holds something else.
         """
         image = _file(row[self.columns["image"]], f"the image of {name}")
         present = [kind for kind in COMPANIONS if kind in self.columns]
@@ -72,7 +72,8 @@ class Rows:
             others[CAPTION] = row[self.columns[CAPTION]]
         if index is None:
             index = stable_index(image if isinstance(image, bytes) else str(image))
-        return Record(name, index, image, **companions, columns=others)
+        rows = rows_of_image([others], what=name)
+        return Record(name, index, image, **companions, columns=rows[0], others=rows[1:])
 
 
 @dataclass(eq=False)

@@ -31,7 +31,7 @@ from latentdm.data.decode import read_size
 from latentdm.data.skips import SampleError
 from latentdm.errors import RunError
 
-VERSION = 3
+VERSION = 4
 """Of the file's layout; an index of another one is built anew."""
 
 NAMES = ("name", "mask", "source", "caption")
@@ -97,7 +97,9 @@ class FolderIndex:
 
     Attributes:
         problems: what is wrong with the folder.
-        captioned: whether any image has a caption.
+        notes: what of the folder was left out, and what else a person should know.
+        folders: ``mask`` or ``source`` → the folder that their names are relative to, where it is not the root.
+        captioned: how many images have a caption.
     """
 
     def __init__(self, root: Path, table: pa.Table, file: Path | None = None) -> None:
@@ -111,7 +113,10 @@ class FolderIndex:
         }
         self._metadata = table.schema.metadata
         self.problems: list[str] = json.loads(self._metadata[b"problems"])
-        self.captioned: bool = json.loads(self._metadata[b"captioned"])
+        facts = json.loads(self._metadata[b"facts"])
+        self.notes: list[str] = facts.get("notes", [])
+        self.folders: dict[str, str] = facts.get("folders", {})
+        self.captioned: int = json.loads(self._metadata[b"captioned"])
 
     def __len__(self) -> int:
         return len(self._columns["name"])
@@ -142,9 +147,9 @@ class FolderIndex:
         watched: dict[str, list[int]] = json.loads(self._metadata[b"watched"])
         return watched
 
-    def any_has(self, companion: str) -> bool:
-        """Whether any image has a ``mask``, or a ``source``."""
-        return bool(self._columns[companion].null_count < len(self))
+    def count(self, companion: str) -> int:
+        """How many images have a ``mask``, or a ``source``."""
+        return len(self) - int(self._columns[companion].null_count)
 
     @property
     def hashes(self) -> npt.NDArray[np.float64]:
@@ -163,7 +168,7 @@ class FolderIndex:
 def folder_index(
     root: Path,
     settings: Mapping[str, Any],
-    build: Callable[[], tuple[Sequence[Entry], Sequence[str], Mapping[str, Sequence[int]]]],
+    build: Callable[[], tuple[Sequence[Entry], Sequence[str], Mapping[str, Sequence[int]], Mapping[str, Any]]],
     cache: Path,
     least: int,
 ) -> FolderIndex:
@@ -172,8 +177,8 @@ def folder_index(
     Args:
         root: the folder.
         settings: of the build; another file is kept for each set.
-        build: gives the images, what is wrong with the folder, and for each folder and metadata file its time of
-            change in nanoseconds and its size.
+        build: gives the images, what is wrong with the folder, for each folder and metadata file its time of change
+            in nanoseconds and its size, and what else is known: ``notes`` and ``folders``.
         cache: the folder in which indices are kept.
         least: the number of images from which an index is kept.
     """
@@ -184,8 +189,8 @@ def folder_index(
     if index is not None and _is_true(index):
         return index
     started = time.time_ns()
-    entries, problems, watched = build()
-    table = to_table(entries, problems, watched)
+    entries, problems, watched, known = build()
+    table = to_table(entries, problems, watched, known)
     settled = all(started - mtime > SETTLED_S * 1e9 for mtime, _ in watched.values())
     if len(entries) < least or not settled:
         return FolderIndex(root, table)
@@ -197,7 +202,12 @@ def folder_index(
     return _kept(root, file) or FolderIndex(root, table)
 
 
-def to_table(entries: Sequence[Entry], problems: Sequence[str], watched: Mapping[str, Sequence[int]]) -> pa.Table:
+def to_table(
+    entries: Sequence[Entry],
+    problems: Sequence[str],
+    watched: Mapping[str, Sequence[int]],
+    known: Mapping[str, Any],
+) -> pa.Table:
     """Images as the table of a `FolderIndex`."""
 
     def texts(attribute: str) -> list[bytes | None]:
@@ -211,8 +221,14 @@ def to_table(entries: Sequence[Entry], problems: Sequence[str], watched: Mapping
         "columns": [None if entry.columns is None else json.dumps(entry.columns).encode() for entry in entries],
         "hash": [unit_hash(entry.name) for entry in entries],
     }
-    captioned = any(entry.caption is not None or CAPTION in (entry.columns or {}) for entry in entries)
-    facts = {"problems": list(problems), "watched": dict(watched), "captioned": captioned, "id": uuid4().hex}
+    captioned = sum(entry.caption is not None or CAPTION in (entry.columns or {}) for entry in entries)
+    facts = {
+        "problems": list(problems),
+        "watched": dict(watched),
+        "facts": dict(known),
+        "captioned": captioned,
+        "id": uuid4().hex,
+    }
     metadata = {name: json.dumps(fact) for name, fact in facts.items()}
     arrays = [pa.array(data[name], SCHEMA.field(name).type) for name in SCHEMA.names]
     return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))

@@ -3,24 +3,28 @@
 The package ``webdataset`` reads the shards; how they are split and repeated is `latentdm.data.stream`'s.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 from latentdm.batch import CAPTION
 from latentdm.data.decode import EXTENSIONS, MAX_PIXELS
 from latentdm.data.geometry import COMPANIONS, Record
-from latentdm.data.metadata import CAPTION_COLUMNS, rename
+from latentdm.data.metadata import read_sidecar, rows_of_image
+from latentdm.data.names import MARKS, SIDECARS, guesses
 from latentdm.data.skips import SampleError
 from latentdm.data.stream import Item, StreamDataModule, StreamImages, own_share, stable_index
+from latentdm.data.texts import check, decode
 from latentdm.errors import UserError, attributed
 from latentdm.extras import require
 
 OWNER = "WebDatasetData"
 
+T = TypeVar("T")
+
 IMAGE_ENDINGS = tuple(ending[1:] for ending in EXTENSIONS)
+SIDECAR_ENDINGS = tuple(ending[1:] for ending in SIDECARS)
 
 
 @dataclass(frozen=True)
@@ -44,53 +48,93 @@ class ShardRecords:
 
     def _read(self, shard: str) -> Iterator[Item]:
         try:
-            for files in _read_shard(shard):
-                yield self._record(shard, files)
+            for before, files, after in neighbours(_read_shard(shard)):
+                yield self._record(shard, files, {part["__key__"] for part in (before, after) if part})
         except Exception as error:  # a file system, a network, a pipe or a broken tar: each has its own
             # webdataset appends the stream it was reading, as an argument and in the text, with its address in memory.
             text = error.strerror if isinstance(error, OSError) and error.strerror else next(iter(error.args), error)
             why = str(text).split(" @ <")[0]
             yield SampleError(f"cannot read the shard {shard}: {why}; replace or remove it")
 
-    def _record(self, shard: str, files: Mapping[str, Any]) -> Item:
+    def _record(self, shard: str, files: Mapping[str, Any], beside: Collection[str]) -> Item:
         key = files["__key__"]
         name = f"{shard}/{key}"
-        image = self._find(files, "image", IMAGE_ENDINGS)
-        if image is None:
-            endings = ", ".join(ending for ending in files if not ending.startswith("__"))
-            wanted = self.columns.get("image", ", ".join(IMAGE_ENDINGS))
-            return SampleError(f"cannot read {name}: it has no image ({wanted}), only {endings}; remove it")
-        companions = {k: self._find(files, k, [f"{k}.{ending}" for ending in IMAGE_ENDINGS]) for k in COMPANIONS}
         try:
-            columns = {}
-            if "json" in files and self.columns.get(CAPTION) != "json":
-                content = json.loads(files["json"].decode("utf-8"))
-                columns = rename(content, {}, CAPTION_COLUMNS, CAPTION) if isinstance(content, dict) else {}
-            caption = self._find(files, CAPTION, ("txt", "caption"))
-            if caption is not None:
-                columns[CAPTION] = caption.decode("utf-8").strip()
-            if "cls" in files:
-                columns["cls"] = int(files["cls"])
-        except ValueError as error:
-            return SampleError(f"cannot read the texts of {name}: {error}; repair or remove it")
-        return Record(name, stable_index(key), image, **companions, columns=columns)
+            self._check_name(key, name, beside)
+            if "__twice__" in files:
+                raise SampleError(f"cannot read {name}: it has two files ending in .{files['__twice__']}; remove one")
+            image = self._find(files, "image", IMAGE_ENDINGS, name)
+            companions = {
+                kind: self._find(files, kind, [f"{mark}.{end}" for mark in MARKS[kind] for end in IMAGE_ENDINGS], name)
+                for kind in COMPANIONS
+            }
+            if image is None:
+                endings = ", ".join(ending for ending in files if not ending.startswith("__"))
+                wanted = self.columns.get("image", ", ".join(IMAGE_ENDINGS))
+                raise SampleError(f"cannot read {name}: it has no image ({wanted}), only {endings}; remove it")
+            rows = self._rows(files, name)
+        except SampleError as error:
+            return error
+        return Record(name, stable_index(name), image, **companions, columns=rows[0], others=rows[1:])
 
-    def _find(self, files: Mapping[str, Any], column: str, usual: Sequence[str]) -> bytes | None:
-        endings = [self.columns[column]] if column in self.columns else usual
-        return next((files[ending] for ending in endings if ending in files), None)
+    def _check_name(self, key: str, name: str, beside: Collection[str]) -> None:
+        """A mask under a name of its own, as ``0001-mask.png``, would be trained on."""
+        if "image" in self.columns:
+            return
+        for guess in guesses(f"{key}.png"):
+            if guess.certain or guess.stem in beside:
+                raise SampleError(
+                    f"cannot read {name}: it is called like a mask or a label map of {guess.stem}; call it "
+                    f"{guess.stem}.mask.png to make it one, or say columns={{image: png}} if it is an image"
+                )
+
+    def _rows(self, files: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+        """What is written about an image: see `rows_of_image`."""
+        of_caption = self.columns.get(CAPTION)
+        beside = []
+        for ending in SIDECAR_ENDINGS if of_caption is None else dict.fromkeys(("json", of_caption)):
+            if ending in files:
+                columns = read_sidecar(files[ending], f"{name}.{ending}")
+                if of_caption is not None and ending != of_caption:
+                    columns.pop(CAPTION, None)
+                beside.append(columns)
+        if "cls" in files:
+            what = f"{name}.cls"
+            try:
+                number = int(decode(files["cls"], what))
+            except ValueError as error:
+                raise SampleError(f"cannot read {what}: it holds no integer; repair or remove it") from error
+            check(number, what)
+            beside.append({"cls": number})
+        return rows_of_image([], beside)
+
+    def _find(self, files: Mapping[str, Any], column: str, usual: Sequence[str], name: str) -> bytes | None:
+        """The picture of a kind: under the ending that a user named, else under the only usual one."""
+        if column in self.columns:
+            return files.get(self.columns[column])
+        found = [ending for ending in usual if ending in files and ending not in self.columns.values()]
+        if len(found) > 1:
+            one, other = found[:2]
+            raise SampleError(
+                f"cannot read {name}: its files {one} and {other} may both be its {column}; say which is, as in "
+                f"columns={{{column}: {one}}}"
+            )
+        return files[found[0]] if found else None
 
 
 class WebDatasetData(StreamDataModule):
     """Tar shards of images, of their masks, sources and captions if they have any, and of their columns.
 
     A sample is the files of one name: ``0001.jpg`` (or any other image ending), ``0001.mask.png``, ``0001.source.jpg``,
-    ``0001.txt`` with its caption, ``0001.json`` with its columns (``caption`` or ``text`` among them) and ``0001.cls``
-    with a number. Other files are left out. Images are treated as by `latentdm.data.ImageFolderData`.
+    ``0001.txt`` or ``0001.caption`` with its caption, ``0001.json`` with its columns (``caption`` or ``text`` among
+    them) and ``0001.cls`` with a number. Other files are left out. Two images of one name, as ``0001.jpg`` and
+    ``0001.png``, are an error until ``columns`` says which is which. Images and several captions are treated as by
+    `latentdm.data.ImageFolderData`.
 
     Each epoch has a set length, the same on every rank, however unevenly the shards are filled. Shards are shuffled
     each epoch and split over ranks and workers; if there are fewer than workers, each reads them all and takes
-    every n-th sample. Validation begins at the first shard each time. ``index`` is a hash of the name (of 63 bits),
-    alike in every epoch and on every worker.
+    every n-th sample. Validation begins at the first shard each time. ``index`` is a hash of the shard's name and the
+    sample's (of 63 bits), alike in every epoch and on every worker.
 
     Args:
         shards: paths or URLs, with braces (``photos-{0000..0099}.tar``); several as a list. ``pipe:`` takes a command
@@ -174,5 +218,35 @@ def _read_shard(url: str) -> Iterator[dict[str, Any]]:
     else:
         opened = require("fsspec", extra="webdataset", needed_by=OWNER).open(url, "rb")
     with opened as stream:
-        source = [{"url": url, "stream": stream}]
-        yield from webdataset.tariterators.group_by_keys(webdataset.tariterators.tar_file_expander(source))
+        yield from _samples(webdataset.tariterators.tar_file_expander([{"url": url, "stream": stream}]))
+
+
+def neighbours(parts: Iterable[T]) -> Iterator[tuple[T | None, T, T | None]]:
+    """Each part with the one before and the one after it."""
+    before: T | None = None
+    held: T | None = None
+    for part in parts:
+        if held is not None:
+            yield before, held, part
+        before, held = held, part
+    if held is not None:
+        yield before, held, None
+
+
+def _samples(files: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Files one after another that have one name, as a sample; a second one of an ending is told as ``__twice__``."""
+    split = require("webdataset", extra="webdataset", needed_by=OWNER).tariterators.base_plus_ext
+    sample: dict[str, Any] = {}
+    for file in files:
+        key, ending = split(file["fname"]) if file else (None, "")  # an empty one is the end of a shard
+        if file and key is None:
+            continue
+        if sample and key != sample["__key__"]:
+            yield sample
+            sample = {}
+        if file:
+            ending = str(ending).lower()
+            sample.setdefault("__key__", key)
+            if ending in sample:
+                sample["__twice__"] = ending
+            sample[ending] = file["data"]
