@@ -45,6 +45,8 @@ class Description:
         """For the index: the first row, and in `ROWS` those that differ from all before."""
         if self.broken:
             return {BROKEN: self.broken}
+        if len(self.rows) == 1:
+            return dict(self.rows[0])
         first, *others = {json.dumps(row, sort_keys=True): row for row in self.rows}.values()
         return {**first, ROWS: others} if others else dict(first)
 

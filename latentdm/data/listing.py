@@ -23,6 +23,7 @@ class Listing:
         sidecars: files that may hold the caption of an image.
         metadata: files that may describe images.
         others: all other files.
+        polygons: sidecars that turned out to be labelme's.
         watched: what to watch for changes: each folder's and each metadata file's `stamp`.
         problems: folders that cannot be listed.
     """
@@ -31,6 +32,7 @@ class Listing:
     sidecars: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+    polygons: list[str] = field(default_factory=list)
     watched: dict[str, Sequence[int]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 

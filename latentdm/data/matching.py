@@ -55,8 +55,8 @@ class Stems:
     def beside(self, parent: str, inside: str) -> str | None:
         """The image with that path inside the one folder of images there is, or the one that is called so."""
         folders = self._folders.get(parent, set())
-        called_so = {folder for folder in folders if folded(folder) in IMAGE_FOLDERS} or folders
-        return self._beside.get((parent, *called_so, folded(inside))) if len(called_so) == 1 else None
+        images = [folder for folder in folders if folded(folder) in IMAGE_FOLDERS] or list(folders)
+        return self._beside.get((parent, images[0], folded(inside))) if len(images) == 1 else None
 
 
 @dataclass

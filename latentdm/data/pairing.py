@@ -191,8 +191,10 @@ def _sidecars(root: Path, listing: Listing, stems: Stems) -> dict[tuple[str, str
         stem = stems.find(image)
         if stem is None and ending_of(image) in EXTENSIONS:
             stem, ending = stems.find(stem_of(image)), ending_of(image)
-        if stem is None or (labelme is not None and ending_of(name) == ".json"):
+        if stem is None:
             listing.others.append(name)
+        elif labelme is not None and ending_of(name) == ".json":
+            listing.polygons.append(name)
         else:
             found.setdefault((stem, ending), []).append(name)
     return found
@@ -210,6 +212,8 @@ def _notes(listing: Listing, matches: Matches, pairing: Pairing) -> Iterator[str
     """What a person should know of what the names said."""
     if listing.others:
         yield "left out: " + _by_ending(sorted(listing.others))
+    if listing.polygons:
+        yield f"left out: {_count(listing.polygons, 'file')} of labelme, whose polygons are not read (export masks)"
     for kind in COMPANIONS:
         ignored = [name for of, _, name in matches.pairs if of == kind]
         if ignored and pairing.choices[kind] == "ignore":

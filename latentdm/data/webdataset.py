@@ -4,9 +4,11 @@ The package ``webdataset`` reads the shards; how they are split and repeated is 
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any, TypeVar
+
+from lightning.pytorch.utilities import rank_zero_info
 
 from latentdm.batch import CAPTION
 from latentdm.data.decode import EXTENSIONS, MAX_PIXELS
@@ -15,7 +17,7 @@ from latentdm.data.metadata import read_sidecar, rows_of_image
 from latentdm.data.names import MARKS, SIDECARS, guesses
 from latentdm.data.skips import SampleError
 from latentdm.data.stream import Item, StreamDataModule, StreamImages, own_share, stable_index
-from latentdm.data.texts import check, decode
+from latentdm.data.texts import check, decode, shortened
 from latentdm.errors import UserError, attributed
 from latentdm.extras import require
 
@@ -25,6 +27,31 @@ T = TypeVar("T")
 
 IMAGE_ENDINGS = tuple(ending[1:] for ending in EXTENSIONS)
 SIDECAR_ENDINGS = tuple(ending[1:] for ending in SIDECARS)
+COMPANION_ENDINGS = {
+    kind: tuple(f"{mark}.{ending}" for mark in MARKS[kind] for ending in IMAGE_ENDINGS) for kind in COMPANIONS
+}
+KNOWN = frozenset(
+    [*IMAGE_ENDINGS, *SIDECAR_ENDINGS, "cls", *(end for ends in COMPANION_ENDINGS.values() for end in ends)]
+)
+"""All endings that need not be named."""
+
+MAX_TOLD = 20
+"""Endings that are left out with a word: names with dots in them make one each."""
+
+
+@dataclass
+class Files:
+    """The members of a shard that have one name.
+
+    Attributes:
+        key: the name up to its first dot.
+        contents: ending, in lower case → content.
+        twice: endings that are there more than once.
+    """
+
+    key: str
+    contents: dict[str, bytes] = field(default_factory=dict)
+    twice: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -34,10 +61,12 @@ class ShardRecords:
     Attributes:
         shards: paths or URLs.
         columns: our name → the ending of its files: ``{image: jpg, mask: mask.png, caption: txt}``.
+        told: endings of files that were left out, with a word.
     """
 
     shards: Sequence[str]
     columns: Mapping[str, str]
+    told: set[str] = field(default_factory=set, compare=False)
 
     def __call__(self, part: int, parts: int, turn: int, shuffle: bool) -> Iterator[Item]:
         """This part's records, shard after shard; a shard that cannot be read gives an error and no more records."""
@@ -49,33 +78,37 @@ class ShardRecords:
     def _read(self, shard: str) -> Iterator[Item]:
         try:
             for before, files, after in neighbours(_read_shard(shard)):
-                yield self._record(shard, files, {part["__key__"] for part in (before, after) if part})
+                yield self._record(shard, files, [part.key for part in (before, after) if part])
         except Exception as error:  # a file system, a network, a pipe or a broken tar: each has its own
             # webdataset appends the stream it was reading, as an argument and in the text, with its address in memory.
             text = error.strerror if isinstance(error, OSError) and error.strerror else next(iter(error.args), error)
             why = str(text).split(" @ <")[0]
             yield SampleError(f"cannot read the shard {shard}: {why}; replace or remove it")
 
-    def _record(self, shard: str, files: Mapping[str, Any], beside: Collection[str]) -> Item:
-        key = files["__key__"]
-        name = f"{shard}/{key}"
+    def _record(self, shard: str, sample: Files, beside: Collection[str]) -> Item:
+        files, name = sample.contents, f"{shard}/{sample.key}"
         try:
-            self._check_name(key, name, beside)
-            if "__twice__" in files:
-                raise SampleError(f"cannot read {name}: it has two files ending in .{files['__twice__']}; remove one")
+            self._check_name(sample.key, name, beside)
+            if sample.twice:
+                raise SampleError(f"cannot read {name}: it has two files ending in .{sample.twice[0]}; remove one")
             image = self._find(files, "image", IMAGE_ENDINGS, name)
-            companions = {
-                kind: self._find(files, kind, [f"{mark}.{end}" for mark in MARKS[kind] for end in IMAGE_ENDINGS], name)
-                for kind in COMPANIONS
-            }
+            companions = {kind: self._find(files, kind, endings, name) for kind, endings in COMPANION_ENDINGS.items()}
             if image is None:
-                endings = ", ".join(ending for ending in files if not ending.startswith("__"))
                 wanted = self.columns.get("image", ", ".join(IMAGE_ENDINGS))
-                raise SampleError(f"cannot read {name}: it has no image ({wanted}), only {endings}; remove it")
+                raise SampleError(f"cannot read {name}: it has no image ({wanted}), only {', '.join(files)}; remove it")
             rows = self._rows(files, name)
         except SampleError as error:
             return error
+        self._tell(files)
         return Record(name, stable_index(name), image, **companions, columns=rows[0], others=rows[1:])
+
+    def _tell(self, files: Mapping[str, bytes]) -> None:
+        """Say which files are left out, once for each ending."""
+        for ending in files:
+            if ending not in KNOWN and ending not in self.columns.values() and ending not in self.told:
+                if len(self.told) < MAX_TOLD:
+                    rank_zero_info(f"{OWNER}: left out of shards: files ending in .{shortened(ending)[1:-1]}")
+                self.told.add(ending)
 
     def _check_name(self, key: str, name: str, beside: Collection[str]) -> None:
         """A mask under a name of its own, as ``0001-mask.png``, would be trained on."""
@@ -88,7 +121,7 @@ class ShardRecords:
                     f"{guess.stem}.mask.png to make it one, or say columns={{image: png}} if it is an image"
                 )
 
-    def _rows(self, files: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    def _rows(self, files: Mapping[str, bytes], name: str) -> list[dict[str, Any]]:
         """What is written about an image: see `rows_of_image`."""
         of_caption = self.columns.get(CAPTION)
         beside = []
@@ -108,7 +141,7 @@ class ShardRecords:
             beside.append({"cls": number})
         return rows_of_image([], beside)
 
-    def _find(self, files: Mapping[str, Any], column: str, usual: Sequence[str], name: str) -> bytes | None:
+    def _find(self, files: Mapping[str, bytes], column: str, usual: Sequence[str], name: str) -> bytes | None:
         """The picture of a kind: under the ending that a user named, else under the only usual one."""
         if column in self.columns:
             return files.get(self.columns[column])
@@ -210,15 +243,15 @@ class WebDatasetData(StreamDataModule):
         return self.stream(ShardRecords(expanded, self.columns), training)
 
 
-def _read_shard(url: str) -> Iterator[dict[str, Any]]:
-    """The samples of a shard: ending → content, and ``__key__``."""
+def _read_shard(url: str) -> Iterator[Files]:
+    """The samples of a shard."""
     webdataset = require("webdataset", extra="webdataset", needed_by=OWNER)
     if url.startswith("pipe:"):
         opened = webdataset.gopen(url)
     else:
         opened = require("fsspec", extra="webdataset", needed_by=OWNER).open(url, "rb")
     with opened as stream:
-        yield from _samples(webdataset.tariterators.tar_file_expander([{"url": url, "stream": stream}]))
+        yield from samples_of(webdataset.tariterators.tar_file_expander([{"url": url, "stream": stream}]))
 
 
 def neighbours(parts: Iterable[T]) -> Iterator[tuple[T | None, T, T | None]]:
@@ -233,20 +266,20 @@ def neighbours(parts: Iterable[T]) -> Iterator[tuple[T | None, T, T | None]]:
         yield before, held, None
 
 
-def _samples(files: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Files one after another that have one name, as a sample; a second one of an ending is told as ``__twice__``."""
+def samples_of(files: Iterable[Mapping[str, Any]]) -> Iterator[Files]:
+    """The members of a shard, as the package ``webdataset`` gives them, by their names; an empty one is its end."""
     split = require("webdataset", extra="webdataset", needed_by=OWNER).tariterators.base_plus_ext
-    sample: dict[str, Any] = {}
+    sample = None
     for file in files:
-        key, ending = split(file["fname"]) if file else (None, "")  # an empty one is the end of a shard
+        key, ending = split(file["fname"]) if file else (None, None)
         if file and key is None:
             continue
-        if sample and key != sample["__key__"]:
+        if sample is not None and key != sample.key:
             yield sample
-            sample = {}
+            sample = None
         if file:
+            sample = sample or Files(str(key))
             ending = str(ending).lower()
-            sample.setdefault("__key__", key)
-            if ending in sample:
-                sample["__twice__"] = ending
-            sample[ending] = file["data"]
+            if ending in sample.contents:
+                sample.twice.append(ending)
+            sample.contents[ending] = file["data"]

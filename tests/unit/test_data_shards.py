@@ -107,6 +107,18 @@ def test_a_mask_with_a_name_of_its_own_is_never_trained_on(tmp_path, name):
     assert {int(batch["pixels"].max()) for batch in data.train_dataloader()} == {1, 2, 3, 70}
 
 
+def test_files_that_are_left_out_are_told_once(tmp_path, caplog):
+    files = {f"{n}.{ending}": picture(n) for n in range(3) for ending in ("png", "depth.png", "npy", "mask.png")}
+    shard = write(tmp_path / "s.tar", {**files, "2.__key__": b"x", "2.__twice__": b"y"})
+    with caplog.at_level("INFO"):
+        assert set(samples(shard, columns={"depth": "depth.exr"})) == {"0", "1", "2"}
+    told = [line for line in caplog.messages if "left out" in line]
+    assert told == [
+        f"WebDatasetData: left out of shards: files ending in .{ending}"
+        for ending in ("depth.png", "npy", "__key__", "__twice__")
+    ]
+
+
 def test_a_gas_mask_in_a_shard(tmp_path):
     shard = write(tmp_path / "s.tar", {"0.png": picture(1), "gas_mask.png": picture(2)})
     assert set(samples(shard)) == {"0", "gas_mask"}

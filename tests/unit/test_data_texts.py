@@ -147,7 +147,7 @@ def test_labelme_is_recognised(root):
     for number in range(3):
         (root / f"{number}.json").write_text(json.dumps(polygon))
     data = loaded(root)
-    assert "left out: 3 .json (0.json)" in data.notes()
+    assert data.notes() == "left out: 3 files (0.json) of labelme, whose polygons are not read (export masks)"
     assert set(data.predict_set[0]) == {
         "pixels", "index", "name", "original_size", "crop_top_left", "target_size",
     }  # fmt: skip
