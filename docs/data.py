@@ -56,10 +56,10 @@ Files and folders whose name begins with a dot are left out without a word.
 ## Captions and columns
 
 Texts are UTF-8, with or without a byte order mark. CSV follows RFC 4180: a quoted field may hold commas, quotes and
-line breaks, and be of any length. JSON lines end at a line feed and nowhere else. The image is in the column {files},
-or `columns={{image: …}}`; its name is relative to the metadata file, which may lie in any folder. The caption is in
-{captions}, or `columns={{caption: …}}`; masks and sources may be named in `mask`, `mask_file_name`, `source` and
-`source_file_name`.
+line breaks, and be of any length. JSON lines end at a line feed and nowhere else. The image is in the column
+{files}, or `columns={{image: …}}`; its name is relative to the metadata file,
+which may lie in any folder. The caption is in {captions}, or `columns={{caption: …}}`; masks and sources may
+be named in `mask`, `mask_file_name`, `source` and `source_file_name`.
 
 Several captions of an image are kept: a list, several rows or files, or a row and a file. Training draws one for each
 sample and epoch, from (seed, epoch, index); otherwise the first is taken. A caption comes with the columns of its row.
@@ -122,9 +122,8 @@ def rows() -> list[list[str]]:
         found.append([f"`a{ending}`, `a.png{ending}`", what, TOOLS.get(ending, "")])
     found += [[f"`{name}`", "captions and columns of a folder", TOOLS.get(name, "")] for name in METADATA]
     found.append(["`meta_….json`", "the same, by the paths of images", "sd-scripts: `meta_cap.json`, `meta_lat.json`"])
-    found.append(
-        [many("a_{}.png", LIKE_MARKS), "left out: it looks like a mask or a label map of `a`", "`a_mask_2.png`"]
-    )
+    like = many("a_{}.png", ("mask_2", *LIKE_MARKS[1:]))
+    found.append([like, "left out: it looks like a mask or a label map of `a`", "instances, labels"])
     found.append([many("{}/a.png", LIKE_FOLDERS), "left out, where an image is called `a`", "VOC, ADE20K, sd-scripts"])
     return found
 
