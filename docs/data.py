@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from latentdm.batch import MASK, SOURCE
+from latentdm.batch import MASK, SEGMENTATION, SOURCE
 from latentdm.data.decode import EXTENSIONS
 from latentdm.data.metadata import CAPTION_COLUMNS, FILE_COLUMNS, RESERVED
 from latentdm.data.names import (
@@ -18,6 +18,12 @@ from latentdm.data.names import (
 from latentdm.data.texts import MAX_DEPTH
 
 HERE = Path(__file__).parent
+
+KINDS = {
+    MASK: "its mask",
+    SOURCE: "its source: what the model is shown in its place",
+    SEGMENTATION: "its label map, for `masks=segmentation`",
+}
 
 TOOLS = {
     "masks/": "U-Net repositories: `imgs/`, `masks/`",
@@ -58,8 +64,8 @@ Files and folders whose name begins with a dot are left out without a word.
 Texts are UTF-8, with or without a byte order mark. CSV follows RFC 4180: a quoted field may hold commas, quotes and
 line breaks, and be of any length. JSON lines end at a line feed and nowhere else. The image is in the column
 {files}, or `columns={{image: …}}`; its name is relative to the metadata file,
-which may lie in any folder. The caption is in {captions}, or `columns={{caption: …}}`; masks and sources may
-be named in `mask`, `mask_file_name`, `source` and `source_file_name`.
+which may lie in any folder. The caption is in {captions}, or `columns={{caption: …}}`; masks may be
+named in `mask` or `mask_file_name`, sources and label maps likewise.
 
 Several captions of an image are kept: a list, several rows or files, or a row and a file. Training draws one for each
 sample and epoch, from (seed, epoch, index); otherwise the first is taken. A caption comes with the columns of its row.
@@ -103,9 +109,8 @@ def page() -> str:
 
 def rows() -> list[list[str]]:
     """What is recognised, a row each."""
-    found = [[many("a{}", EXTENSIONS), "an image", "what Pillow reads"]]
-    for kind in (MASK, SOURCE):
-        what = "its mask" if kind == MASK else "its source: what the model is shown in its place"
+    found = [[many("a{}", EXTENSIONS), "an image", "what Pillow reads without running or opening anything else"]]
+    for kind, what in KINDS.items():
         for mark in MARKS[kind]:
             also = f", of `a_{IMAGE_MARKS[0]}` too" if mark == "masks" else ""
             found.append([f"`a-{mark}.png`, `a_{mark}.png`", what + also, TOOLS.get(f"-{mark}", "")])

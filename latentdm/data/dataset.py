@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from latentdm.data.loader import Reading
+from latentdm.data.files import READ_TIMEOUT_S, Patience, patient
+from latentdm.data.reading import Reading
 from latentdm.data.skips import SampleError, Skips
 from latentdm.draws import sample_seed
 from latentdm.errors import RunError, attributed
@@ -35,12 +36,14 @@ class PixelDataset(Dataset[Sample], ABC):
         skips: where a sample that cannot be read is written down while another replaces it; None: it is an error.
         bucket_of: ``n``: the bucket of each sample, where samples differ in size; None: all are alike.
         reading: what each worker reads, for the error of one that dies; None: there are no workers.
+        read_timeout: seconds that the reading of a file may wait, see `latentdm.data.PixelDataModule`.
         ordered: positions are asked for in order, in training too: the dataset shuffles by itself.
     """
 
     owner: str | None = None
     skips: Skips | None = None
     reading: Reading | None = None
+    read_timeout: float = READ_TIMEOUT_S
     ordered: bool = False
     bucket_of: npt.NDArray[np.int32] | None = None
 
@@ -94,7 +97,8 @@ class PixelDataset(Dataset[Sample], ABC):
         position, epoch = key if isinstance(key, tuple) else (key, 0)
         if not 0 <= position < len(self):
             raise IndexError(f"{type(self).__name__}: there is no sample {position}; it holds {len(self)}")
-        with attributed(self.owner or type(self).__name__):
+        patience = Patience(self.read_timeout, self.reading.tick if self.reading else lambda: None)
+        with attributed(self.owner or type(self).__name__), patient(patience):
             return self._readable(position, epoch)
 
     def _readable(self, position: int, epoch: int) -> Sample:

@@ -13,6 +13,7 @@ from typing import Any
 
 from latentdm.batch import CAPTION
 from latentdm.data.geometry import COMPANIONS
+from latentdm.data.index import is_inside
 from latentdm.data.listing import Listing
 from latentdm.data.metadata import NoMetadataError, Row, read_metadata, reserved_note, without_reserved
 from latentdm.data.names import folded, stem_of
@@ -31,7 +32,7 @@ class Description:
 
     Attributes:
         where: the first row.
-        companions: ``mask`` and ``source``, as far as a row names them.
+        companions: ``mask``, ``source`` and ``segmentation``, as far as a row names them.
         rows: its columns, one set a row.
         broken: what is wrong with a row of it.
     """
@@ -99,7 +100,7 @@ def further_texts(columns: dict[str, Any]) -> list[str]:
         SampleError: one leads out of the folder: somebody has changed the index.
     """
     names: list[str] = columns.pop(TEXTS, [])
-    if wrong := [name for name in names if name.startswith("/") or ".." in name.split("/")]:
+    if wrong := [name for name in names if not is_inside(name)]:
         raise SampleError(f"the index names {shortened(wrong[0])}, which lies outside of its folder; remove it")
     return names
 

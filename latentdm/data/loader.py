@@ -4,16 +4,14 @@ A process that is killed cannot say why. Each worker notes in shared memory what
 PyTorch's error holds the ids of the processes that died, and so the note can be found.
 """
 
-import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from time import sleep
 from typing import Any
 
-import torch
-from torch.utils.data import BatchSampler, DataLoader, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader
 
+from latentdm.data.watch import watched
 from latentdm.errors import RunError, UserError
 
 WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
@@ -24,45 +22,6 @@ CONNECTION_LOST = (ConnectionError, EOFError)
 
 SIGNAL_S = 0.5
 """Seconds within which the signal of that death comes, if at all; PyTorch answers it with an error that says which."""
-
-NO_POSITION = -1
-"""Noted by a worker that reads no sample."""
-
-
-class Reading:
-    """What each worker reads.
-
-    Args:
-        workers: the most that there are.
-    """
-
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-        now = torch.full((workers, 2), NO_POSITION, dtype=torch.int64)  # process, position
-        self._now: torch.Tensor = now.share_memory_()  # type: ignore[no-untyped-call]  # torch does not annotate it
-
-    def note(self, worker: int, process: int, position: int) -> None:
-        """A worker, which is the process of this id, reads a sample."""
-        now = self._now[worker]
-        now[0], now[1] = process, position
-
-    @contextmanager
-    def at(self, position: int) -> Iterator[None]:
-        """Note that this worker reads a sample; without effect outside workers."""
-        info = get_worker_info()
-        if info is None:
-            yield
-            return
-        self.note(info.id, os.getpid(), position)
-        try:
-            yield
-        finally:
-            self.note(info.id, os.getpid(), NO_POSITION)
-
-    def positions(self, processes: set[int] | None) -> list[int]:
-        """What workers were reading when they died; None: any of them."""
-        notes = [(process, position) for process, position in self._now.tolist() if position != NO_POSITION]
-        return [position for process, position in notes if processes is None or process in processes]
 
 
 class PixelLoader(DataLoader[Any]):
@@ -98,9 +57,12 @@ class PixelLoader(DataLoader[Any]):
         start = state["batches"] if state and state["epoch"] == self._epoch else 0
         self.sampler.start = start * (self.batch_size or 1)  # which is None where the sampler yields batches
         self._yielded = start
-        for batch in explained(super().__iter__(), self.dataset):
+        for batch in explained(self._batches(), self.dataset):
             self._yielded += 1
             yield batch
+
+    def _batches(self) -> Iterator[Any]:
+        yield from super().__iter__()  # which may wait for workers as well
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many of its batches were yielded."""
@@ -129,7 +91,8 @@ def explained(batches: Iterator[Any], dataset: Any) -> Iterator[Any]:
     """
     try:
         try:
-            yield from batches
+            with watched(dataset) as watch:
+                yield from watch.awaited(batches) if watch else batches
         except CONNECTION_LOST:
             sleep(SIGNAL_S)  # otherwise the signal's error may come in the middle of anything that follows
             raise
@@ -163,7 +126,16 @@ def explanation(error: BaseException, dataset: Any) -> str:
         processes = set(map(int, died[1].split(",")))
     else:
         return ""
+    if reading.stood_still:
+        processes = None  # they were ended one after another
     names = [dataset.name(position) for position in reading.positions(processes)]
+    if reading.stood_still:
+        what = f"while they read {', '.join(names)}" if any(names) else "while nothing was read"
+        return (
+            f"{dataset.owner}: the processes that read images stood still {what}, for longer than read_timeout="
+            f"{dataset.read_timeout:g} seconds, and were ended. Somebody stopped them, or storage hangs; for slow "
+            "storage set a longer read_timeout"
+        )
     what = f" while it read {', '.join(names)}" if any(names) else ""  # a stream's samples have names where it is read
     return (
         f"{dataset.owner}: a process that reads images died{what} ({message}). Most often memory ran out: "

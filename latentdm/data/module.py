@@ -1,8 +1,9 @@
 """The data modules' base: settings, loaders, and the report of what was skipped."""
 
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir
 from typing import Any
+from uuid import uuid4
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -10,9 +11,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from latentdm.data.dataset import PixelDataset, Sample, collate
+from latentdm.data.files import READ_TIMEOUT_S
 from latentdm.data.geometry import ResizeCrop, Target, square
-from latentdm.data.loader import PixelLoader, Reading, explanation
+from latentdm.data.loader import PixelLoader, explanation
 from latentdm.data.order import BucketBatches, EpochSampler
+from latentdm.data.reading import Reading
 from latentdm.data.skips import Skips
 from latentdm.draws import sample_seed
 from latentdm.errors import UserError, attributed
@@ -43,6 +46,9 @@ class PixelDataModule(LightningDataModule):
         on_error: what happens to a sample that cannot be read: ``"raise"`` an error that names it, or ``"skip"``:
             another sample, drawn from (epoch, position), replaces it, and a report at the end lists what was skipped.
         max_skipped_share: with ``skip``: an error all the same when more than this share of the samples is broken.
+        read_timeout: seconds that the reading of a file may wait for its storage, all waiting together; of a shard,
+            each reading. Then the sample counts as one that cannot be read. A process of ``num_workers`` that does not
+            get any further for so long ends the run with an error that says what it was reading.
 
     Attributes:
         masks_unused: why the masks of the data have no effect, for the line that `summary` gives; "" where they may.
@@ -68,6 +74,7 @@ class PixelDataModule(LightningDataModule):
         seed: int = 0,
         on_error: str = "raise",
         max_skipped_share: float = 0.05,
+        read_timeout: float = READ_TIMEOUT_S,
     ) -> None:
         super().__init__()
         check = Check(type(self).__name__)
@@ -76,6 +83,7 @@ class PixelDataModule(LightningDataModule):
         self.seed = check.integer("seed", seed, 0)
         self.on_error = check.choice("on_error", on_error, ON_ERROR)
         self.max_skipped_share = check.number("max_skipped_share", max_skipped_share, 0, 1)
+        self.read_timeout = check.number("read_timeout", read_timeout, 0.01)
         self.skips: Skips | None = None
 
     def train_dataloader(self) -> DataLoader[Sample]:
@@ -133,8 +141,9 @@ class PixelDataModule(LightningDataModule):
     def _skips(self, ranks: int, rank: int) -> Skips | None:
         """The report of this run; made with its first loader."""
         if self.on_error == "skip" and self.skips is None:
-            trainer = self.trainer
-            folder = Path(mkdtemp() if trainer is None else trainer.default_root_dir) / "skipped_samples"
+            # Without a trainer a folder of a new name, that nobody has made: it is made at the first skip, if at all.
+            home = Path(gettempdir()) / f"latentdm-{uuid4().hex}"
+            folder = (home if self.trainer is None else Path(self.trainer.default_root_dir)) / "skipped_samples"
             self.skips = Skips(folder, rank, ranks, self.max_skipped_share, total=max(map(len, self._sets())))
             with attributed(type(self).__name__):
                 for problem in self.problems():
@@ -154,6 +163,7 @@ class PixelDataModule(LightningDataModule):
         drop_last = training and len(dataset) // ranks["num_replicas"] >= self.batch_size
         dataset.skips = self._skips(ranks["num_replicas"], ranks["rank"])
         dataset.owner = type(self).__name__
+        dataset.read_timeout = self.read_timeout
         if self.num_workers > (dataset.reading.workers if dataset.reading else 0):
             dataset.reading = Reading(self.num_workers)
         settings: dict[str, Any] = {

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from unicodedata import normalize
 
-from latentdm.batch import MASK, SOURCE
+from latentdm.batch import MASK, SEGMENTATION, SOURCE
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
 """Files that describe the images of a folder and of those inside it."""
@@ -19,11 +19,19 @@ SCRIPTS_METADATA = re.compile(r"meta_.*\.json")
 SIDECARS = (".txt", ".caption", ".json")
 """Endings of the files beside an image that hold its caption, or as JSON its columns."""
 
-MARKS = {MASK: ("mask", "masks", "masklabel", "cp_masks"), SOURCE: ("source",)}
-"""What stands behind an image's name, and a separator, in the name of its mask or source."""
+MARKS = {
+    MASK: ("mask", "masks", "masklabel", "cp_masks"),
+    SOURCE: ("source",),
+    SEGMENTATION: ("segmentation",),
+}
+"""What stands behind an image's name, and a separator, in the name of its mask, source or label map."""
 
-FOLDERS = {MASK: ("masks", "mask"), SOURCE: ("sources", "source")}
-"""Folders of masks or sources, which have the names of their images, with or without a mark."""
+FOLDERS = {
+    MASK: ("masks", "mask"),
+    SOURCE: ("sources", "source"),
+    SEGMENTATION: ("segmentations", "segmentation"),
+}
+"""Folders of masks, sources or label maps, which have the names of their images, with or without a mark."""
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 """Folders of images, for which masks are looked for in a folder beside them."""
@@ -35,13 +43,13 @@ LIKE = "like"
 """The kind of a picture that is likely to be a mask or a label map, under a name that does not say of which kind."""
 
 LIKE_MARKS = (
-    *("mask", "seg", "segmentation", "semantic", "instance", "label", "gt", "groundtruth", "ground_truth", "matte"),
+    *("mask", "seg", "semantic", "instance", "label", "gt", "groundtruth", "ground_truth", "matte"),
     *("alpha", "trimap", "annotation"),
 )
 """What such pictures are called: behind the image's name, with a number behind it or without, or in front of it."""
 
 LIKE_FOLDERS = (
-    *("label", "labels", "gt", "groundtruth", "ground_truth", "seg", "segmentation", "segmentations", "annotations"),
+    *("label", "labels", "gt", "groundtruth", "ground_truth", "seg", "annotations"),
     *("segmentationclass", "segmentationobject", "mattes", "alphas", "trimaps"),
     *("conditioning", "conditioning_data", "conditioning_images"),
 )
@@ -54,14 +62,14 @@ _IN_FRONT = re.compile(rf"(?:{_ANY})s?[-_. ]+(.+)", re.IGNORECASE | re.DOTALL)
 _BESIDE = {
     kind: re.compile(rf"(.+)[-_. ](?:{'|'.join(names)})", re.IGNORECASE | re.DOTALL) for kind, names in FOLDERS.items()
 }
-_HINT = re.compile("|".join({*LIKE_MARKS, *LIKE_FOLDERS, *MARKS[SOURCE]}), re.IGNORECASE)
+_HINT = re.compile("|".join({*LIKE_MARKS, *LIKE_FOLDERS, *MARKS[SOURCE], *MARKS[SEGMENTATION]}), re.IGNORECASE)
 
 
 class Guess(NamedTuple):
     """What a picture may be by its name.
 
     Attributes:
-        kind: ``mask``, ``source`` or `LIKE`.
+        kind: ``mask``, ``source``, ``segmentation`` or `LIKE`.
         certain: it is that and nothing else, even if there is no image of the name.
         stem: of its image.
         apart: where its image may lie in another folder beside its own: the path of the folder that holds both, and

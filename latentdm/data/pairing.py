@@ -1,6 +1,6 @@
 """Which images a folder holds, which mask, source and caption belong to each, and which of them are for validation.
 
-A *companion* is another picture of an image: its mask, or its source.
+A *companion* is another picture of an image: its mask, its source, or its label map.
 """
 
 from collections import Counter
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from latentdm.batch import CAPTION
+from latentdm.batch import CAPTION, MASK, SEGMENTATION, SOURCE
 from latentdm.data.decode import EXTENSIONS
 from latentdm.data.described import TEXTS, Describer
 from latentdm.data.geometry import COMPANIONS
@@ -38,6 +38,7 @@ class Pairing:
     Attributes:
         masks: ``"auto"``, ``"require"`` or ``"ignore"``, see `latentdm.data.ImageFolderData`.
         sources: the same.
+        segmentations: the same.
         captions: the same.
         columns: our name of a metadata column → its name there.
         lenient: what is wrong with a single image is an error when it is read, and not at once.
@@ -45,14 +46,15 @@ class Pairing:
 
     masks: str = "auto"
     sources: str = "auto"
+    segmentations: str = "auto"
     captions: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     lenient: bool = False
 
     @property
     def choices(self) -> dict[str, str]:
-        """What is set for ``mask``, ``source`` and ``caption``."""
-        return {"mask": self.masks, "source": self.sources, CAPTION: self.captions}
+        """What is set for ``mask``, ``source``, ``segmentation`` and ``caption``."""
+        return {MASK: self.masks, SOURCE: self.sources, SEGMENTATION: self.segmentations, CAPTION: self.captions}
 
 
 class Found(NamedTuple):

@@ -13,7 +13,11 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
+from latentdm.data.files import read_file
 from latentdm.data.skips import SampleError
+
+MAX_BYTES = 4 << 30
+"""The most that a file of texts may hold."""
 
 MAX_DEPTH = 32
 """Levels of lists and objects in a column. Whatever sends a batch to a device or a process calls itself for each."""
@@ -32,7 +36,7 @@ def read_bytes(path: Path) -> bytes:
         SampleError: it cannot be read.
     """
     try:
-        return path.read_bytes()
+        return read_file(path, MAX_BYTES)
     except OSError as error:
         raise SampleError(f"cannot read {path}: {error.strerror or error}; repair or remove the file") from error
 

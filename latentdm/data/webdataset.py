@@ -11,7 +11,10 @@ from typing import Any, TypeVar
 from lightning.pytorch.utilities import rank_zero_info
 
 from latentdm.batch import CAPTION
-from latentdm.data.decode import EXTENSIONS, MAX_PIXELS
+from latentdm.data.archives import check_shards, members, open_shard
+from latentdm.data.budget import MAX_PIXELS
+from latentdm.data.decode import EXTENSIONS
+from latentdm.data.files import READ_TIMEOUT_S
 from latentdm.data.geometry import COMPANIONS, Record
 from latentdm.data.metadata import read_sidecar, rows_of_image
 from latentdm.data.names import MARKS, SIDECARS, guesses
@@ -79,6 +82,8 @@ class ShardRecords:
         try:
             for before, files, after in neighbours(_read_shard(shard)):
                 yield self._record(shard, files, [part.key for part in (before, after) if part])
+        except SampleError as error:  # which names it
+            yield error
         except Exception as error:  # a file system, a network, a pipe or a broken tar: each has its own
             # webdataset appends the stream it was reading, as an argument and in the text, with its address in memory.
             text = error.strerror if isinstance(error, OSError) and error.strerror else next(iter(error.args), error)
@@ -92,7 +97,9 @@ class ShardRecords:
             if sample.twice:
                 raise SampleError(f"cannot read {name}: it has two files ending in .{sample.twice[0]}; remove one")
             image = self._find(files, "image", IMAGE_ENDINGS, name)
-            companions = {kind: self._find(files, kind, endings, name) for kind, endings in COMPANION_ENDINGS.items()}
+            companions: dict[str, Any] = {
+                kind: self._find(files, kind, ends, name) for kind, ends in COMPANION_ENDINGS.items()
+            }
             if image is None:
                 wanted = self.columns.get("image", ", ".join(IMAGE_ENDINGS))
                 raise SampleError(f"cannot read {name}: it has no image ({wanted}), only {', '.join(files)}; remove it")
@@ -170,8 +177,10 @@ class WebDatasetData(StreamDataModule):
     sample's (of 63 bits), alike in every epoch and on every worker.
 
     Args:
-        shards: paths or URLs, with braces (``photos-{0000..0099}.tar``); several as a list. ``pipe:`` takes a command
-            that prints a shard; any other protocol is opened with fsspec (``s3://``, ``hf://``, ``https://``).
+        shards: paths or URLs, with braces (``photos-{0000..0099}.tar``); several as a list. ``pipe:`` runs a command
+            that prints a shard, in a shell and with your rights, wherever it stands among them: only with
+            ``allow_pipe``, and never from a list that somebody else wrote. Any other protocol is opened with fsspec
+            (``s3://``, ``hf://``, ``https://``).
         size: side of the square images in pixels.
         batch_size: images a batch, on each device.
         epoch_length: training images an epoch, on all devices together.
@@ -186,6 +195,8 @@ class WebDatasetData(StreamDataModule):
         on_error: ``"raise"`` or ``"skip"``, see `PixelDataModule`; a shard that breaks off counts as one sample.
         max_skipped_share: the share of broken samples that ``skip`` bears.
         max_pixels: a larger image counts as broken, and is not decoded.
+        read_timeout: seconds that each reading from a shard may wait, see `PixelDataModule`.
+        allow_pipe: run the commands of shards that begin with ``pipe:``, with your rights.
 
     Raises:
         ValueError: a setting is out of range; while reading: a broken shard or sample.
@@ -212,14 +223,17 @@ class WebDatasetData(StreamDataModule):
         on_error: str = "raise",
         max_skipped_share: float = 0.05,
         max_pixels: int = MAX_PIXELS,
+        read_timeout: float = READ_TIMEOUT_S,
+        allow_pipe: bool = False,
     ) -> None:
         super().__init__(
             epoch_length, val_length, shuffle_buffer, size=size, alpha=alpha, flip=flip, max_pixels=max_pixels,
             batch_size=batch_size, num_workers=num_workers, seed=seed, on_error=on_error,
-            max_skipped_share=max_skipped_share,
+            max_skipped_share=max_skipped_share, read_timeout=read_timeout,
         )  # fmt: skip
         self.shards = shards
         self.val_shards = val_shards
+        self.allow_pipe = allow_pipe
         self.columns = dict(columns or {})
 
     @attributed(OWNER)
@@ -238,6 +252,7 @@ class WebDatasetData(StreamDataModule):
         webdataset = require("webdataset", extra="webdataset", needed_by=OWNER)
         names = [shards] if isinstance(shards, str) else list(shards)
         expanded = [url for name in names for url in webdataset.shardlists.expand_urls(name)]
+        check_shards(expanded, self.allow_pipe)
         if not expanded:
             raise UserError(f"shards={shards!r} names no shard; give a path, with braces for many")
         return self.stream(ShardRecords(expanded, self.columns), training)
@@ -245,23 +260,23 @@ class WebDatasetData(StreamDataModule):
 
 def _read_shard(url: str) -> Iterator[Files]:
     """The samples of a shard."""
-    webdataset = require("webdataset", extra="webdataset", needed_by=OWNER)
-    if url.startswith("pipe:"):
-        opened = webdataset.gopen(url)
-    else:
-        opened = require("fsspec", extra="webdataset", needed_by=OWNER).open(url, "rb")
-    with opened as stream:
-        yield from samples_of(webdataset.tariterators.tar_file_expander([{"url": url, "stream": stream}]))
+    with open_shard(url, OWNER) as stream:
+        yield from samples_of(members(stream, url))
 
 
 def neighbours(parts: Iterable[T]) -> Iterator[tuple[T | None, T, T | None]]:
     """Each part with the one before and the one after it."""
     before: T | None = None
     held: T | None = None
-    for part in parts:
+    try:
+        for part in parts:
+            if held is not None:
+                yield before, held, part
+            before, held = held, part
+    except Exception:  # what came before is whole
         if held is not None:
-            yield before, held, part
-        before, held = held, part
+            yield before, held, None
+        raise
     if held is not None:
         yield before, held, None
 

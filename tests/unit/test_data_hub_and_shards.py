@@ -244,7 +244,8 @@ def test_validation_of_a_stream_begins_at_the_beginning(shards, workers):
 
 
 def test_a_pipe_and_a_list_of_shards(shards):
-    data = tars(shards, shards=[f"pipe:cat {shards}/s-0.tar", f"file://{shards}/s-1.tar"], epoch_length=6, batch_size=6)
+    urls = [f"pipe:cat {shards}/s-0.tar", f"file://{shards}/s-1.tar"]
+    data = tars(shards, shards=urls, epoch_length=6, batch_size=6, allow_pipe=True)
     assert sorted(flat(epochs(data))) == [0, 1, 2, 3, 4, 5]
 
 

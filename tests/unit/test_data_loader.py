@@ -9,8 +9,9 @@ import torch
 from bucket_ranks import BATCH, COUNT, PLAN, Sizes
 
 from latentdm.data import EpochSampler, PixelDataModule, PixelDataset, SampleError
-from latentdm.data.loader import PixelLoader, Reading, explained, explanation
+from latentdm.data.loader import PixelLoader, explained, explanation
 from latentdm.data.order import BucketBatches
+from latentdm.data.reading import Reading
 from latentdm.errors import UserError
 
 
