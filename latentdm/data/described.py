@@ -17,7 +17,7 @@ from latentdm.data.listing import Listing
 from latentdm.data.metadata import NoMetadataError, Row, read_metadata, reserved_note, without_reserved
 from latentdm.data.names import folded, stem_of
 from latentdm.data.skips import SampleError
-from latentdm.data.texts import shortened
+from latentdm.data.texts import cut, shortened
 from latentdm.errors import UserError
 
 ROWS = "\0rows"
@@ -167,9 +167,10 @@ class Describer:
         of_image.rows.append(without_reserved(columns, self.reserved.add))
         for kind, other in companions.items():
             if of_image.companions.setdefault(kind, other) != other:
+                first = cut(of_image.companions[kind])
                 problem = (
-                    f"{row.where} names another {kind} of {name} than {of_image.where} does, {other} and not "
-                    f"{of_image.companions[kind]}; rows of one image may differ in captions and other columns alone"
+                    f"{row.where} names another {kind} of {name} than {of_image.where} does, {cut(other)} and not "
+                    f"{first}; rows of one image may differ in captions and other columns alone"
                 )
         problem = row.problem or problem
         if problem and not self.lenient:
@@ -192,11 +193,12 @@ class Describer:
             self.found.companions.add(other)
             if self.choices[kind] == "ignore":
                 continue
-            companions[kind] = other
-            if other not in self.listing.images and not os.path.isfile(self.root / other):
+            if other in self.listing.images or os.path.isfile(self.root / other):
+                companions[kind] = other
+            else:
                 problem = (
-                    f"{where} names the {kind} {other}, which does not exist in root={str(self.root)!r}; correct it, "
-                    f"or set {kind}s=ignore"
+                    f"{where} names the {kind} {cut(other)}, which does not exist in root={str(self.root)!r}; correct "
+                    f"it, or set {kind}s=ignore"
                 )
         return companions, problem
 
@@ -210,7 +212,8 @@ class Describer:
         name = inside(self.root, path, row.name)
         if name is None:
             return self._outside(row.where)
-        return f"{row.where} names {name}, which is no image in root={str(self.root)!r}; correct or remove the row"
+        what = f"{cut(name)}, which is no image in root={str(self.root)!r}"
+        return f"{row.where} names {what}; correct or remove the row"
 
     def _outside(self, where: str) -> str:
         return f"{where} names a file outside root={str(self.root)!r}; only files inside it are read"

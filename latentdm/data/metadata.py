@@ -254,13 +254,14 @@ def _json_lines(path: Path) -> Iterator[Found]:
 
 
 def _json_rows(path: Path) -> Iterator[Found]:
-    """A list of rows, or sd-scripts' object of rows by the paths of their images, with captions and tags."""
+    """A list of rows, or an object of captions, or of sd-scripts' captions and tags, by the paths of their images."""
     content = parse_json(decode(read_bytes(path), path), path)
     if isinstance(content, list):
         for number, row in enumerate(content, start=1):
             yield f"{path}, row {number}", *_object_or_problem(row, f"{path}, row {number}"), False
-    elif isinstance(content, dict) and all(isinstance(row, dict) for row in content.values()):
-        for number, (name, row) in enumerate(content.items(), start=1):
+    elif isinstance(content, dict) and all(isinstance(row, dict | str) for row in content.values()):
+        for number, (name, value) in enumerate(content.items(), start=1):
+            row = {"caption": value} if isinstance(value, str) else value
             texts = [row[part] for part in ("caption", "tags") if isinstance(row.get(part), str) and row[part]]
             others = {column: value for column, value in row.items() if column not in ("caption", "tags")}
             # As sd-scripts joins them; what it adds on sizes has no meaning here.

@@ -55,10 +55,10 @@ def find_beside(
                 matches.pairs += pairs
                 listing.watched |= inside.watched
                 found[kind] = folder
-                notes.append(f"{kind}s are those in {root / folder}")
+                notes.append(f"{kind}s are those in {os.path.normpath(root / folder)}")
                 break
-            of_all = f"{len(with_one)} of {len(stems)} images"
-            notes.append(f"left out: {root / folder}, with {kind}s for {of_all} (inside root they would be taken)")
+            of_all = f"{kind}s for {len(with_one)} of {len(stems)} images (inside root they would be taken)"
+            notes.append(f"left out: {os.path.normpath(root / folder)}, with {of_all}")
     return found
 
 

@@ -129,6 +129,11 @@ def shortened(value: object) -> str:
     return quoted.repr(value)
 
 
+def cut(text: str) -> str:
+    """A name as an error gives it: without its middle where it is long."""
+    return text if len(text) <= 200 else f"{text[:100]}…{text[-60:]}"
+
+
 def _check_text(text: str, what: object) -> None:
     try:
         text.encode()

@@ -119,6 +119,24 @@ def test_a_parquet_file_and_one_of_sd_scripts(root):
     assert "1 row of meta_cap.json on images that are not here (/data/train/9.png)" in data.notes()
 
 
+def test_captions_by_the_names_of_images(root):
+    (root / "metadata.json").write_text(json.dumps({"0.png": "a", "1": "b"}))
+    assert captions(root) == {"0.png": "a", "1.png": "b", "2.png": ""}
+
+
+@pytest.mark.parametrize("mask", ["x" * 5000, "a\0b", "no.png", ["a.png"], "in", {"a": 1}])
+def test_a_mask_that_is_none_is_its_image_s_error(root, mask):
+    (root / "in").mkdir()
+    rows = [{"file_name": name, "text": "a", **({"mask": mask} if name == "0.png" else {})} for name in NAMES]
+    (root / "metadata.jsonl").write_text(json_lines(*rows))
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 1 names the mask .*, which does not exist") as caught:
+        loaded(root)
+    assert len(str(caught.value)) < 600
+    seen, report = skipped(root)
+    assert seen == {"1.png", "2.png"}
+    assert "names the mask" in report
+
+
 def test_json_that_describes_no_images_is_left_out(root):
     (root / "metadata.json").write_text(json.dumps({"info": {"year": 2024}, "licenses": {}}))
     (root / "meta_data.json").write_text("[1, 2]")
