@@ -258,10 +258,15 @@ def neighbours(parts: Iterable[T]) -> Iterator[tuple[T | None, T, T | None]]:
     """Each part with the one before and the one after it."""
     before: T | None = None
     held: T | None = None
-    for part in parts:
+    try:
+        for part in parts:
+            if held is not None:
+                yield before, held, part
+            before, held = held, part
+    except Exception:  # what came before is whole
         if held is not None:
-            yield before, held, part
-        before, held = held, part
+            yield before, held, None
+        raise
     if held is not None:
         yield before, held, None
 
