@@ -15,7 +15,7 @@ from latentdm.data.module import PixelDataModule
 from latentdm.draws import Draws
 from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError, UserTypeError
-from latentdm.hooks import HOOKS, BatchDraws, check_bare, check_model, has_own, notify, rounded_pixels
+from latentdm.hooks import HOOKS, BatchDraws, check_bare, check_model, has_own, notify, rounded_pixels, unused_masks
 from latentdm.stages import Line, MissingKeyError, Stage
 from latentdm.wrapper import Wrapper
 
@@ -129,6 +129,8 @@ class LatentDataModule(Wrapper):
         Raises:
             UserError: the model goes past the hooks, or the data lack what a stage reads: see `check`.
         """
+        if hasattr(self.pixels, "masks_unused"):  # our own data modules say it when they are set up
+            self.pixels.masks_unused = unused_masks(self.line.device, self.keys.keys)
         self.pixels.setup(stage)
         self._check_sample()
         if self.trainer is not None:

@@ -10,10 +10,12 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from latentdm.batch import CAPTION, EPOCH, INDEX, PIXELS, BatchKeys, sample_ids
+from latentdm.batch import CAPTION, EPOCH, INDEX, MASK, PIXELS, BatchKeys, Key, sample_ids
 from latentdm.draws import Draws, FreshDraws
+from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError, attributed
 from latentdm.progress import training_epoch
+from latentdm.stages import Stage
 from latentdm.tensors import describe
 
 HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -40,6 +42,28 @@ def check_model(model: LightningModule) -> None:
                 f"LatentDataModule: {name}.{step} takes dataloader_iter, which bypasses the batch-transfer hooks; "
                 f"take batch and batch_idx instead: {step}(self, batch, batch_idx)"
             )
+
+
+def unused_masks(stages: Sequence[Stage], keys: Mapping[str, Key]) -> str:
+    """Why masks that a batch brings have no effect, as ``masks=random``; "" where a stage reads them.
+
+    Args:
+        stages: in their order.
+        keys: our name → the user's.
+    """
+    for stage in stages:
+        if any(keys.get(name, name) == MASK for name in stage.reads):
+            return ""
+        if MASK in stage.writes:
+            return f"masks={_choice(stage, 'Mask')}"
+    encoder = next((stage for stage in stages if isinstance(stage, Encoder)), None)
+    return "" if encoder is None else f"encoder={_choice(encoder, 'Encoder')}"
+
+
+def _choice(stage: Stage, kind: str) -> str:
+    """What a stage is called in a config, as far as its class tells."""
+    name = type(stage).__name__
+    return name.removesuffix(kind).lower() if type(stage).__module__.startswith("latentdm.") else name
 
 
 def has_own(module: Any, names: Sequence[str], base: type) -> bool:

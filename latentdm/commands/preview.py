@@ -41,6 +41,7 @@ def _draw(cfg: DictConfig, settings: Namespace) -> None:
     from hydra.utils import instantiate
     from PIL import Image
 
+    from latentdm.data import PixelDataModule
     from latentdm.preview import describe, first_samples, preview
 
     if settings.output.is_dir() or settings.output.suffix.lower() not in Image.registered_extensions():
@@ -57,6 +58,9 @@ def _draw(cfg: DictConfig, settings: Namespace) -> None:
     except OSError as error:
         raise RunError(f"--output {settings.output}: cannot write it: {error.strerror or error}") from error
     print(settings.output.resolve())
+    data = datamodule.pixels
+    if isinstance(data, PixelDataModule):
+        notes += [f"Data: {text}." for text in (data.summary(), data.notes()) if text]
     for note in notes:
         print(f"  {note}")
 

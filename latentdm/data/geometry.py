@@ -3,7 +3,7 @@
 Shapes: ``c h w``; ``H W`` is an image as it lies in its file. Sizes are (width, height), as Pillow gives them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from latentdm.data.dataset import Sample
 from latentdm.data.decode import RESAMPLE, RESAMPLE_REDUCED, ImageFile, decode, image_to_tensor
 from latentdm.data.levels import Pick, label_image, mask_image, nearest, of_image, resized
 from latentdm.data.skips import SampleError
-from latentdm.draws import sample_generator
+from latentdm.draws import sample_generator, sample_seed
 
 COMPANIONS = (MASK, SOURCE, SEGMENTATION)
 """The other pictures that an image may have."""
@@ -48,6 +48,7 @@ class Record:
             follows from the image.
         columns: whatever else belongs to it: its ``caption``, and any other column. One that has the name of a picture
             is left out.
+        others: further sets of columns, as where an image has several captions.
     """
 
     name: str
@@ -58,6 +59,13 @@ class Record:
     segmentation: ImageFile | None = None
     target: Size | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    others: Sequence[Mapping[str, Any]] = ()
+
+    def drawn(self, seed: int, epoch: int, training: bool) -> Mapping[str, Any]:
+        """The columns of a sample: of several sets one, drawn for each sample and epoch; the first outside training."""
+        if not self.others or not training:
+            return self.columns
+        return (self.columns, *self.others)[sample_seed(seed, epoch, self.index, "caption") % (1 + len(self.others))]
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,7 @@ class ResizeCrop:
         alpha: keep transparency as a fourth channel.
         seed: crops and mirroring follow from it.
         max_pixels: larger images are refused.
+        training: draw one of several captions; otherwise the first is taken.
     """
 
     target: Target
@@ -146,6 +155,7 @@ class ResizeCrop:
     alpha: bool = False
     seed: int = 0
     max_pixels: int = MAX_PIXELS
+    training: bool = False
 
     def __call__(self, record: Record, epoch: int) -> Sample:
         """Decode, resize, crop and mirror.
@@ -169,7 +179,8 @@ class ResizeCrop:
             alpha = crop.of_levels(of_image(image.getchannel("A")), resized, size) if has_alpha else opaque
             pixels = torch.cat([pixels, torch.from_numpy(alpha)[None]])
         del image  # the companions do not lie in memory beside it
-        sample: Sample = {name: value for name, value in record.columns.items() if name not in COMPANIONS}
+        columns = record.drawn(self.seed, epoch, self.training)
+        sample: Sample = {name: value for name, value in columns.items() if name not in COMPANIONS}
         sample |= {"pixels": pixels, "index": record.index, "name": record.name, **size_columns(crop, width, height)}
         if record.mask is not None:
             sample[MASK] = self._mask(record, record.mask, size, crop)

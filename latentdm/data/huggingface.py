@@ -17,7 +17,7 @@ from latentdm.data.decode import ImageFile
 from latentdm.data.files import READ_TIMEOUT_S
 from latentdm.data.geometry import COMPANIONS, Record, ResizeCrop
 from latentdm.data.index import unit_hash
-from latentdm.data.metadata import CAPTION_COLUMNS
+from latentdm.data.metadata import CAPTION_COLUMNS, rows_of_image
 from latentdm.data.pairing import check_val_share, split_hashes
 from latentdm.data.skips import SampleError
 from latentdm.data.stream import Item, StreamDataModule, stable_index
@@ -77,7 +77,7 @@ class Rows:
         """A row as a record; without an index, its image's file gives one.
 
         Raises:
-            SampleError: a column of pictures holds something else, or a path outside the folders.
+            SampleError: a column of pictures or captions holds something else, or a path outside the folders.
         """
         image = _file(row[self.columns["image"]], f"the image of {name}", self.folders)
         present = [kind for kind in COMPANIONS if kind in self.columns]
@@ -89,7 +89,8 @@ class Rows:
             others[CAPTION] = row[self.columns[CAPTION]]
         if index is None:
             index = stable_index(image if isinstance(image, bytes) else str(image))
-        return Record(name, index, image, **companions, columns=others)
+        rows = rows_of_image([others], what=name)
+        return Record(name, index, image, **companions, columns=rows[0], others=rows[1:])
 
 
 @dataclass(eq=False)

@@ -98,7 +98,9 @@ class FolderIndex:
 
     Attributes:
         problems: what is wrong with the folder.
-        captioned: whether any image has a caption.
+        notes: what of the folder was left out, and what else a person should know.
+        folders: ``mask`` or ``source`` → the folder that their names are relative to, where it is not the root.
+        captioned: how many images have a caption.
     """
 
     def __init__(self, root: Path, table: pa.Table, identity: bytes = b"", file: Path | None = None) -> None:
@@ -113,7 +115,10 @@ class FolderIndex:
         }
         self._metadata = table.schema.metadata
         self.problems: list[str] = json.loads(self._metadata[b"problems"])
-        self.captioned: bool = json.loads(self._metadata[b"captioned"])
+        facts = json.loads(self._metadata[b"facts"])
+        self.notes: list[str] = facts.get("notes", [])
+        self.folders: dict[str, str] = facts.get("folders", {})
+        self.captioned: int = json.loads(self._metadata[b"captioned"])
 
     def __len__(self) -> int:
         return len(self._columns["name"])
@@ -146,9 +151,9 @@ class FolderIndex:
         watched: dict[str, list[int]] = json.loads(self._metadata[b"watched"])
         return watched
 
-    def any_has(self, companion: str) -> bool:
-        """Whether any image has a ``mask``, a ``source`` or a ``segmentation``."""
-        return bool(self._columns[companion].null_count < len(self))
+    def count(self, companion: str) -> int:
+        """How many images have a ``mask``, a ``source`` or a ``segmentation``."""
+        return len(self) - int(self._columns[companion].null_count)
 
     @property
     def hashes(self) -> npt.NDArray[np.float64]:
@@ -167,7 +172,7 @@ class FolderIndex:
 def folder_index(
     root: Path,
     settings: Mapping[str, Any],
-    build: Callable[[], tuple[Sequence[Entry], Sequence[str], Mapping[str, Sequence[int]]]],
+    build: Callable[[], tuple[Sequence[Entry], Sequence[str], Mapping[str, Sequence[int]], Mapping[str, Any]]],
     cache: Path,
     least: int,
 ) -> FolderIndex:
@@ -176,8 +181,8 @@ def folder_index(
     Args:
         root: the folder.
         settings: of the build; another file is kept for each set.
-        build: gives the images, what is wrong with the folder, and for each folder and metadata file its time of
-            change in nanoseconds and its size.
+        build: gives the images, what is wrong with the folder, for each folder and metadata file its time of change
+            in nanoseconds and its size, and what else is known: ``notes`` and ``folders``.
         cache: the folder in which indices are kept.
         least: the number of images from which an index is kept.
     """
@@ -188,8 +193,8 @@ def folder_index(
     if index is not None:
         return index
     started = time.time_ns()
-    entries, problems, watched = build()
-    table = to_table(entries, problems, watched)
+    entries, problems, watched, known = build()
+    table = to_table(entries, problems, watched, known)
     settled = all(started - mtime > SETTLED_S * 1e9 for mtime, _ in watched.values())
     if len(entries) < least or not settled:
         return FolderIndex(root, table)
@@ -201,7 +206,12 @@ def folder_index(
     return _kept(root, file) or FolderIndex(root, table)
 
 
-def to_table(entries: Sequence[Entry], problems: Sequence[str], watched: Mapping[str, Sequence[int]]) -> pa.Table:
+def to_table(
+    entries: Sequence[Entry],
+    problems: Sequence[str],
+    watched: Mapping[str, Sequence[int]],
+    known: Mapping[str, Any],
+) -> pa.Table:
     """Images as the table of a `FolderIndex`."""
 
     def texts(attribute: str) -> list[bytes | None]:
@@ -215,8 +225,13 @@ def to_table(entries: Sequence[Entry], problems: Sequence[str], watched: Mapping
         "columns": [None if entry.columns is None else json.dumps(entry.columns).encode() for entry in entries],
         "hash": [unit_hash(entry.name) for entry in entries],
     }
-    captioned = any(entry.caption is not None or CAPTION in (entry.columns or {}) for entry in entries)
-    facts = {"problems": list(problems), "watched": dict(watched), "captioned": captioned}
+    captioned = sum(entry.caption is not None or CAPTION in (entry.columns or {}) for entry in entries)
+    facts = {
+        "problems": list(problems),
+        "watched": dict(watched),
+        "facts": dict(known),
+        "captioned": captioned,
+    }
     metadata = {name: json.dumps(fact) for name, fact in facts.items()}
     arrays = [pa.array(data[name], SCHEMA.field(name).type) for name in SCHEMA.names]
     return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))

@@ -60,6 +60,7 @@ class PixelDataModule(LightningDataModule):
             get any further for so long ends the run with an error that says what it was reading.
 
     Attributes:
+        masks_unused: why the masks of the data have no effect, for the line that `summary` gives; "" where they may.
         train_set: the dataset of ``fit``.
         val_set: the dataset of ``validate``; None: no validation.
         test_set: the dataset of ``test``.
@@ -69,6 +70,7 @@ class PixelDataModule(LightningDataModule):
         ValueError: a setting is out of range.
     """
 
+    masks_unused: str = ""
     train_set: PixelDataset | None = None
     val_set: PixelDataset | None = None
     test_set: PixelDataset | None = None
@@ -118,6 +120,15 @@ class PixelDataModule(LightningDataModule):
             with suppress(SampleError):  # it is told, or skipped and reported, when its turn comes
                 return dataset.sample(position, 0)
         return None
+
+    def summary(self) -> str:
+        """What the data hold, in one line for a person; known from `setup` on."""
+        train, val = (0 if part is None else len(part) for part in (self.train_set, self.val_set))
+        return f"{train} train{'s' * (train == 1)}, {val or 'none'} validate{'s' * (val == 1)}"
+
+    def notes(self) -> str:
+        """What was left out of the data, for a person; known from `setup` on."""
+        return ""
 
     def problems(self) -> list[str]:
         """What is wrong with the data beside single samples; for the report where ``on_error`` is "skip"."""
@@ -222,7 +233,7 @@ class PictureDataModule(PixelDataModule):
     def crops(self, training: bool, target: Target | None = None) -> ResizeCrop:
         """What makes samples of records: of squares, unless there is another target."""
         random, flip = self.random_crop and training, self.flip and training
-        return ResizeCrop(target or square(self.size), random, flip, self.alpha, self.seed, self.max_pixels)
+        return ResizeCrop(target or square(self.size), random, flip, self.alpha, self.seed, self.max_pixels, training)
 
 
 def _plain_arguments(data: PixelDataModule) -> dict[str, Any]:

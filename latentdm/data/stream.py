@@ -162,12 +162,10 @@ class StreamImages(PixelDataset):
 
     def _endless(self, part: int, epoch: int) -> Iterator[Item]:
         random = Random(sample_seed(self.seed, epoch, part, "stream"))
-        parts, turn, empty = self.parts, 0, 0
+        turn = empty = 0
         while empty < MAX_EMPTY_PASSES:
-            if empty and not self.training:
-                part, parts = 0, 1  # fewer samples than parts: validation repeats some anyway
             empty += 1
-            items = self.items(part, parts, sample_seed(self.seed, epoch, turn, "turn"), self.training)
+            items = self.items(part, self.parts, sample_seed(self.seed, epoch, turn, "turn"), self.training)
             for item in shuffled(items, self.shuffle_buffer, random):
                 empty = 0
                 yield item

@@ -141,10 +141,10 @@ def test_what_prepares_itself_is_looked_at_in_setup(tmp_path):
 class Broken(PixelDataset):
     """The first sample cannot be read."""
 
-    ordered = False
+    parts = None
 
-    def __init__(self, ordered=False):
-        self.ordered, self.asked = ordered, []
+    def __init__(self, parts=None):
+        self.parts, self.asked = parts, []
 
     def __len__(self):
         return 3
@@ -164,7 +164,7 @@ def test_a_broken_sample_is_passed_over_and_a_stream_is_not_begun():
     with complains("the batch has no 'caption'"):
         wrapped(pixels, captions=Captions()).check()
     assert pixels.train_set.asked == [0, 1]
-    pixels.train_set = Broken(ordered=True)
+    pixels.train_set = Broken(parts=1)
     wrapped(pixels, captions=Captions()).check()
     assert pixels.train_set.asked == []
     wrapped(Photos(photo_columns()), captions=Captions()).check()  # of somebody else: told at the first batch

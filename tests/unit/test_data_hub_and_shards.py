@@ -206,8 +206,8 @@ def test_a_batch_of_shards(shards):
     assert set(batch) == {"pixels", "mask", "index", "name", "caption", "width", "tags", EPOCH, *SIZES}
     for row in range(3):
         number = level(batch["pixels"][row])
-        assert batch["index"][row] == stable_index(f"in/{number:03}")
         assert batch["name"][row].endswith(f".tar/in/{number:03}")
+        assert batch["index"][row] == stable_index(batch["name"][row])
         assert batch["caption"][row] == f"picture {number}"
         assert (batch["mask"][row] == 2 + number).all()
         assert batch["tags"][row] == ["a", "b"]

@@ -87,9 +87,9 @@ def test_it_is_built_once_and_holds_what_the_walk_found(opener):
     assert everything(first) == everything(second) == entries
     assert len(first) == 12
     assert first.problems == second.problems == []
-    assert first.any_has("mask")
-    assert not first.any_has("source")
-    assert first.captioned
+    assert first.count("mask") == 2
+    assert first.count("source") == 0
+    assert first.captioned == 2
     assert first.hashes.tolist() == second.hashes.tolist()
     assert len(set(first.hashes)) == 12
     by_name = {entry.name: entry for entry in everything(second)}
@@ -332,7 +332,7 @@ def test_an_index_of_another_user_is_not_opened(opener, monkeypatch):
 @pytest.mark.parametrize("column", ["name", "mask", "source", "segmentation", "caption"])
 def test_a_name_that_leaves_the_folder_is_refused_on_use(tmp_path, column, name):
     entries = [Entry(**{"name": "1.png", column: name}), Entry("a/..b/2.png")]
-    index = folder_index(tmp_path, {}, lambda: (entries, [], {}), tmp_path / "cache", least=1)
+    index = folder_index(tmp_path, {}, lambda: (entries, [], {}, {}), tmp_path / "cache", least=1)
     with pytest.raises(SampleError, match=r"names .*, which lies outside"):
         index[0]
     assert index[1].name == "a/..b/2.png"
@@ -388,7 +388,7 @@ def test_a_disk_that_is_full_leaves_nothing_behind(opener, monkeypatch):
 
 def test_it_is_sent_to_workers_without_its_table(tmp_path):
     entries = [Entry(f"folder/{number:05}.png", columns={"caption": "a caption " * 5}) for number in range(5000)]
-    settings = (tmp_path, {}, lambda: (entries, [], {}), tmp_path / "cache")
+    settings = (tmp_path, {}, lambda: (entries, [], {}, {}), tmp_path / "cache")
     small, kept = folder_index(*settings, least=5001), folder_index(*settings, least=1)
     assert len(pickle.dumps(small)) > 300_000
     sent = pickle.dumps(kept)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from running import add_file
 
-from latentdm.data import WebDatasetData
+from latentdm.data import GlobalOrder, WebDatasetData
 
 
 @pytest.fixture
@@ -29,13 +29,13 @@ def data(shards, **settings):
     return made
 
 
-def test_fewer_validation_samples_than_workers_on_all_ranks_validate_all_the_same(shard):
+def test_fewer_validation_samples_than_ranks_and_workers_validate_all_the_same(shard):
     seen = []
     for rank in range(4):
         val_set = data(shard(9), val_shards=shard(2), val_length=8).val_set
-        val_set.distribute(rank, ranks=4, workers=1)
-        seen.append([int(val_set[position]["pixels"][0, 0, 0]) for position in range(2)])
-    assert seen == [[0, 0], [1, 1], [0, 1], [0, 1]]  # who has none of its own reads them all
+        order = GlobalOrder(val_set, batch_size=1, training=False, num_replicas=4, rank=rank)
+        seen.append([int(val_set[position]["pixels"][0, 0, 0]) for [position] in order])
+    assert seen == [[0, 0], [1, 1], [0, 0], [1, 1]]
 
 
 def test_empty_validation_and_training_shards_are_told_apart(shard):
@@ -43,7 +43,7 @@ def test_empty_validation_and_training_shards_are_told_apart(shard):
         ValueError, match="WebDatasetData: the validation data hold no sample; give them some, or leave"
     ):
         data(shard(9), val_shards=shard(0)).val_set[0]
-    with pytest.raises(ValueError, match="WebDatasetData: part 0 of 1 of the training stream is empty"):
+    with pytest.raises(ValueError, match="WebDatasetData: part 0 of 1 of the stream is empty"):
         data(shard(0), val_shards=shard(9)).train_set[0]
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from latentdm import LatentDataModule, PlainEncoder
 from latentdm.data import PixelDataModule, PixelDataset
-from latentdm.data.loader import Reading
+from latentdm.data.reading import Reading
 from latentdm.data.skips import SampleError
 from latentdm.errors import RunError, UserError
 
