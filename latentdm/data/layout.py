@@ -69,7 +69,7 @@ class Bucketed:
     """
 
     def __init__(self, bucket_of: npt.NDArray[np.integer], seed: int) -> None:
-        self.bucket_of = bucket_of
+        self.bucket_of = bucket_of = np.asarray(bucket_of)
         self.seed = seed
         buckets = int(bucket_of.max()) + 1 if len(bucket_of) else 1
         step = BLOCK * BLOCKS

@@ -1,6 +1,5 @@
 """A fit that is broken off and goes on sees what it would have seen: samples, noise and weights."""
 
-import pickle
 from datetime import timedelta
 
 import numpy as np
@@ -239,15 +238,17 @@ def test_a_foreign_loader_without_a_state_is_told_of_once(tmp_path):
     assert "torchdata.stateful_dataloader.StatefulDataLoader" in ours
 
 
-def test_a_state_travels_in_a_pickle_of_plain_values(tmp_path):
+def test_a_state_holds_plain_values(tmp_path):
     fit(tmp_path, saving("exception", tmp_path), fail_at=5)
-    (state,) = torch.load(tmp_path / "saved.ckpt", weights_only=True)["loops"]["fit_loop"]["state_dict"][
-        "combined_loader"
-    ]
-    assert state == {
-        "epoch": 0,
-        "steps": [[BATCH, 5]],
-        "samples": 5 * BATCH,
-        "settings": {"seed": 0, "count": COUNT, "buckets": False, "samples": COUNT},
-    }
-    assert len(pickle.dumps(state)) < 500
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    (state,) = saved["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert state == {"epoch": 0, "steps": [[BATCH, 5]], "samples": 5 * BATCH}
+    settings = {"seed": 0, "count": COUNT, "buckets": False, "training samples": COUNT}
+    assert saved["LatentDataModule"] == {"settings": settings}
+
+
+@pytest.mark.parametrize("kind", ["steps", "epochs"])
+def test_settings_that_have_changed_are_named_whenever_the_checkpoint_was_saved(kind, tmp_path):
+    fit(tmp_path, saving(kind, tmp_path), fail_at=STEPS + 2)
+    with pytest.warns(UserWarning, match=r"^TilesData: .* seed=0 \(now 1\)\. What"):
+        fit(ckpt_path=tmp_path / "saved.ckpt", data={"seed": 1})
