@@ -5,7 +5,6 @@ and whether the last weights are the same to the bit.
 """
 
 import json
-import os
 import random
 import sys
 from argparse import ArgumentParser
@@ -17,23 +16,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from four_sources import SOURCES, noted, train, write_sources  # noqa: E402
+from four_sources import SOURCES, forked, noted, write_sources  # noqa: E402
 
 RUN = {"max_epochs": -1, "max_steps": 15}
-
-
-def forked(*arguments, **settings):
-    """Train in a process of its own, which has imported all it needs already; returns how it ended."""
-    child = os.fork()
-    if child == 0:
-        try:
-            train(*arguments, **settings)
-            code = 0
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            code = 1
-        os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def tortured(folder, source, notes, chance, **settings):
@@ -60,10 +45,10 @@ def main():
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_sources(folder)
-        kinds = list(product(SOURCES, (0, 2), ("steps", "epochs")))
+        kinds = list(product(("steps", "epochs"), (0, 2), SOURCES))
         straight = {}
         while total < options.kills:
-            for number, (source, workers, save) in enumerate(kinds):
+            for number, (save, workers, source) in enumerate(kinds):
                 if source not in straight:
                     notes = folder / f"straight_{source}"
                     notes.mkdir()

@@ -127,7 +127,7 @@ def test_a_fit_goes_on_from_any_checkpoint_of_any_run(run, kind, tmp_path):
     assert torch.equal(rest.scale, straight.scale)
 
 
-@pytest.mark.parametrize("kind", ["steps", "epochs", "validation", "exception"])
+@pytest.mark.parametrize("kind", ["epochs", "exception"])
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "plain"])
 @pytest.mark.parametrize("run", ["epochs", "steps"])
 def test_and_with_any_setting(setting, kind, run, tmp_path):
@@ -137,13 +137,13 @@ def test_and_with_any_setting(setting, kind, run, tmp_path):
     resumed_equals_straight(kind, tmp_path, 2 * STEPS - 3, **settings)
 
 
-@pytest.mark.parametrize("kind", ["steps", "epochs", "exception"])
+@pytest.mark.parametrize("kind", ["steps", "epochs"])
 @pytest.mark.parametrize("data", [{"buckets": True}, {"num_workers": 2}], ids=["buckets", "workers"])
 def test_and_with_buckets_or_workers(data, kind, tmp_path):
     resumed_equals_straight(kind, tmp_path, 10, data=data, **RUNS["steps"])
 
 
-@pytest.mark.parametrize("at", [1, STEPS - 1, STEPS, STEPS + 1])
+@pytest.mark.parametrize("at", [1, STEPS, STEPS + 1])
 @pytest.mark.parametrize("kind", ["exception", "callback"])
 def test_at_either_side_of_an_epoch_s_end(kind, at, tmp_path):
     resumed_equals_straight(kind, tmp_path, at, **RUNS["steps"])
