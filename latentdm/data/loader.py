@@ -111,6 +111,8 @@ class PixelLoader(DataLoader[Any]):
         self._epoch, self._yielded = order.epoch, 0
         self._taken = state["steps"] if state and state["epoch"] == order.epoch else ()
         if self.progress:
+            if state is None and self.progress.resumes:
+                self._taken = self._counted(order)
             self.progress.began()
             self._trained = self.progress.batches
         order.taken = self._taken
@@ -138,14 +140,24 @@ class PixelLoader(DataLoader[Any]):
         """Go on after the batches that were seen, in the iteration that comes next."""
         if not {"epoch", "steps"} <= set(state_dict):
             rank_zero_warn(
-                f"{self.owner}: the checkpoint's state of the loader is another loader's (it holds "
-                f"{', '.join(map(str, state_dict)) or 'nothing'}); the epoch begins anew, and its samples so far repeat"
+                f"{self.owner}: the checkpoint's state of the loader is another loader's: it holds "
+                f"{', '.join(map(str, state_dict)) or 'nothing'}"
             )
             return
         self._state = state_dict
         if self.progress:
             self.progress.loaded(state_dict["epoch"])
         self._fit_steps(state_dict["epoch"], state_dict["steps"])
+
+    def _counted(self, order: GlobalOrder) -> Taken:
+        """What Lightning says was seen, where the checkpoint holds no state of ours."""
+        count = self.progress.batches if self.progress else 0
+        rank_zero_warn(
+            f"{self.owner}: the checkpoint holds no state of this loader, so it goes on after {count} batches of epoch "
+            f"{order.epoch}, which Lightning has counted. If they were of other data or another global batch, some of "
+            "the epoch's samples come twice and others not"
+        )
+        return [(order.global_batch, count)]
 
     def _fit_steps(self, epoch: int, steps: Taken) -> None:
         """Where the global batch has changed: say what is kept, and let Lightning count in batches of the new size."""

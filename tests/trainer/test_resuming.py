@@ -252,3 +252,17 @@ def test_settings_that_have_changed_are_named_whenever_the_checkpoint_was_saved(
     fit(tmp_path, saving(kind, tmp_path), fail_at=STEPS + 2)
     with pytest.warns(UserWarning, match=r"^TilesData: .* seed=0 \(now 1\)\. What"):
         fit(ckpt_path=tmp_path / "saved.ckpt", data={"seed": 1})
+
+
+@pytest.mark.parametrize("run", ["epochs", "steps"])
+def test_without_a_state_of_ours_lightning_s_count_of_batches_serves(run, tmp_path):
+    straight = fit(**RUNS[run])
+    first = fit(tmp_path, saving("exception", tmp_path), fail_at=STEPS + 2, **RUNS[run])
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    del saved["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    torch.save(saved, tmp_path / "foreign.ckpt")
+    with pytest.warns(
+        UserWarning, match="^TilesData: .* no state of this loader, so it goes on after 2 batches of epoch 1"
+    ):
+        rest = fit(ckpt_path=tmp_path / "foreign.ckpt", **RUNS[run])
+    assert first.trained + rest.trained == straight.trained
