@@ -31,17 +31,15 @@ class PixelLoader(DataLoader[Any]):
     """A loader of a `latentdm.data.order.RankBatches`, which can go on in the middle of an epoch.
 
     Its state, which Lightning saves with a checkpoint, holds plain containers: the ``epoch``, its ``steps`` so far as
-    pairs of (global batch, count), the number of ``samples`` that these were on all ranks, and the ``settings``. It
-    serves any number of ranks. Errors of workers are `explained`.
+    pairs of (global batch, count), and the number of ``samples`` that these were on all ranks. It serves any number of
+    ranks. Errors of workers are `explained`.
 
     Attributes:
         owner: the class that a warning names.
-        settings: what a run that goes on should not change; plain values, which are saved.
         progress: what the trainer has counted; None: without one.
     """
 
     owner = "PixelLoader"
-    settings: Mapping[str, Any] = {}
     progress: Progress | None = None
     _state: Mapping[str, Any] | None = None
     _epoch = 0
@@ -72,6 +70,8 @@ class PixelLoader(DataLoader[Any]):
         self._epoch, self._yielded = order.epoch, 0
         self._taken = state["steps"] if state and state["epoch"] == order.epoch else ()
         if self.progress:
+            if state is None and self.progress.resumes:
+                self._taken = self._counted(order)
             self.progress.began()
             self._trained = self.progress.batches
         order.taken = self._taken
@@ -96,30 +96,30 @@ class PixelLoader(DataLoader[Any]):
             "epoch": self._epoch,
             "steps": steps,
             "samples": order.seen(self._epoch, steps),
-            "settings": {**self.settings, "samples": len(self.dataset)},  # type: ignore[arg-type]
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the batches that were seen, in the iteration that comes next; warn of what has changed."""
-        if not {"epoch", "steps", "settings"} <= set(state_dict):
+        """Go on after the batches that were seen, in the iteration that comes next."""
+        if not {"epoch", "steps"} <= set(state_dict):
             rank_zero_warn(
-                f"{self.owner}: the checkpoint's state of the loader is another loader's (it holds "
-                f"{', '.join(map(str, state_dict)) or 'nothing'}); the epoch begins anew, and its samples so far repeat"
+                f"{self.owner}: the checkpoint's state of the loader is another loader's: it holds "
+                f"{', '.join(map(str, state_dict)) or 'nothing'}"
             )
             return
         self._state = state_dict
-        settings = {**self.settings, "samples": len(self.dataset)}  # type: ignore[arg-type]
-        before = state_dict["settings"]
-        changed = [name for name in settings if settings[name] != before.get(name)]
-        if changed:
-            told = ", ".join(f"{name}={before.get(name)!r}, now {settings[name]!r}" for name in changed)
-            rank_zero_warn(
-                f"{self.owner}: the run that goes on was begun with {told}. What these change is different from here "
-                "on; where it is the samples or the seed, the order is, and the rest of this epoch may repeat samples"
-            )
         if self.progress:
             self.progress.loaded(state_dict["epoch"])
         self._fit_steps(state_dict["epoch"], state_dict["steps"])
+
+    def _counted(self, order: GlobalOrder) -> Taken:
+        """What Lightning says was seen, where the checkpoint holds no state of ours."""
+        count = self.progress.batches if self.progress else 0
+        rank_zero_warn(
+            f"{self.owner}: the checkpoint holds no state of this loader, so it goes on after {count} batches of epoch "
+            f"{order.epoch}, which Lightning has counted. If they were of other data or another global batch, some of "
+            "the epoch's samples come twice and others not"
+        )
+        return [(order.global_batch, count)]
 
     def _fit_steps(self, epoch: int, steps: Taken) -> None:
         """Where the global batch has changed: say what is kept, and let Lightning count in batches of the new size."""

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
@@ -134,6 +135,26 @@ class PixelDataModule(LightningDataModule):
         """What is wrong with the data beside single samples; for the report where ``on_error`` is "skip"."""
         return []
 
+    def state_dict(self) -> dict[str, Any]:
+        """The settings that a run that goes on should not change; where it was in its epoch is the loader's state."""
+        samples = None if self.train_set is None else len(self.train_set)
+        return {"settings": {**_plain_arguments(self), "training samples": samples}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warn of the settings that have changed since a checkpoint was saved, where a fit goes on from it."""
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        before, now = state_dict.get("settings", {}), self.state_dict()["settings"]
+        changed = [name for name in now if name in before and now[name] != before[name]]
+        changed += [name for name in before if name not in now]
+        if changed:
+            told = ", ".join(f"{name}={before[name]!r} (now {now.get(name)!r})" for name in changed)
+            rank_zero_warn(
+                f"{type(self).__name__}: the run that goes on was begun with other settings: {told}. What they change "
+                "differs from here on; other samples or another seed change the order, and what is left of this epoch "
+                "may repeat some samples and leave out others"
+            )
+
     def teardown(self, stage: str) -> None:
         """Report the samples that were skipped, on the first rank, as a warning."""
         self._report()
@@ -199,7 +220,6 @@ class PixelDataModule(LightningDataModule):
         loader = PixelLoader(dataset, batch_sampler=RankBatches(order, self.batch_size), **settings)
         loader.owner = type(self).__name__
         if training:
-            loader.settings = _plain_arguments(self)
             loader.progress = Progress(self.trainer) if isinstance(self.trainer, Trainer) else None
         return loader
 

@@ -324,6 +324,26 @@ def test_a_data_set_as_a_stream(rows, ranks, workers):
     assert data.val_dataloader() == []
 
 
+def test_files_of_a_stream_are_dealt_to_its_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features({"photo": datasets.Image()})
+    (tmp_path / "rows").mkdir()
+    with quiet_datasets():
+        for file in range(16):
+            content = {"photo": [picture(2 * file), picture(2 * file + 1)]}
+            datasets.Dataset.from_dict(content, features).to_parquet(tmp_path / "rows" / f"{file:02}.parquet")
+    settings = {"streaming": True, "epoch_length": 32, "shuffle_buffer": 4, "batch_size": 4}
+    data = hub(tmp_path / "rows", **settings)
+    assert data.train_set.parts == 2
+    alone = epochs(data, count=2)[0]
+    for epoch in alone:
+        assert sorted(flat(epoch)) == list(range(32))
+    shared = epochs(hub(tmp_path / "rows", **{**settings, "batch_size": 2, "num_workers": 2}), ranks=2, count=2)
+    for epoch in range(2):
+        for whole, *of_ranks in zip(alone[epoch], shared[0][epoch], shared[1][epoch], strict=True):
+            assert whole == flat([list(row) for row in zip(*of_ranks, strict=True)])
+
+
 def test_the_index_of_a_streamed_sample_is_its_own(rows):
     def indices(**settings):
         data = hub(rows, streaming=True, epoch_length=40, **settings)
