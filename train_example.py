@@ -101,6 +101,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """Validate, train, validate again, and print a table; returns the first and the last validation loss."""
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.datamodule)
+    datamodule.check()  # before anything large is loaded
     model = make_model(cfg.model)
     if isinstance(model, FineTune):
         model.check(datamodule)

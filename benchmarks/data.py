@@ -21,7 +21,8 @@ from benchmarks.rows import interleaved, row
 from latentdm.data.decode import image_to_tensor
 from latentdm.data.geometry import Record, ResizeCrop, square
 from latentdm.data.index import Entry, FolderIndex, folder_index, to_table
-from latentdm.data.pairing import list_files
+from latentdm.data.listing import list_files
+from latentdm.data.pairing import Found
 from latentdm.data.photographs import photographs
 
 SIDE = 512
@@ -171,7 +172,7 @@ def _entries(count: int) -> list[Entry]:
 def _build(folder: Path, count: int) -> FolderIndex:
     """A kept index of synthetic entries."""
     entries = _entries(count)
-    index = folder_index(folder, {"count": count}, lambda: (entries, [], {}), folder / "kept", 0)
+    index = folder_index(folder, {"count": count}, lambda: (entries, [], {}, {}), folder / "kept", 0)
     assert index.file is not None
     return index
 
@@ -190,10 +191,10 @@ def index_open_ratio(quick: bool) -> float:
         for folder in (root, *root.iterdir()):
             os.utime(folder, (10**9, 10**9))
 
-        def build() -> tuple[list[Entry], list[str], dict[str, tuple[int, int]]]:
+        def build() -> Found:
             listing = list_files(root)
             images = sorted(listing.images.items())
-            return [Entry(n, size, mtime) for n, (mtime, size) in images], [], dict(listing.watched)  # type: ignore[arg-type]
+            return Found([Entry(n, size, mtime) for n, (mtime, size) in images], [], listing.watched, {})
 
         def kept() -> FolderIndex:
             return folder_index(root, {}, build, Path(name) / "kept", 0)
@@ -225,7 +226,7 @@ def index_growth(quick: bool) -> float:
     counts = {"small": small, "large": large}
     tables = {count: _entries(count) for count in counts.values()}
     rounds = interleaved(
-        {name: lambda count=count: _drop(to_table(tables[count], [], {})) for name, count in counts.items()}, 7
+        {name: lambda count=count: _drop(to_table(tables[count], [], {}, {})) for name, count in counts.items()}, 7
     )
     return median(rounds["large"]) / (large / small * median(rounds["small"]))
 

@@ -35,7 +35,8 @@ print(memory("VmHWM") - before - latents.nbytes)
 START = "import latentdm.demo_vae, latentdm; latentdm.FrozenVAE.from_pretrained('pkg://latentdm.demo_vae').to('cpu')"
 
 
-def _run(code: str, *arguments: str) -> str:
+def run(code: str, *arguments: str) -> str:
+    """What a program prints, run by a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.strip()
@@ -63,7 +64,7 @@ def peak_memory_64_over_first_8(quick: bool) -> float:
 
 @cache
 def _peak(images: int, batch: int, quick: bool) -> float:
-    return median(float(_run(PEAK, str(images), str(batch))) for _ in range(3 if quick else 5))
+    return median(float(run(PEAK, str(images), str(batch))) for _ in range(3 if quick else 5))
 
 
 @row(
@@ -76,7 +77,7 @@ def start_up_s(quick: bool) -> float:
 
     def seconds(code: str) -> float:
         began = perf_counter()
-        _run(code)
+        run(code)
         return perf_counter() - began
 
     bare = "import torch; from diffusers import AutoencoderKL"

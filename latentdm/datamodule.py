@@ -7,17 +7,18 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from latentdm.batch import EPOCH, MAPPINGS, PIXELS, BatchKeys, Key, is_batch
+from latentdm.batch import EPOCH, PIXELS, BatchKeys, Key, Path
 from latentdm.cache.cache import Cache
 from latentdm.cache.rows import CACHED, CachedRows
+from latentdm.containers import MAPPINGS, is_batch, is_frozen, rebuild
+from latentdm.data.module import PixelDataModule
 from latentdm.draws import Draws
 from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError, UserTypeError
-from latentdm.hooks import BatchDraws, check_model, notify, rounded_pixels
+from latentdm.hooks import HOOKS, BatchDraws, check_bare, check_model, has_own, notify, rounded_pixels, unused_masks
 from latentdm.stages import Line, MissingKeyError, Stage
-from latentdm.tensors import describe
 from latentdm.wrapper import Wrapper
 
 
@@ -30,7 +31,8 @@ class LatentDataModule(Wrapper):
     class lacks are looked up on ``pixels``.
 
     Args:
-        pixels: any LightningDataModule whose batches (dicts, tuples or lists) hold images.
+        pixels: any LightningDataModule whose batches (dicts, tuples, lists or dataclasses) hold images; where they
+            hold such batches, as those of several training loaders do, each of these is encoded in its place.
         encoder: makes the latents.
         masks: where masks come from; None takes the batch's own. Asked only where a stage reads a mask.
         augment: changes images and what lies on them on the device, in training alone, before masks are made.
@@ -75,7 +77,10 @@ class LatentDataModule(Wrapper):
     ) -> None:
         super().__init__(pixels)
         if not isinstance(encoder, Encoder):
-            raise UserTypeError(f"LatentDataModule: encoder must be an Encoder, got {type(encoder).__name__}")
+            raise UserTypeError(
+                f"LatentDataModule: encoder must be an Encoder, got {type(encoder).__name__}; make one, as with "
+                "PlainEncoder(vae) or InpaintEncoder(vae)"
+            )
         self.encoder = encoder
         self.masks = masks
         self.augment = augment
@@ -91,16 +96,50 @@ class LatentDataModule(Wrapper):
         self._batch_draws = BatchDraws()
         self._warned = False
         self._is_example = False
-        self._prepared: tuple[Draws | None, dict[str, Any]] | None = None  # of a batch on its way to the device
+        self._prepared: dict[Path, tuple[Draws | None, dict[str, Any]]] = {}  # of the parts on their way to the device
 
     @property
     def channels(self) -> dict[str, int]:
         """Our name → channels, of all at latent resolution, for a model to fit itself to; known from `setup` on."""
         return self.line.channels
 
+    def check(self) -> None:
+        """Look whether the data bring what the stages read, before anything large is loaded.
+
+        Sets ``pixels`` up and reads a sample, where they are a module of `latentdm.data` that reads samples by
+        position, and prepares nothing of its own. What others bring is told in `setup`, or at the first batch.
+
+        Raises:
+            UserError: something is missing; naming the stage and the remedies.
+        """
+        prepares = getattr(self.pixels.prepare_data, "__module__", "").partition(".")[0]
+        if isinstance(self.pixels, PixelDataModule) and prepares in ("latentdm", "lightning"):
+            self.pixels.setup("fit")
+            self._check_sample()
+
+    def _check_sample(self) -> None:
+        if (
+            has_own(self, ("train_dataloader",), PixelDataModule)
+            or has_own(self, HOOKS, LatentDataModule)
+            or has_own(self.pixels, HOOKS, LightningDataModule)
+        ):
+            return  # which may add what samples lack
+        sample = self.pixels.example()
+        found = {} if sample is None else self.keys.find(sample)
+        for name, stage in self.line.needs.items() if found else ():
+            if name != PIXELS and found.get(name) is None:
+                raise UserError(self._lacks(sample, name, type(stage).__name__))
+
     def setup(self, stage: str) -> None:
-        """Delegates; makes the frozen networks and puts them on this rank's device. UserError: see `check_model`."""
+        """Delegates; makes the frozen networks and puts them on this rank's device.
+
+        Raises:
+            UserError: the model goes past the hooks, or the data lack what a stage reads: see `check`.
+        """
+        if hasattr(self.pixels, "masks_unused"):  # our own data modules say it when they are set up
+            self.pixels.masks_unused = unused_masks(self.line.device, self.keys.keys)
         self.pixels.setup(stage)
+        self._check_sample()
         if self.trainer is not None:
             check_model(self.trainer.lightning_module)
             self.line.setup(self.trainer.strategy.root_device)
@@ -134,9 +173,17 @@ class LatentDataModule(Wrapper):
 
         Returns:
             Under our names: what the encoder was given (``pixels``, the ``mask`` that was made, …), and all that the
-            stages wrote, in float32.
+            stages wrote, in float32. Of a batch with several parts that hold images, those of the first.
         """
-        return self._run(self.pixels.on_after_batch_transfer(self._transferred(batch, device), 0), 0)
+        encoded: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+        def run(part: Any, path: Path) -> Any:
+            if not encoded:
+                encoded.append(self._run(part, path, 0))
+            return part
+
+        self.keys.each(self.pixels.on_after_batch_transfer(self._transferred(batch, device), 0), run)
+        return encoded[0]
 
     def _transferred(self, batch: Any, device: torch.device | str) -> Any:
         self.line.setup(device)
@@ -147,37 +194,49 @@ class LatentDataModule(Wrapper):
         trainer = self.trainer
         model = trainer.lightning_module if trainer is not None else None
         self._is_example = model is not None and batch is not None and batch is model.example_input_array
-        self._prepared = None
+        self._prepared = {}
         if self._is_example:
             return batch
         batch = self.pixels.on_before_batch_transfer(batch, dataloader_idx)
-        if is_batch(batch):
-            found = self.keys.find(batch)
-            if (lost := rounded_pixels(found, trainer)) is not None:
-                self._warn_once(lost)
-            draws = self._draws(found, dataloader_idx)
-            self._prepared = draws, {}
-            if draws is not None and self.line.host:
-                written = self._stages(batch, found, draws, on_host=True)
-                changed = {name: value for name, value in written.items() if name in found}
-                self._prepared = draws, {name: value for name, value in written.items() if name not in changed}
-                batch = self.keys.replace(batch, changed) if changed else batch
-        return batch
+        return self.keys.each(batch, lambda part, path: self._prepare(part, path, dataloader_idx))
+
+    def _prepare(self, batch: Any, path: Path, dataloader_idx: int) -> Any:
+        """Run the host's stages on a part."""
+        if not is_batch(batch):
+            return batch
+        found = self.keys.find(batch)
+        if (lost := rounded_pixels(found, self.trainer)) is not None:
+            self._warn_once(lost)
+        draws = self._draws(found, path, dataloader_idx)
+        self._prepared[path] = draws, {}
+        if draws is None or not self.line.host:
+            return batch
+        written = self._stages(batch, found, draws, on_host=True)
+        changed = {name: value for name, value in written.items() if name in found}
+        self._prepared[path] = draws, {name: value for name, value in written.items() if name not in changed}
+        return self.keys.replace(batch, changed) if changed else batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Delegates; Lightning's own copies pinned memory without blocking."""
-        if self._prepared is not None and self._prepared[1]:
-            self._prepared = self._prepared[0], move_data_to_device(self._prepared[1], device)
+        for path, (draws, written) in self._prepared.items():
+            if written:
+                self._prepared[path] = draws, move_data_to_device(written, device)
         if self._is_example:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return self.pixels.transfer_batch_to_device(batch, device, dataloader_idx)
+        return self.pixels.transfer_batch_to_device(self.keys.each(batch, self._movable), device, dataloader_idx)
+
+    def _movable(self, batch: Any, path: Path) -> Any:
+        """A part in a form that Lightning moves to a device, unless the pixels have a hook that does."""
+        if is_frozen(batch) and not is_overridden("transfer_batch_to_device", self.pixels):
+            return rebuild(batch, {})
+        return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """On the device: pixels → latents.
 
         Args:
-            batch: holds ``pixels`` ``b c H W`` and what the stages read. What is no dict, tuple or list passes
-                unchanged, as does the model's ``example_input_array``.
+            batch: holds ``pixels`` ``b c H W`` and what the stages read. What holds no images and is no dict, tuple,
+                list or dataclass passes unchanged, as does the model's ``example_input_array``.
             dataloader_idx: Lightning's.
 
         Returns:
@@ -191,13 +250,13 @@ class LatentDataModule(Wrapper):
             return batch
         batch = self.pixels.on_after_batch_transfer(batch, dataloader_idx)
         if not is_batch(batch):
-            if isinstance(batch, Tensor):
-                self._warn_once(
-                    f"the batch is a bare tensor ({describe(batch)}) and passes as it is, without being encoded; yield "
-                    "a dict, as in {'pixels': images}"
-                )
+            check_bare(batch, self.keys, self.encoder.vae.spatial_compression)
             return batch
-        inputs, outputs = self._run(batch, dataloader_idx)
+        return self.keys.each(batch, lambda part, path: self._encoded(part, path, dataloader_idx))
+
+    def _encoded(self, batch: Any, path: Path, dataloader_idx: int) -> Any:
+        """A part as the step receives it."""
+        inputs, outputs = self._run(batch, path, dataloader_idx)
         drops = self.line.drops
         results = {name: value for name, value in outputs.items() if name not in drops}
         if self.keep_pixels:
@@ -208,14 +267,14 @@ class LatentDataModule(Wrapper):
         notify(self.trainer, "on_encode_end", inputs, outputs, batch)
         return batch
 
-    def _run(self, batch: Any, dataloader_idx: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Run the device's stages on a user's batch."""
-        (draws, prepared), self._prepared = self._prepared or (None, {}), None
+    def _run(self, batch: Any, path: Path, dataloader_idx: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Run the device's stages on a part of a user's batch."""
+        draws, prepared = self._prepared.pop(path, (None, {}))
         cached = batch.get(CACHED) if isinstance(batch, MAPPINGS) else None
         blank = cached.images() if isinstance(cached, CachedRows) else {}
         inputs = self.keys.read({**batch, **blank} if blank else batch) | prepared
         if draws is None or len(draws.ids) != inputs[PIXELS].shape[0]:  # len of a tensor is slow
-            draws = self._draws(inputs, dataloader_idx)
+            draws = self._draws(inputs, path, dataloader_idx)
             assert draws is not None
         notify(self.trainer, "on_encode_start", inputs)
         outputs = prepared | self._stages(batch, inputs, draws, on_host=False)
@@ -225,10 +284,14 @@ class LatentDataModule(Wrapper):
         try:
             return self.line.run(found, draws, on_host)
         except MissingKeyError as error:
-            raise UserError(f"{self.keys.missing(batch, error.name)} ({error.stage} reads it)") from None
+            raise UserError(self._lacks(batch, error.name, error.stage)) from None
 
-    def _draws(self, found: Mapping[str, Any], dataloader_idx: int) -> Draws | None:
-        return self._batch_draws(found, self.seed, self.trainer, dataloader_idx)
+    def _lacks(self, batch: Any, name: str, stage: str) -> str:
+        return f"{self.keys.missing(batch, name)} ({stage} reads it)"
+
+    def _draws(self, found: Mapping[str, Any], path: Path, dataloader_idx: int) -> Draws | None:
+        loader = ".".join(map(str, (dataloader_idx, *path)))
+        return self._batch_draws(found, self.seed, self.trainer, loader)
 
     def _warn_once(self, text: str) -> None:
         if self.trainer is not None and not self._warned:

@@ -15,7 +15,20 @@ __all__ = [
     "UserTypeError",
     "attributed",
     "plain_errors",
+    "shortened",
 ]
+
+
+MAX_LENGTH = 2000
+"""Characters of a text of an error."""
+
+
+def shortened(text: str, length: int = MAX_LENGTH) -> str:
+    """A text with its middle left out if it is longer than that: the cause stands in front, the remedy at the end."""
+    if len(text) <= length:
+        return text
+    kept = length // 2
+    return f"{text[:kept]} […] {text[-kept:]}"
 
 
 class UserError(ValueError):
@@ -28,8 +41,11 @@ class UserError(ValueError):
     owner: str | None = None
 
     def __str__(self) -> str:
-        """The text, with its owner in front."""
-        return f"{self.owner}: {super().__str__()}" if self.owner else super().__str__()
+        """The text, with its owner in front; what it quotes may be of any length, and is cut."""
+        text = super().__str__()
+        if "Traceback (most recent call last)" not in text:  # of a worker: its loader takes the traceback off
+            text = shortened(text)
+        return f"{self.owner}: {text}" if self.owner else text
 
 
 class UserTypeError(UserError, TypeError):

@@ -1,6 +1,6 @@
 """What the batch-transfer hooks ask of Lightning: a batch's draws, callbacks to notify, models that go past them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,12 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from latentdm.batch import CAPTION, EPOCH, INDEX, PIXELS, sample_ids
+from latentdm.batch import CAPTION, EPOCH, INDEX, MASK, PIXELS, BatchKeys, Key, sample_ids
 from latentdm.draws import Draws, FreshDraws
+from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError, attributed
 from latentdm.progress import training_epoch
+from latentdm.stages import Stage
 from latentdm.tensors import describe
 
 HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -42,6 +44,57 @@ def check_model(model: LightningModule) -> None:
             )
 
 
+def unused_masks(stages: Sequence[Stage], keys: Mapping[str, Key]) -> str:
+    """Why masks that a batch brings have no effect, as ``masks=random``; "" where a stage reads them.
+
+    Args:
+        stages: in their order.
+        keys: our name → the user's.
+    """
+    for stage in stages:
+        if any(keys.get(name, name) == MASK for name in stage.reads):
+            return ""
+        if MASK in stage.writes:
+            return f"masks={_choice(stage, 'Mask')}"
+    encoder = next((stage for stage in stages if isinstance(stage, Encoder)), None)
+    return "" if encoder is None else f"encoder={_choice(encoder, 'Encoder')}"
+
+
+def _choice(stage: Stage, kind: str) -> str:
+    """What a stage is called in a config, as far as its class tells."""
+    name = type(stage).__name__
+    return name.removesuffix(kind).lower() if type(stage).__module__.startswith("latentdm.") else name
+
+
+def has_own(module: Any, names: Sequence[str], base: type) -> bool:
+    """Whether a module has methods of its own, by its class or set on it, where ``base`` has some of these names."""
+    return any(getattr(getattr(module, name), "__func__", None) is not getattr(base, name) for name in names)
+
+
+def check_bare(batch: Any, keys: BatchKeys, multiple: int) -> None:
+    """Refuse what holds images and is no batch, instead of handing it to the model as it is.
+
+    Args:
+        batch: no dict, tuple, list or dataclass.
+        keys: of the data module.
+        multiple: what sides are cropped to: a smaller tensor is no image.
+
+    Raises:
+        UserError: it is a tensor of images, or an object that has some.
+    """
+    if isinstance(batch, Tensor):
+        if keys.may_be_images(batch, multiple):
+            raise UserError(
+                f"LatentDataModule: the batch is a bare tensor ({describe(batch)}), and the results need names; yield "
+                "a dict, as in {'pixels': images}"
+            )
+    elif isinstance(getattr(batch, str(keys.key(PIXELS)), None), Tensor):
+        raise UserError(
+            f"LatentDataModule: the batch is of the class {type(batch).__name__}, whose items cannot be exchanged; "
+            "yield a dict, a tuple, a list or a dataclass"
+        )
+
+
 class BatchDraws:
     """The draws of a data module's batches."""
 
@@ -49,9 +102,7 @@ class BatchDraws:
         self._by_hand = FreshDraws()
         self._trainer = 0  # the id of that whose first training batch was seen
 
-    def __call__(
-        self, found: Mapping[str, Any], seed: int, trainer: Trainer | None, dataloader_idx: int
-    ) -> Draws | None:
+    def __call__(self, found: Mapping[str, Any], seed: int, trainer: Trainer | None, loader: str) -> Draws | None:
         """The draws of a batch; None as long as nobody can tell how many samples it has.
 
         Args:
@@ -59,7 +110,7 @@ class BatchDraws:
             seed: of the data module.
             trainer: whose stage counts, and whose epoch where the batch brings none; evaluation draws as in epoch 0, so
                 that its figures compare.
-            dataloader_idx: Lightning's.
+            loader: where the batch comes from.
 
         Returns:
             Keyed on ``index``, else on rank, loader, batch and row; without a running trainer on a count of the calls.
@@ -80,7 +131,7 @@ class BatchDraws:
                 return Draws(seed, epoch, sample_ids(found[INDEX], count), training)
         if trainer is None or trainer.state.status != TrainerStatus.RUNNING:
             return Draws(seed, epoch, self._by_hand(count).ids, training)
-        prefix = f"rank{trainer.global_rank}.loader{dataloader_idx}.batch{_batch_number(trainer)}"
+        prefix = f"rank{trainer.global_rank}.loader{loader}.batch{_batch_number(trainer)}"
         return Draws(seed, epoch, [f"{prefix}.{row}" for row in range(count)], training)
 
 

@@ -38,6 +38,12 @@ class Progress:
         count: int = self._batches.current.processed
         return count
 
+    @property
+    def resumes(self) -> bool:
+        """Whether the batch that is asked for is the first of a fit that goes on within an epoch."""
+        current = self._batches.current
+        return self.trainer.fit_loop.restarting and bool(0 < current.ready == current.completed)
+
     def within(self, epoch: int) -> bool:
         """Whether the checkpoint that was loaded leaves batches of an epoch to come."""
         return training_epoch(self.trainer) == epoch and not self._batches.is_last_batch

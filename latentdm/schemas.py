@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from latentdm.signatures import SIGNATURES
 
@@ -21,6 +23,17 @@ def register_schemas() -> None:
     for path, parameters in SIGNATURES.items():
         group, _, name = f"latentdm/schema/{path}".rpartition("/")
         store.store(group=group, name=name, node=_schema(path, parameters), provider="latentdm")
+
+
+def output_dir() -> str:
+    """The folder of Hydra's run, as ``${latentdm.output_dir:}``; ``outputs`` where no app runs, as in a notebook."""
+    if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
+        return "outputs"
+    return str(HydraConfig.get().runtime.output_dir)
+
+
+# Here and not where groups are searched: a pickled config, which resolves in another process, finds this module alone.
+OmegaConf.register_new_resolver("latentdm.output_dir", output_dir, replace=True)
 
 
 def _schema(path: str, parameters: dict[str, tuple[Any, Any]]) -> type:

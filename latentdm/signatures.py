@@ -73,7 +73,8 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
         "val_share": (float, 0.1), "columns": (Any, None), "streaming": (bool, False), "epoch_length": (int, 1024),
         "val_length": (int, 64), "shuffle_buffer": (int, 256), "parts": (int, 64), "alpha": (bool, False),
         "flip": (bool, False), "num_workers": (int, 0), "seed": (int, 0), "on_error": (str, 'raise'),
-        "max_skipped_share": (float, 0.05), "max_pixels": (int, 178956970),
+        "max_skipped_share": (float, 0.05), "max_pixels": (int, 178956970), "read_timeout": (float, 300.0),
+        "allow_outside": (bool, False),
     },
     "data/ImageFolderData": {
         "root": (str, MISSING), "size": (int, 512), "batch_size": (int, 16), "val_share": (float, 0.1),
@@ -81,6 +82,7 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
         "alpha": (bool, False), "flip": (bool, False), "num_workers": (int, 0), "seed": (int, 0),
         "on_error": (str, 'raise'), "max_skipped_share": (float, 0.05), "max_pixels": (int, 178956970),
         "index_dir": (str | None, None), "random_crop": (bool, True), "buckets": (Any, None), "sources": (str, 'auto'),
+        "segmentations": (str, 'auto'), "read_timeout": (float, 300.0),
     },
     "data/LatentsData": {
         "root": (str, MISSING), "size": (int | None, None), "batch_size": (int, 16), "val_share": (float, 0.1),
@@ -95,6 +97,7 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
         "val_shards": (Any, None), "val_length": (int, 64), "columns": (Any, None), "shuffle_buffer": (int, 256),
         "parts": (int, 64), "alpha": (bool, False), "flip": (bool, False), "num_workers": (int, 0), "seed": (int, 0),
         "on_error": (str, 'raise'), "max_skipped_share": (float, 0.05), "max_pixels": (int, 178956970),
+        "read_timeout": (float, 300.0), "allow_pipe": (bool, False),
     },
     "finetune/FluxFill": {
         "pretrained": (str, MISSING), "lora": (Any, None), "guidance": (float, 1.0), "times": (str, 'logit_normal'),

@@ -145,6 +145,16 @@ class Line:
         """Name → channels, of all that is written at latent resolution."""
         return {name: channels for stage in self.stages for name, channels in stage.channels.items()}
 
+    @property
+    def needs(self) -> dict[str, Stage]:
+        """What a batch must bring: name → the stage that reads it, of all that no stage before that one writes."""
+        needs: dict[str, Stage] = {}
+        written: set[str] = set()
+        for stage in self.stages:
+            needs |= {name: stage for name in stage.reads if name not in written and name not in needs}
+            written |= set(stage.writes)
+        return needs
+
     def setup(self, device: torch.device | str) -> None:
         """Move all stages to a device."""
         for stage in self.stages:

@@ -55,7 +55,7 @@ def check_pixels(pixels: object, multiple: int, name: str = "pixels") -> None:
         UserError: naming what was found and what is right.
     """
     if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
-        hint = how_to_stack(pixels)
+        hint = how_to_convert(pixels)
         raise UserError(f"{name}: expected a tensor of shape b c H W, got {describe(pixels)}{hint}")
     shape = pixels.shape
     if shape[1] not in (1, 3, 4):
@@ -75,19 +75,25 @@ def check_pixels(pixels: object, multiple: int, name: str = "pixels") -> None:
     check_range(pixels, name)
 
 
-def check_range(levels: Tensor, name: str) -> None:
-    """Raise UserError unless floats lie in 0…1, give or take what resizing rounds."""
-    low, high = (float(bound) for bound in levels.detach().aminmax())
-    if low >= -ROUNDING and high <= 1 + ROUNDING:
+def check_range(levels: Tensor, name: str, low: int = 0) -> None:
+    """Raise UserError unless floats lie in ``low``…1, give or take what resizing rounds; ``low`` is 0 or −1."""
+    if not levels.numel():
         return
-    if not (isfinite(low) and isfinite(high)):
+    least, most = (float(bound) for bound in levels.detach().aminmax())
+    if least >= low - ROUNDING and most <= 1 + ROUNDING:
+        return
+    if not (isfinite(least) and isfinite(most)):
         remedy = "look at how they were made"
-    elif low <= -0.5:
+    elif low:
+        remedy = "clamp them, or leave pixel_range out where they lie in 0…1"
+    elif least <= -0.5:
         remedy = "undo the normalisation (for −1…1: (x + 1) / 2), or declare it to the data module: pixel_range=[-1, 1]"
     else:
-        remedy = "divide by 255" if high > 2 else "clamp them"
+        remedy = "divide by 255" if most > 2 else "clamp them"
+    wanted = "−1…1 (pixel_range)" if low else "0…1"
     raise UserError(
-        f"{name}: floats must lie in 0…1, got {low:.6g}…{high:.6g} ({describe(levels)}); {remedy}, or yield uint8"
+        f"{name}: floats must lie in {wanted}, got {least:.6g}…{most:.6g} ({describe(levels)}); {remedy}, or yield "
+        "uint8"
     )
 
 
@@ -107,7 +113,8 @@ def unit_mask(mask: object, pixels: Tensor, name: str = "mask") -> Tensor:
         UserError: naming what was found and what is right.
     """
     if not isinstance(mask, Tensor) or mask.ndim not in (3, 4) or (mask.ndim == 4 and mask.shape[1] != 1):
-        raise UserError(f"{name}: expected a tensor of shape b 1 H W or b H W, got {describe(mask)}")
+        hint = "; a mask of a single image needs a batch axis: mask[None]" if getattr(mask, "ndim", 0) == 2 else ""
+        raise UserError(f"{name}: expected a tensor of shape b 1 H W or b H W, got {describe(mask)}{hint}")
     if mask.shape[0] not in (1, pixels.shape[0]):
         raise UserError(
             f"{name}: got {mask.shape[0]} masks for {pixels.shape[0]} images ({describe(mask)}); "
@@ -128,13 +135,53 @@ def unit_mask(mask: object, pixels: Tensor, name: str = "mask") -> Tensor:
     return mask
 
 
-def how_to_stack(pixels: object) -> str:
-    """What to do about pixels that are no tensor."""
-    if not isinstance(pixels, list | tuple) or not pixels or not all(isinstance(image, Tensor) for image in pixels):
+def is_image(image: object) -> bool:
+    """Whether something is a single image: a tensor or an array of three dimensions, or one of Pillow's."""
+    return hasattr(image, "getbands") or getattr(image, "ndim", 0) == 3
+
+
+def how_to_convert(images: object, layout: str = "CHW") -> str:
+    """How to make a batch of images of what is none: a single one, PIL images, arrays, or a list of any of these.
+
+    Args:
+        images: what was given in their place.
+        layout: of the data module.
+
+    Returns:
+        The end of a sentence; empty where nothing is known.
+    """
+    if isinstance(images, Tensor):
+        return "; a single image needs a batch axis: images[None]" if is_image(images) else ""
+    if not isinstance(images, list | tuple):
+        code = _to_tensor(images, "images", layout)
+        return f"; convert it: {code}{'[None]' if is_image(images) else ''}" if code else ""
+    if len({type(image) for image in images}) != 1:
         return ""
-    if len({image.shape for image in pixels}) > 1:
+    code = _to_tensor(images[0], "image", layout)
+    if not code:
+        return ""
+    if len({image.size if hasattr(image, "getbands") else image.shape for image in images}) > 1:
         return (
             " of images of different sizes; give them one size in the data (pixels.size), batches of one size "
             "(pixels=folder_buckets), or set batch_size=1"
         )
-    return " of images; stack them: torch.stack(images)"
+    join = "stack" if is_image(images[0]) else "cat"
+    if code == "image":
+        return f" of images; {join} them: torch.{join}(images)"
+    return f" of images; convert and {join} them: torch.{join}([{code} for image in images])"
+
+
+def _to_tensor(image: object, name: str, layout: str) -> str:
+    """The code that makes a tensor of a PIL image, an array or a tensor; empty for anything else."""
+    if isinstance(image, Tensor):
+        return name if image.ndim in (3, 4) else ""
+    if hasattr(image, "getbands"):
+        code = f"torch.from_numpy(numpy.array({name}.convert('RGB')))"
+        return code if layout == "HWC" else f"{code}.permute(2, 0, 1)"
+    shape: tuple[int, ...] = getattr(image, "shape", ())
+    if not hasattr(image, "__array_interface__") or len(shape) not in (3, 4):
+        return ""
+    code = f"torch.from_numpy({name})"
+    if layout == "HWC" or shape[-1] not in (1, 3, 4):
+        return code
+    return f"{code}.permute({'2, 0, 1' if len(shape) == 3 else '0, 3, 1, 2'})"

@@ -1,9 +1,10 @@
 """A data module that passes for the one it wraps, whatever Lightning asks of it."""
 
-from copy import deepcopy
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities.parsing import AttributeDict
+from torch.utils.data import DataLoader, Dataset
 
 from latentdm.errors import UserTypeError
 
@@ -24,10 +25,41 @@ class Delegated:
         return getattr(wrapper.pixels, self._name)
 
 
+class Shared:
+    """An attribute that Lightning gives every data module, or that a tuner sets: that of the wrapped one."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, wrapper: Any, owner: type) -> Any:
+        if wrapper is None or wrapper.pixels is None:
+            return getattr(LightningDataModule, self._name, None)
+        return getattr(wrapper.pixels, self._name)
+
+    def __set__(self, wrapper: Any, value: Any) -> None:
+        if wrapper.pixels is not None:  # Lightning's __init__ sets defaults before
+            setattr(wrapper.pixels, self._name, value)
+
+
+class HyperparametersKey:
+    """Under which a checkpoint keeps hyperparameters.
+
+    Those of the wrapped data module are where its own would be, so that it can be loaded from there; those that a
+    subclass of the wrapper saved have a key of their own. For ``load_from_checkpoint`` passes to a class what it finds
+    under its key, and a ``seed`` or ``masks`` of the pixels is another than ours.
+    """
+
+    def __get__(self, wrapper: Any, owner: type) -> str:
+        key = LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY
+        return f"latent_{key}" if wrapper is None or wrapper.has_own_hparams else key
+
+
 class Wrapper(LightningDataModule):
     """Wraps a data module; its loaders, state and hyperparameters go on working, and so do its attributes.
 
-    Attributes that this class lacks are looked up on ``pixels``, but for private ones.
+    Attributes that this class lacks are looked up on ``pixels``, but for private ones. ``hparams`` are those of
+    ``pixels``, and what changes there changes here. A subclass that calls ``save_hyperparameters`` has its own instead;
+    loggers are given both.
 
     Args:
         pixels: any LightningDataModule.
@@ -37,6 +69,13 @@ class Wrapper(LightningDataModule):
     """
 
     pixels: Any = None  # of the class: Lightning's __init__ sets the trainer, which ours hands on
+
+    CHECKPOINT_HYPER_PARAMS_KEY = HyperparametersKey()
+
+    name = Shared()
+    batch_size = Shared()
+    prepare_data_per_node = Shared()
+    allow_zero_length_dataloader_with_multiple_devices = Shared()
 
     prepare_data = Delegated()
     train_dataloader = Delegated()
@@ -52,14 +91,6 @@ class Wrapper(LightningDataModule):
         if not isinstance(pixels, LightningDataModule):
             raise UserTypeError(_no_data_module(pixels))
         self.pixels = pixels
-        self.allow_zero_length_dataloader_with_multiple_devices = (
-            pixels.allow_zero_length_dataloader_with_multiple_devices
-        )
-        self.prepare_data_per_node = pixels.prepare_data_per_node
-        if pixels.hparams:  # as Lightning would log and save those of the pixels; a copy, for a subclass adds its own
-            self._hparams = deepcopy(pixels.hparams)
-            self._hparams_initial = deepcopy(pixels.hparams_initial)
-            self._log_hyperparams = pixels._log_hyperparams
 
     @property
     def trainer(self) -> Trainer | None:
@@ -72,17 +103,42 @@ class Wrapper(LightningDataModule):
         if self.pixels is not None:
             self.pixels.trainer = trainer
 
-    @property
-    def batch_size(self) -> Any:
-        """That of ``pixels``, where a tuner sets it too."""
-        return self.pixels.batch_size
+    # ---------------------------------------------------------------- hyperparameters
 
-    @batch_size.setter
-    def batch_size(self, batch_size: int) -> None:
-        self.pixels.batch_size = batch_size
+    @property
+    def has_own_hparams(self) -> bool:
+        """Whether a subclass has saved hyperparameters of its own."""
+        return "_hparams" in vars(self)
+
+    @property
+    def hparams(self) -> Any:
+        """Those that a subclass has saved, or those of ``pixels``."""
+        return self._hparams if self.has_own_hparams else self.pixels.hparams
+
+    @property
+    def hparams_initial(self) -> Any:
+        """As they were saved, for loggers: those of ``pixels``, and over them those that a subclass has saved."""
+        theirs = self.pixels.hparams_initial
+        if not self.has_own_hparams:
+            return theirs
+        return AttributeDict({**(theirs if self.pixels._log_hyperparams else {}), **super().hparams_initial})
+
+    def _set_hparams(self, hp: Any) -> None:
+        if not self.has_own_hparams:
+            self._hparams = AttributeDict()  # Lightning would add to what `hparams` gives: those of the pixels
+        super()._set_hparams(hp)
+
+    @property
+    def _log_hyperparams(self) -> bool:
+        logged: bool = self._logs_own if self.has_own_hparams else self.pixels._log_hyperparams
+        return logged
+
+    @_log_hyperparams.setter
+    def _log_hyperparams(self, logged: bool) -> None:
+        self._logs_own = logged
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or self.pixels is None:
+        if self.pixels is None or (name.startswith("_") and name != "_hparams_name"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         try:
             return getattr(self.pixels, name)
@@ -93,9 +149,15 @@ class Wrapper(LightningDataModule):
 
 def _no_data_module(pixels: object) -> str:
     text = f"LatentDataModule: pixels must be a LightningDataModule, got {type(pixels).__name__}"
+    if isinstance(pixels, type):
+        return f"LatentDataModule: pixels must be a LightningDataModule, got the class {pixels.__name__}; call it"
     if any(base.__module__.startswith("pytorch_lightning.") for base in type(pixels).__mro__):
-        text += (
-            " of the package pytorch_lightning, whose classes are others than those of lightning.pytorch; import "
-            "LightningDataModule and Trainer from lightning.pytorch in your code"
+        return (
+            f"{text} of the package pytorch_lightning, whose classes are others than those of lightning.pytorch; "
+            "import LightningDataModule and Trainer from lightning.pytorch in your code"
         )
+    if isinstance(pixels, DataLoader):
+        return f"{text}; write one whose train_dataloader returns it"
+    if isinstance(pixels, Dataset):
+        return f"{text}; wrap it: LightningDataModule.from_datasets(train_dataset=…, batch_size=…)"
     return text

@@ -1,11 +1,14 @@
 """Fixtures that the tests share; the classes behind them are in helpers.py."""
 
+import hypothesis
 import pytest
 import torch
 from helpers import RecordingAutoencoder, tiny_kl
 
 from latentdm import FrozenVAE
 
+hypothesis.settings.register_profile("any machine", deadline=None, database=None)  # no test measures time
+hypothesis.settings.load_profile("any machine")
 torch.set_num_threads(1)  # pytest-xdist gives each test a core
 
 

@@ -1,15 +1,12 @@
-"""The four sources of pictures on a small scale, a fit that notes a digest of each sample, and digests of whole steps.
-
-``python four_sources.py FOLDER SOURCE …`` trains in a process of its own: see `main`.
-"""
+"""The four sources of pictures on a small scale, and a fit that notes a digest of each sample."""
 
 import hashlib
 import json
 import os
 import signal
-import sys
 import tarfile
-from argparse import ArgumentParser
+import traceback
+import warnings
 from pathlib import Path
 
 import datasets
@@ -162,7 +159,7 @@ def train(folder, source, notes, *, ranks=1, workers=0, kill=0, save="steps", re
     model = Learner(notes)
     trainer = quiet_trainer(
         devices=ranks,
-        strategy="ddp" if ranks > 1 else "auto",
+        strategy="ddp_fork" if ranks > 1 else "auto",
         enable_checkpointing=True,
         callbacks=[saving, *([Kill(kill)] if kill else [])],
         limit_val_batches=0,
@@ -176,20 +173,17 @@ def train(folder, source, notes, *, ranks=1, workers=0, kill=0, save="steps", re
         torch.save(model.state_dict(), notes / "weights.pt")
 
 
-def main():
-    """``FOLDER SOURCE NOTES [--ranks 2] [--workers 2] [--kill 5] [--save epochs] [--resume] [--max-steps 12]``."""
-    parser = ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("source", choices=SOURCES)
-    parser.add_argument("notes", type=Path)
-    for name in ("ranks", "workers", "kill", "max-steps", "max-epochs"):
-        parser.add_argument(f"--{name}", type=int, default=None)
-    parser.add_argument("--save", default="steps")
-    parser.add_argument("--resume", action="store_true")
-    options = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    torch.set_num_threads(1)
-    train(options.pop("folder"), options.pop("source"), options.pop("notes"), **options)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def forked(*arguments, **settings):
+    """Train in a process of its own, which has imported all it needs already; returns how it ended."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            warnings.simplefilter("ignore")
+            torch.set_num_threads(1)
+            train(*arguments, **settings)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

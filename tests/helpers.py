@@ -73,6 +73,25 @@ class NoiseAutoencoder(nn.Module):
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, logvar=torch.zeros_like(mean)))
 
 
+class Travelling(FrozenVAE):
+    """Says that it lies wherever it was last sent, and stays on the CPU."""
+
+    def __init__(self, autoencoder):
+        super().__init__(autoencoder, dtype="float32")
+        self.place, self.journeys = torch.device("cpu"), []
+
+    @property
+    def device(self):
+        return getattr(self, "place", torch.device("cpu"))
+
+    def to(self, device):
+        super().to("cpu")
+        if hasattr(self, "journeys") and torch.device(device) != self.place:
+            self.place = torch.device(device)
+            self.journeys.append(self.place.type)
+        return self
+
+
 def noise_vae():
     return FrozenVAE(NoiseAutoencoder())
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from latentdm.autoencoders.posterior import Normalization, posterior_of
 from latentdm.errors import UserError, UserTypeError
-from latentdm.frozen.weights import first_weight
+from latentdm.frozen.weights import config_value, first_weight, is_of_diffusers
 
 
 def _decode(autoencoder: Any, z: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ def family_of(autoencoder: nn.Module) -> Family:
             f"FrozenVAE: {name} {lacks}; pass a diffusers autoencoder or a module with encode(x), or name a hub id or "
             "a folder with FrozenVAE.from_pretrained"
         )
-    if any(base.__module__.startswith("diffusers.") for base in type(autoencoder).__mro__):
+    if is_of_diffusers(autoencoder):
         raise UserError(
             f"FrozenVAE: the class {name} is not known; known are {', '.join(sorted(FAMILIES))}. "
             "Teach it with latentdm.register_family"
@@ -263,10 +263,12 @@ def family_of(autoencoder: nn.Module) -> Family:
 def _plain_family(autoencoder: Any) -> Family:
     """A module that somebody wrote: the factor and channels that it names, else what a trial shows.
 
-    Its latents are scaled by nothing but its config's scaling_factor and shift_factor, if it has them.
+    Its latents are scaled by nothing but its config's scaling_factor and shift_factor, if it has them, as attributes or
+    as keys of a dict.
     """
-    config = getattr(autoencoder, "config", None)
-    scaled = Normalization(mean=getattr(config, "shift_factor", None), scale=getattr(config, "scaling_factor", None))
+    scaled = Normalization(
+        mean=config_value(autoencoder, "shift_factor"), scale=config_value(autoencoder, "scaling_factor")
+    )
     factor = getattr(autoencoder, "spatial_compression", getattr(autoencoder, "spatial_compression_ratio", None))
     channels = getattr(autoencoder, "latent_channels", None)
     has_posterior = True

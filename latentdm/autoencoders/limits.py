@@ -9,7 +9,8 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from latentdm.errors import UserError
-from latentdm.tensors import check_range
+from latentdm.frozen.weights import config_value
+from latentdm.tensors import check_range, describe, how_to_convert
 
 POSTERIORS = ("sample", "mode")
 
@@ -24,8 +25,9 @@ class Limits(Protocol):
 
 def check_encodable(pixels: Tensor, vae: Limits) -> None:
     """Raise UserError unless pixels are ``b 3 h w`` or ``b 3 f h w`` in 0…1, of whole latents and latent frames."""
-    if pixels.ndim not in (4, 5) or pixels.shape[1] != 3:
-        raise UserError(f"expected pixels of shape b 3 h w, got {tuple(pixels.shape)}")
+    if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5) or pixels.shape[1] != 3:
+        got = tuple(pixels.shape) if isinstance(pixels, Tensor) else describe(pixels)
+        raise UserError(f"expected pixels of shape b 3 h w, got {got}{how_to_convert(pixels)}")
     if pixels.ndim == 5:
         check_clip(pixels.shape[2], vae)
     r = vae.spatial_compression
@@ -55,7 +57,7 @@ def check_clip(frames: int, vae: Limits) -> None:
 
 def warn_of_overflow(autoencoder: nn.Module) -> None:
     """Warn where a config says that float16 is too narrow for its activations."""
-    if getattr(getattr(autoencoder, "config", None), "force_upcast", False):
+    if config_value(autoencoder, "force_upcast"):
         warnings.warn(
             f"FrozenVAE: dtype=float16, but the config of this {type(autoencoder).__name__} sets force_upcast: its "
             "activations may overflow. Samples that do are encoded again in float32, which is slow; "

@@ -18,7 +18,8 @@ Outputs = Mapping[str, Tensor]
 class EncodeCallback(Callback):
     """A callback that watches batches become latents. It observes, and changes nothing.
 
-    `latentdm.LatentDataModule` calls its two hooks in every stage, on every rank and in the order of the callbacks.
+    `latentdm.LatentDataModule` calls its two hooks in every stage, on every rank and in the order of the callbacks, and
+    once for each part of a batch of several loaders.
 
     Raises:
         UserError: in ``setup``, the trainer has no `latentdm.LatentDataModule`.

@@ -50,7 +50,11 @@ class EncodeMonitor(EncodeCallback):
     def on_encode_start(self, trainer: Trainer, pl_module: LightningModule, inputs: Inputs) -> None:
         """Mark where encoding starts."""
         if trainer.training:
-            self._now = _Times(pl_module.device, len(inputs[PIXELS]), _vae(trainer).chunks)
+            if self._now is None or self._now.stepping:
+                self._now = _Times(pl_module.device)
+            # A batch of several loaders has several parts that are encoded, one after another.
+            self._now.images += len(inputs[PIXELS])
+            self._now.chunks -= _vae(trainer).chunks
             self._now.mark()
 
     def on_encode_end(
@@ -59,11 +63,12 @@ class EncodeMonitor(EncodeCallback):
         """Mark where encoding ends."""
         if trainer.training and self._now is not None:
             self._now.mark()
-            self._now.chunks = _vae(trainer).chunks - self._now.chunks
+            self._now.chunks += _vae(trainer).chunks
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Mark where the step starts."""
         if self._now is not None:
+            self._now.stepping = True
             self._now.mark()
 
     def on_train_batch_end(
@@ -149,11 +154,12 @@ class Costs:
 
 
 class _Times:
-    """The four moments of a batch: encoding starts and ends, the step starts and ends."""
+    """The moments of a batch: encoding starts and ends, once for each of its parts; the step starts and ends."""
 
-    def __init__(self, device: torch.device, images: int, chunks: int) -> None:
-        self.images = images
-        self.chunks = chunks
+    def __init__(self, device: torch.device) -> None:
+        self.images = 0
+        self.chunks = 0
+        self.stepping = False
         self._cuda = device.type == "cuda"
         self._marks: list[Any] = []
 
@@ -168,11 +174,15 @@ class _Times:
 
     def seconds(self) -> tuple[float, float]:
         """Seconds of encoding and of the step."""
-        start, end, step_start, step_end = self._marks
-        if not self._cuda:
-            return end - start, step_end - step_start
-        step_end.synchronize()
-        return start.elapsed_time(end) / 1000, step_start.elapsed_time(step_end) / 1000
+        *encoding, step_start, step_end = self._marks
+        if self._cuda:
+            step_end.synchronize()
+        parts = zip(encoding[::2], encoding[1::2], strict=True)
+        return sum(self._between(start, end) for start, end in parts), self._between(step_start, step_end)
+
+    def _between(self, start: Any, end: Any) -> float:
+        seconds: float = start.elapsed_time(end) / 1000 if self._cuda else end - start
+        return seconds
 
 
 def _vae(trainer: Trainer) -> Any:

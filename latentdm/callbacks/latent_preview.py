@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from latentdm.batch import Key
 from latentdm.callbacks.base import EncodeCallback, Inputs, Outputs
 from latentdm.preview import captions_of, preview
-from latentdm.preview.publish import folder_of, publish
+from latentdm.preview.publish import Publisher
 from latentdm.validation import Check
 
 
@@ -18,9 +18,9 @@ class LatentPreview(EncodeCallback):
     """Draws a training batch at the start and every few steps: images, masks, and latents decoded again.
 
     The picture is written as ``step_000500.png`` and sent to the trainer's loggers: TensorBoard, and each that has a
-    ``log_image`` as W&B's. Others are passed over. Only rank 0 draws. Samples are decoded one at a time; where even
-    that does not fit in memory, the picture is skipped with a warning. An autoencoder without its decoder
-    (``encoder_only``) has no decoded columns.
+    ``log_image`` as W&B's. Others are passed over. Only rank 0 draws. Samples are decoded one at a time. Where even
+    that does not fit in memory, or the disk is full, the picture is left out with a warning. An autoencoder without its
+    decoder (``encoder_only``) has no decoded columns.
 
     Args:
         every_n_steps: optimizer steps from one picture to the next.
@@ -48,13 +48,13 @@ class LatentPreview(EncodeCallback):
         self.samples = check.integer("samples", samples, 1)
         self.caption = caption
         self.dirpath = dirpath
-        self._folder = Path()
+        self._publisher = Publisher("LatentPreview", "preview")
         self._drawn: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder of the pictures."""
         super().setup(trainer, pl_module, stage)
-        self._folder = folder_of(trainer, self.dirpath, "previews")
+        self._publisher.open(trainer, self.dirpath, "previews")
         self._drawn = None
 
     def on_encode_end(
@@ -73,4 +73,8 @@ class LatentPreview(EncodeCallback):
         except torch.OutOfMemoryError:
             rank_zero_warn(f"LatentPreview: no memory to decode a sample at step {step}; this picture is skipped")
             return
-        publish(picture, self._folder, "preview", trainer)
+        self._publisher.publish(picture, trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say how many pictures could not be written."""
+        self._publisher.close()

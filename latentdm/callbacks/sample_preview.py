@@ -1,6 +1,5 @@
 """`SamplePreview`: what the model makes of validation images, before and after."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from latentdm.batch import LATENTS, Key, rebuild
+from latentdm.batch import LATENTS, Key
 from latentdm.callbacks.base import EncodeCallback, Inputs, Outputs, encoder_of
+from latentdm.containers import items_of, rebuild
 from latentdm.errors import UserError
 from latentdm.preview import before_and_after, captions_of
-from latentdm.preview.publish import folder_of, publish
+from latentdm.preview.publish import Publisher
 from latentdm.tensors import describe
 from latentdm.validation import Check
 
@@ -54,7 +54,7 @@ class SamplePreview(EncodeCallback):
         self.caption = caption
         self.dirpath = dirpath
         self.latest: Path | None = None
-        self._folder = Path()
+        self._publisher = Publisher("SamplePreview", "samples")
         self._encoded: tuple[Inputs, Outputs] | None = None
         self._awaits_batch = False
 
@@ -66,7 +66,7 @@ class SamplePreview(EncodeCallback):
                 f"SamplePreview: {type(pl_module).__name__} has no predict_step; let it sample latents or pixels for a "
                 "batch, or remove the callback"
             )
-        self._folder = folder_of(trainer, self.dirpath, "samples")
+        self._publisher.open(trainer, self.dirpath, "samples")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Await the first batch."""
@@ -110,7 +110,11 @@ class SamplePreview(EncodeCallback):
         except torch.OutOfMemoryError:
             rank_zero_warn("SamplePreview: no memory to decode a sample; this picture is skipped")
             return
-        self.latest = publish(picture, self._folder, "samples", trainer)
+        self.latest = self._publisher.publish(picture, trainer) or self.latest
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say how many pictures could not be written."""
+        self._publisher.close()
 
 
 def _check_samples(sampled: Any, n: int, latents: Tensor, vae: Any, step: str) -> None:
@@ -139,10 +143,9 @@ def _check_samples(sampled: Any, n: int, latents: Tensor, vae: Any, step: str) -
 
 def _first(batch: Any, n: int, b: int) -> Any:
     """The first ``n`` of ``b`` samples, of everything in a batch that has one value a sample."""
-    items = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
     cut = {
         key: value[:n]
-        for key, value in items
+        for key, value in items_of(batch)
         if isinstance(value, Tensor | list | tuple)
         and not (isinstance(value, Tensor) and not value.ndim)
         and len(value) == b

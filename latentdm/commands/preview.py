@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from latentdm.commands.config import compose_config, device_of, parse
-from latentdm.errors import UserError, plain_errors
+from latentdm.errors import RunError, UserError, plain_errors
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -41,6 +41,7 @@ def _draw(cfg: DictConfig, settings: Namespace) -> None:
     from hydra.utils import instantiate
     from PIL import Image
 
+    from latentdm.data import PixelDataModule
     from latentdm.preview import describe, first_samples, preview
 
     if settings.output.is_dir() or settings.output.suffix.lower() not in Image.registered_extensions():
@@ -51,9 +52,15 @@ def _draw(cfg: DictConfig, settings: Namespace) -> None:
     inputs, outputs, captions = first_samples(datamodule, settings.samples, device, settings.stage)
     notes = describe(datamodule.encoder, inputs, outputs)
     picture = preview(datamodule.encoder, inputs, outputs, captions, settings.samples, notes)
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(settings.output)
+    try:
+        settings.output.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(settings.output)
+    except OSError as error:
+        raise RunError(f"--output {settings.output}: cannot write it: {error.strerror or error}") from error
     print(settings.output.resolve())
+    data = datamodule.pixels
+    if isinstance(data, PixelDataModule):
+        notes += [f"Data: {text}." for text in (data.summary(), data.notes()) if text]
     for note in notes:
         print(f"  {note}")
 

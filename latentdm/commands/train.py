@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from latentdm.commands.config import compose_config, parse
-from latentdm.errors import plain_errors
+from latentdm.errors import RunError, plain_errors
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -39,7 +39,10 @@ def _train(cfg: DictConfig, output: Path) -> None:
     """Train, keep the config beside the results, and print what came of it."""
     from latentdm.finetune.train import train  # late, as composing says sooner what is wrong
 
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "config.yaml").write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"--output {output}: cannot write there: {error.strerror or error}") from error
     losses = train(cfg)
     print(f"validation loss {losses['first']:.4f} → {losses['last']:.4f}\n{output}")

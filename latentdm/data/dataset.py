@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from latentdm.batch import EPOCH
-from latentdm.data.loader import Reading
+from latentdm.data.files import READ_TIMEOUT_S, Patience, patient
+from latentdm.data.reading import Reading
 from latentdm.data.skips import SampleError, Skips
 from latentdm.draws import sample_seed
 from latentdm.errors import RunError, attributed
@@ -38,11 +39,13 @@ class PixelDataset(Dataset[Sample], ABC):
         reading: what each worker reads, for the error of one that dies; None: there are no workers.
         collate: samples → a batch; see the function `collate`.
         parts: of a stream, which shuffles by itself: see `latentdm.data.layout.Dealt`; None: any sample can be reached.
+        read_timeout: seconds that the reading of a file may wait, see `latentdm.data.PixelDataModule`.
     """
 
     owner: str | None = None
     skips: Skips | None = None
     reading: Reading | None = None
+    read_timeout: float = READ_TIMEOUT_S
     parts: int | None = None
     bucket_of: npt.NDArray[np.integer] | None = None
     collate: Callable[[Sequence[Sample]], Sample]
@@ -94,7 +97,8 @@ class PixelDataset(Dataset[Sample], ABC):
         position, epoch = key if isinstance(key, tuple) else (key, 0)
         if self.parts is None and not 0 <= position < len(self):
             raise IndexError(f"{type(self).__name__}: there is no sample {position}; it holds {len(self)}")
-        with attributed(self.owner or type(self).__name__):
+        patience = Patience(self.read_timeout, self.reading.tick if self.reading else lambda: None)
+        with attributed(self.owner or type(self).__name__), patient(patience):
             sample = self._readable(position, epoch)
         return {**sample, EPOCH: epoch} if isinstance(key, tuple) else sample
 

@@ -1,8 +1,8 @@
 """A folder of images, with masks, sources and captions beside them or without."""
 
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,18 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.utilities import rank_zero_info
 
-from latentdm.batch import CAPTION
-from latentdm.data.buckets import BucketPlan, Buckets
+from latentdm.batch import CAPTION, MASK, SEGMENTATION, SOURCE
+from latentdm.data.buckets import BucketPlan, Buckets, Size
+from latentdm.data.budget import MAX_PIXELS
 from latentdm.data.dataset import Joined, PixelDataset, Sample
-from latentdm.data.decode import MAX_PIXELS
+from latentdm.data.described import BROKEN, ROWS, further_texts
+from latentdm.data.files import READ_TIMEOUT_S, Patience, patient
 from latentdm.data.geometry import COMPANIONS, Record, ResizeCrop
 from latentdm.data.index import FolderIndex, folder_index
-from latentdm.data.metadata import read_sidecar
+from latentdm.data.metadata import read_sidecar, rows_of_image
 from latentdm.data.module import PictureDataModule
 from latentdm.data.pairing import Pairing, check_val_share, find_images, split_hashes
+from latentdm.data.siblings import beside
 from latentdm.data.skips import SampleError
 from latentdm.errors import UserError, attributed
 from latentdm.validation import Check
@@ -40,8 +43,10 @@ class FolderImages(PixelDataset):
         rows: ``n``: those that belong here.
         crops: makes samples of them.
         first: the ``index`` of the first image in ``index``.
-        required: what every image must have: any of ``mask``, ``source`` and ``caption``.
+        required: what every image must have: any of ``mask``, ``source``, ``segmentation`` and ``caption``.
         captions: every sample has a ``caption``, an empty one if need be.
+        renames: our name of a column → its name in JSON files beside images.
+        shapes: the sizes of the buckets, which hold even where an image was replaced by one of another shape.
     """
 
     index: FolderIndex
@@ -50,6 +55,8 @@ class FolderImages(PixelDataset):
     first: int = 0
     required: Collection[str] = ()
     captions: bool = False
+    renames: Mapping[str, str] = field(default_factory=dict)
+    shapes: Sequence[Size] = ()
 
     owner = OWNER
 
@@ -65,24 +72,31 @@ class FolderImages(PixelDataset):
         """What is known of an image before it is decoded.
 
         Raises:
-            SampleError: it lacks a mask, a source or a caption, or the latter cannot be read.
+            SampleError: it lacks a mask, a source or a caption, or what is written about it cannot be read.
         """
         row, root = int(self.rows[position]), self.index.root
         entry = self.index[row]
         columns: dict[str, Any] = dict(entry.columns or {})
-        if entry.caption is not None:
-            columns = {**read_sidecar(root / entry.caption), **columns}
-        if CAPTION in self.required and not columns.get(CAPTION):
+        if BROKEN in columns:
+            raise SampleError(columns[BROKEN])
+        files = [*([] if entry.caption is None else [entry.caption]), *further_texts(columns)]
+        texts = [read_sidecar(root / file, file, self.renames) for file in files]
+        described = [columns, *columns.pop(ROWS, ())] if columns else []
+        rows = rows_of_image(described, texts)
+        if CAPTION in self.required and not rows[0].get(CAPTION):
             raise SampleError(f"an image without a caption: {root / entry.name}; add one, or set captions=auto")
-        if self.captions and columns.get(CAPTION) is None:
-            columns[CAPTION] = ""
-        companions: dict[str, Path | None] = {}
+        if self.captions and rows[0].get(CAPTION) is None:
+            rows[0][CAPTION] = ""
+        pictures: dict[str, Any] = {}
         for kind in COMPANIONS:
             name = getattr(entry, kind)
             if name is None and kind in self.required:
                 raise SampleError(f"an image without a {kind}: {root / entry.name}; add one, or set {kind}s=ignore")
-            companions[kind] = None if name is None else root / name
-        return Record(entry.name, self.first + row, root / entry.name, **companions, columns=columns)
+            pictures[kind] = None if name is None else beside(root, self.index.folders.get(kind)) / name
+        target = None if self.bucket_of is None else self.shapes[self.bucket_of[position]]
+        columns, *others = rows
+        image = root / entry.name
+        return Record(entry.name, self.first + row, image, **pictures, target=target, columns=columns, others=others)
 
     def sample(self, position: int, epoch: int) -> Sample:
         """An image, its companions and its columns, as `ResizeCrop` makes them.
@@ -101,18 +115,27 @@ class ImageFolderData(PictureDataModule):
     gray, palette, CMYK and 16-bit images become 8-bit RGB, of an animation the first frame is taken. Testing takes the
     validation images, predicting all images, each in order.
 
-    The mask of ``a/b.jpg`` is ``a/b-mask.png`` or ``masks/a/b.png`` (any image ending), or the file that a metadata
-    column ``mask`` or ``mask_file_name`` names; white means repaint. All images have a mask or none has. A mask may
-    have another size than its image, but not another shape. It is resized to it and then along with it, both times
-    bilinearly without antialias, as the encoders do; gray levels stay, because rounding comes later.
+    The mask of ``a/b.jpg`` is ``a/b-mask.png`` or ``masks/a/b.png`` (any image ending), another of the usual names in
+    ``docs/data.md``, as a ``masks/`` folder beside ``root``, or the file that a metadata column ``mask`` or
+    ``mask_file_name`` names; white means repaint. All images have a mask or none has. A mask may have another size than
+    its image, but not another shape. It is resized to it and then along with it, both times bilinearly without
+    antialias, as the encoders do; gray levels stay, because rounding comes later. ``setup`` says in a line what was
+    found, and in another what was left out.
 
     The source of ``a/b.jpg`` is the picture that the model is shown where the image itself is the target: the one
     before a removal or an edit. It is ``a/b-source.png`` or ``sources/a/b.png``, or the file that a metadata column
     ``source`` or ``source_file_name`` names; the rules are those of masks. It is treated as its image is.
 
-    ``caption`` comes from ``a/b.txt``, from ``a/b.json`` (a text, or an object with ``caption`` or ``text``) or from a
-    ``metadata.jsonl`` or ``metadata.csv`` in any folder, whose ``file_name`` is relative to that folder. Where some
-    images have one, the others get an empty one. All other columns ride along under their own names.
+    The label map of ``a/b.jpg``, for ``masks=segmentation``, is ``a/b-segmentation.png`` or ``segmentations/a/b.png``,
+    or the file that a metadata column ``segmentation`` names; the rules are those of masks, but for that its numbers
+    stay what they are: those of a palette count, not its colours.
+
+    ``caption`` comes from ``a/b.txt`` or ``a/b.caption``, from ``a/b.json`` (a text, or an object with ``caption`` or
+    ``text``) or from a ``metadata.jsonl``, ``.csv`` or ``.parquet`` in any folder, whose ``file_name`` is relative to
+    that folder. Of several captions of an image (a list, several rows or files) training draws one for each sample and
+    epoch, with the columns of its row; otherwise the first is taken. Where some images have one, the others get an
+    empty one. All other columns ride along under their own names, but for those that a batch needs (``name``,
+    ``latents``, …), which are left out with a word.
 
     ``index`` is an image's number among all images of ``root``, sorted by name; those of ``val_root`` follow.
 
@@ -128,8 +151,11 @@ class ImageFolderData(PictureDataModule):
         val_root: a folder of validation images; all of ``root`` then trains, apart from ``val_root`` inside it.
         masks: ``"auto"`` takes the masks if there are any, ``"require"`` insists on them, ``"ignore"`` leaves them out.
         sources: the same for sources.
+        segmentations: the same for label maps.
+        read_timeout: seconds that the reading of a file may wait for its storage, see `PixelDataModule`.
         captions: the same for captions.
-        columns: our name → that of a metadata column with another name: ``{caption: prompt}``.
+        columns: our name → that of a metadata column with another name: ``{caption: prompt}``; ``image`` is the one
+            that names the image.
         alpha: keep transparency as a fourth channel of ``pixels`` (255 = opaque), for a mask source to read. It is
             resized like a mask.
         flip: mirror half of the training images, drawn for each sample and epoch.
@@ -174,15 +200,19 @@ class ImageFolderData(PictureDataModule):
         random_crop: bool = True,
         buckets: Mapping[str, Any] | None = None,
         sources: str = "auto",
+        segmentations: str = "auto",
+        read_timeout: float = READ_TIMEOUT_S,
     ) -> None:
         super().__init__(
             size=size, alpha=alpha, flip=flip, max_pixels=max_pixels, random_crop=random_crop, batch_size=batch_size,
             num_workers=num_workers, seed=seed, on_error=on_error, max_skipped_share=max_skipped_share,
+            read_timeout=read_timeout,
         )  # fmt: skip
         check = Check(type(self).__name__)
         self.val_share = check_val_share(check, val_share)
         self.masks = check.choice("masks", masks, CHOICES)
         self.sources = check.choice("sources", sources, CHOICES)
+        self.segmentations = check.choice("segmentations", segmentations, CHOICES)
         self.captions = check.choice("captions", captions, CHOICES)
         self.root = _folder(check, "root", root)
         self.val_root = None if val_root is None else _folder(check, "val_root", val_root)
@@ -199,6 +229,10 @@ class ImageFolderData(PictureDataModule):
         Raises:
             ValueError: no images, or masks, sources or metadata that do not match them; it names the file.
         """
+        with patient(Patience(self.read_timeout)):
+            self._set_up()
+
+    def _set_up(self) -> None:
         index = self._index(self.root, skip=self.val_root)
         everything = np.arange(len(index))
         if self.buckets is not None:
@@ -215,27 +249,50 @@ class ImageFolderData(PictureDataModule):
         self.test_set = self.val_set
         predict = self._dataset(index, everything, training=False)
         self.predict_set = predict if self.val_root is None or not self.val_set else Joined(predict, self.val_set)
+        rank_zero_info(f"{OWNER}: {self.summary()}")
+        if notes := self.notes():
+            rank_zero_info(f"{OWNER}: {notes}")
+
+    def summary(self) -> str:
+        """How many images, masks, sources and captions there are, how they are split, and whether masks are used."""
+        indices = self._indices()
+        counts = {"image": sum(map(len, indices)), **{k: sum(i.count(k) for i in indices) for k in COMPANIONS}}
+        counts[CAPTION] = sum(index.captioned for index in indices)
+        counts = {what: count for what, count in counts.items() if count or what not in (SOURCE, SEGMENTATION)}
+        parts = ", ".join(f"{count or 'no'} {what}{'s' * (count != 1)}" for what, count in counts.items())
+        unused = self.masks_unused if counts[MASK] else ""
+        return f"{parts}; {super().summary()}" + (f"; masks are not used: {unused}" if unused else "")
+
+    def notes(self) -> str:
+        """What was left out, by endings with an example, and what else a person should know; known from `setup` on."""
+        return "; ".join(note for index in self._indices() for note in index.notes)
 
     def problems(self) -> list[str]:
         """What is wrong with the folder, beside single images; known from `setup` on, where ``on_error`` is "skip"."""
-        indices = {id(s.index): s.index for s in (self.train_set, self.val_set) if isinstance(s, FolderImages)}
-        return [problem for index in indices.values() for problem in index.problems]
+        return [problem for index in self._indices() for problem in index.problems]
+
+    def _indices(self) -> list[FolderIndex]:
+        """Of ``root``, and of ``val_root`` where there is one."""
+        parts = (self.train_set, self.val_set)
+        return list({id(part.index): part.index for part in parts if isinstance(part, FolderImages)}.values())
 
     def _index(self, root: Path, skip: Path | None = None) -> FolderIndex:
         lenient = self.on_error == "skip"
-        pairing = Pairing(self.masks, self.sources, self.captions, self.columns, lenient)
+        pairing = Pairing(self.masks, self.sources, self.segmentations, self.captions, self.columns, lenient)
         settings = {**asdict(pairing), "skip": skip and skip.resolve()}  # a relative one means another folder elsewhere
         return folder_index(root, settings, lambda: find_images(root, pairing, skip), self.index_dir, KEPT_FROM)
 
     def _dataset(self, index: FolderIndex, rows: npt.NDArray[np.int64], training: bool, first: int = 0) -> FolderImages:
-        choices = {"mask": self.masks, "source": self.sources, CAPTION: self.captions}
+        choices = {MASK: self.masks, SOURCE: self.sources, SEGMENTATION: self.segmentations, CAPTION: self.captions}
         required = {name for name, choice in choices.items() if choice == "require"}
-        required |= {kind for kind in COMPANIONS if index.any_has(kind)}
-        captions = self.captions == "require" or (self.captions == "auto" and index.captioned)
+        required |= {kind for kind in COMPANIONS if index.count(kind)}
+        captions = self.captions == "require" or (self.captions == "auto" and index.captioned > 0)
         plan = self._plan
         crops = self.crops(training, None if plan is None else plan.shape)
-        images = FolderImages(index, rows, crops, first, required, captions)
-        images.bucket_of = None if plan is None else plan.buckets(self._image_sizes(index)[rows])
+        images = FolderImages(index, rows, crops, first, required, captions, self.columns)
+        if plan is not None:
+            images.bucket_of = plan.buckets(self._image_sizes(index)[rows])
+            images.shapes = plan.shapes
         return images
 
     def _image_sizes(self, index: FolderIndex) -> npt.NDArray[np.int32]:

@@ -3,33 +3,31 @@
 Shapes: ``c h w``; ``H W`` is an image as it lies in its file. Sizes are (width, height), as Pillow gives them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdm.batch import CROP_TOP_LEFT, MASK, ORIGINAL_SIZE, SOURCE, TARGET_SIZE
+from latentdm.batch import CROP_TOP_LEFT, MASK, ORIGINAL_SIZE, SEGMENTATION, SOURCE, TARGET_SIZE
 from latentdm.data.buckets import Size
+from latentdm.data.budget import MAX_PIXELS
 from latentdm.data.dataset import Sample
-from latentdm.data.decode import (
-    MAX_PIXELS,
-    RESAMPLE,
-    RESAMPLE_REDUCED,
-    ImageFile,
-    image_to_tensor,
-    read_image,
-    read_mask,
-    resize_mask,
-)
+from latentdm.data.decode import RESAMPLE, RESAMPLE_REDUCED, ImageFile, decode, image_to_tensor
+from latentdm.data.levels import Pick, label_image, mask_image, nearest, of_image, resized
 from latentdm.data.skips import SampleError
-from latentdm.draws import sample_generator
+from latentdm.draws import sample_generator, sample_seed
 
-COMPANIONS = (MASK, SOURCE)
+COMPANIONS = (MASK, SOURCE, SEGMENTATION)
 """The other pictures that an image may have."""
+
+Resize = Callable[[Pick, Size, Size], Pick]
+"""How levels of one size are brought to another."""
 
 Target = Callable[[int, int], Size]
 """The width and height of an image → those that it is to have as a sample."""
@@ -45,8 +43,12 @@ class Record:
         image: the file, or its content.
         mask: the same of its mask.
         source: the same of the picture that the model is shown where that is not the image itself.
+        segmentation: the same of its label map.
+        target: the size of the sample, where that was planned: an image may have been replaced since. None: that which
+            follows from the image.
         columns: whatever else belongs to it: its ``caption``, and any other column. One that has the name of a picture
             is left out.
+        others: further sets of columns, as where an image has several captions.
     """
 
     name: str
@@ -54,7 +56,16 @@ class Record:
     image: ImageFile
     mask: ImageFile | None = None
     source: ImageFile | None = None
+    segmentation: ImageFile | None = None
+    target: Size | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    others: Sequence[Mapping[str, Any]] = ()
+
+    def drawn(self, seed: int, epoch: int, training: bool) -> Mapping[str, Any]:
+        """The columns of a sample: of several sets one, drawn for each sample and epoch; the first outside training."""
+        if not self.others or not training:
+            return self.columns
+        return (self.columns, *self.others)[sample_seed(seed, epoch, self.index, "caption") % (1 + len(self.others))]
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,28 @@ class Crop:
     mirrored: bool = False
 
     def of_image(self, image: Image.Image, resample: Image.Resampling) -> Tensor:
-        """An RGB image → uint8 ``3 height width``; only the part that is kept is resized."""
+        """An RGB, gray or transparent image → uint8 ``3 height width``; only the part that is kept is resized."""
+        bands = [band for band in image.getbands() if band != "A"]
+        if len(bands) < len(image.getbands()):
+            # Alpha is taken off first: Pillow resizes RGBA premultiplied, which blackens what transparency hides. One
+            # channel after another, because a copy of all takes four times the memory.
+            kept = [self._kept(image.getchannel(band), resample) for band in bands]
+            return image_to_tensor(Image.merge("RGB", kept if len(bands) == 3 else kept * 3))
+        return image_to_tensor(self._kept(image, resample).convert("RGB"))
+
+    def of_levels(self, pick: Pick, resize: Resize, size: Size) -> npt.NDArray[Any]:
+        """``height width`` of the levels of a picture, of which no others are computed.
+
+        Args:
+            pick: gives them.
+            resize: `latentdm.data.levels.resized` or `latentdm.data.levels.nearest`.
+            size: the width and height of the picture.
+        """
+        rows, columns = np.arange(self.top, self.top + self.height), np.arange(self.left, self.left + self.width)
+        kept = resize(pick, size, (self.full_width, self.full_height))(rows, columns)
+        return np.ascontiguousarray(kept[:, ::-1] if self.mirrored else kept)
+
+    def _kept(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
         if image.size == (self.full_width, self.full_height):
             kept = image.crop((self.left, self.top, self.left + self.width, self.top + self.height))
         else:
@@ -79,13 +111,7 @@ class Crop:
             bottom = min((self.top + self.height) * per_y, image.height)
             box = (self.left * per_x, self.top * per_y, right, bottom)
             kept = image.resize((self.width, self.height), resample, box=box)
-        return image_to_tensor(kept.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirrored else kept)
-
-    def of_mask(self, mask: Tensor) -> Tensor:
-        """``1 H W`` uint8 → ``1 height width``."""
-        full = resize_mask(mask, self.full_height, self.full_width)
-        kept = full[:, self.top : self.top + self.height, self.left : self.left + self.width].contiguous()
-        return kept.flip(-1) if self.mirrored else kept
+        return kept.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirrored else kept
 
 
 def size_columns(crop: Crop, width: int, height: int) -> Sample:
@@ -120,6 +146,7 @@ class ResizeCrop:
         alpha: keep transparency as a fourth channel.
         seed: crops and mirroring follow from it.
         max_pixels: larger images are refused.
+        training: draw one of several captions; otherwise the first is taken.
     """
 
     target: Target
@@ -128,54 +155,70 @@ class ResizeCrop:
     alpha: bool = False
     seed: int = 0
     max_pixels: int = MAX_PIXELS
-
-    def resized(self, width: int, height: int) -> Size:
-        """What an image of this size is resized to, so that it just covers its target."""
-        across, down = self.target(width, height)
-        scale = max(across / width, down / height)
-        return max(across, round(width * scale)), max(down, round(height * scale))
+    training: bool = False
 
     def __call__(self, record: Record, epoch: int) -> Sample:
         """Decode, resize, crop and mirror.
 
         Returns:
             ``pixels`` uint8 ``3 h w`` (4 with alpha), ``index``, ``name``, `size_columns`, the record's columns and,
-            where it has them, ``mask`` uint8 ``1 h w`` and ``source`` uint8 ``3 h w`` in the same geometry.
+            where it has them, in the same geometry: ``mask`` uint8 ``1 h w``, ``source`` uint8 ``3 h w`` and
+            ``segmentation`` int32 ``1 h w``, a label a pixel.
 
         Raises:
             SampleError: a picture cannot be read, or they do not belong together.
         """
-        image, size = read_image(record.image, record.name, self.resized, self.max_pixels)
+        covering = partial(self._covering, record.target)
+        image, size = decode(record.image, record.name, covering, self.max_pixels)
         width, height = size
-        crop = self._crop(width, height, record.index, epoch)
-        pixels = _pixels(image, size, crop)
+        crop = self._crop(size, record, epoch)
+        pixels = crop.of_image(image, _filter(image, size))
         if self.alpha:
-            opaque = torch.full((1, height, width), 255, dtype=torch.uint8)
-            alpha = image_to_tensor(image.getchannel("A")) if image.mode == "RGBA" else opaque
-            pixels = torch.cat([pixels, crop.of_mask(alpha)])
-        sample: Sample = {name: value for name, value in record.columns.items() if name not in COMPANIONS}
+            opaque = np.full((crop.height, crop.width), 255, dtype=np.uint8)
+            has_alpha = image.mode.endswith("A")
+            alpha = crop.of_levels(of_image(image.getchannel("A")), resized, size) if has_alpha else opaque
+            pixels = torch.cat([pixels, torch.from_numpy(alpha)[None]])
+        del image  # the companions do not lie in memory beside it
+        columns = record.drawn(self.seed, epoch, self.training)
+        sample: Sample = {name: value for name, value in columns.items() if name not in COMPANIONS}
         sample |= {"pixels": pixels, "index": record.index, "name": record.name, **size_columns(crop, width, height)}
         if record.mask is not None:
-            mask = read_mask(record.mask, f"the mask of {record.name}", self.max_pixels)
-            _check_shape("mask", (mask.shape[-1], mask.shape[-2]), size, record)
-            mask = crop.of_mask(resize_mask(mask, height, width))
-            # A crop that only meets the faintest edge of a soft mask would read as a mask of zeros and ones.
-            sample["mask"] = mask.masked_fill_(mask == 1, 0)
+            sample[MASK] = self._mask(record, record.mask, size, crop)
+        if record.segmentation is not None:
+            labels = label_image(record.segmentation, f"the segmentation of {record.name}", self.max_pixels)
+            _check_shape(SEGMENTATION, labels.size, size, record)
+            kept = crop.of_levels(of_image(labels), nearest, labels.size)
+            sample[SEGMENTATION] = torch.from_numpy(kept.astype(np.int32))[None]
         if record.source is not None:
             name, full = f"the source of {record.name}", (crop.full_width, crop.full_height)
-            source, its_size = read_image(record.source, name, lambda *_: full, self.max_pixels)
-            _check_shape("source", its_size, size, record)
-            sample["source"] = _pixels(source, its_size, crop)
+            source, its_size = decode(record.source, name, lambda *_: full, self.max_pixels)
+            _check_shape(SOURCE, its_size, size, record)
+            sample[SOURCE] = crop.of_image(source, _filter(source, its_size))
         return sample
 
-    def _crop(self, width: int, height: int, index: int, epoch: int) -> Crop:
-        (full_width, full_height), (across, down) = self.resized(width, height), self.target(width, height)
+    def _mask(self, record: Record, file: ImageFile, size: Size, crop: Crop) -> Tensor:
+        """``1 h w`` uint8: resized to its image, and then along with it."""
+        mask = mask_image(file, f"the mask of {record.name}", self.max_pixels)
+        _check_shape(MASK, mask.size, size, record)
+        kept = crop.of_levels(resized(of_image(mask), mask.size, size), resized, size)
+        # A crop that only meets the faintest edge of a soft mask would read as a mask of zeros and ones.
+        return torch.from_numpy(kept)[None].masked_fill_(torch.from_numpy(kept == 1)[None], 0)
+
+    def _covering(self, planned: Size | None, width: int, height: int) -> Size:
+        """What an image of this size is resized to, so that it just covers its target."""
+        across, down = planned or self.target(width, height)
+        scale = max(across / width, down / height)
+        return max(across, round(width * scale)), max(down, round(height * scale))
+
+    def _crop(self, size: Size, record: Record, epoch: int) -> Crop:
+        full_width, full_height = self._covering(record.target, *size)
+        across, down = record.target or self.target(*size)
         rooms = [full_height - down, full_width - across]
         top, left = (room // 2 for room in rooms)
         if self.random_crop:
-            generator = sample_generator(self.seed, epoch, index, "crop")
+            generator = sample_generator(self.seed, epoch, record.index, "crop")
             top, left = (int(torch.randint(room + 1, (), generator=generator)) for room in rooms)
-        return Crop(full_width, full_height, left, top, across, down, self.mirrored(index, epoch))
+        return Crop(full_width, full_height, left, top, across, down, self.mirrored(record.index, epoch))
 
     def mirrored(self, index: int, epoch: int) -> bool:
         """Whether a sample is mirrored; nobody needs its image to know."""
@@ -186,11 +229,9 @@ def _square(side: int, width: int, height: int) -> Size:
     return side, side
 
 
-def _pixels(image: Image.Image, size: Size, crop: Crop) -> Tensor:
-    """The colours of what a crop keeps of an image whose size before any reduction is given: uint8 ``3 h w``."""
-    # Alpha is taken off first: Pillow resizes RGBA premultiplied, which blackens what transparency hides.
-    opaque = image if image.mode == "RGB" else image.convert("RGB")
-    return crop.of_image(opaque, RESAMPLE if image.size == size else RESAMPLE_REDUCED)
+def _filter(image: Image.Image, size: Size) -> Image.Resampling:
+    """The filter for an image whose size before any reduction is given."""
+    return RESAMPLE if image.size == size else RESAMPLE_REDUCED
 
 
 def _check_shape(kind: str, its_size: Size, size: Size, record: Record) -> None:

@@ -1,6 +1,8 @@
 """Data sets of the ``datasets`` package: from the hub or a local folder, at random access or as a stream."""
 
-from collections.abc import Iterator, Mapping
+import os
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from latentdm.batch import CAPTION
+from latentdm.batch import CAPTION, MASK, SEGMENTATION, SOURCE
+from latentdm.data.budget import MAX_PIXELS
 from latentdm.data.dataset import PixelDataset, Sample
-from latentdm.data.decode import MAX_PIXELS, ImageFile
+from latentdm.data.decode import ImageFile
+from latentdm.data.files import READ_TIMEOUT_S
 from latentdm.data.geometry import COMPANIONS, Record, ResizeCrop
 from latentdm.data.index import unit_hash
-from latentdm.data.metadata import CAPTION_COLUMNS
+from latentdm.data.metadata import CAPTION_COLUMNS, rows_of_image
 from latentdm.data.pairing import check_val_share, split_hashes
 from latentdm.data.skips import SampleError
 from latentdm.data.stream import Item, StreamDataModule, stable_index
@@ -23,7 +27,13 @@ from latentdm.validation import Check
 
 OWNER = "HuggingFaceData"
 
-USUAL = {"image": ("image", "img", "jpg", "png"), "mask": ("mask",), "source": ("source",), CAPTION: CAPTION_COLUMNS}
+USUAL = {
+    "image": ("image", "img", "jpg", "png"),
+    MASK: ("mask",),
+    SOURCE: ("source",),
+    CAPTION: CAPTION_COLUMNS,
+    SEGMENTATION: ("segmentation",),
+}
 """Our name → what a column of a data set is usually called."""
 
 
@@ -35,11 +45,13 @@ class Rows:
         dataset: a ``datasets.Dataset``, or in a stream a ``datasets.IterableDataset``, whose images are not decoded.
         columns: our name → the column.
         split: its name, for errors.
+        folders: where images that rows name by a path must lie; None: anywhere.
     """
 
     dataset: Any
     columns: Mapping[str, str]
     split: str
+    folders: Sequence[Path] | None = None
 
     @property
     def files(self) -> int:
@@ -65,17 +77,20 @@ class Rows:
         """A row as a record; without an index, its image's file gives one.
 
         Raises:
-            SampleError: a column of pictures holds something else.
+            SampleError: a column of pictures or captions holds something else, or a path outside the folders.
         """
-        image = _file(row[self.columns["image"]], f"the image of {name}")
+        image = _file(row[self.columns["image"]], f"the image of {name}", self.folders)
         present = [kind for kind in COMPANIONS if kind in self.columns]
-        companions = {kind: _file(row[self.columns[kind]], f"the {kind} of {name}") for kind in present}
+        companions: dict[str, Any] = {
+            kind: _file(row[self.columns[kind]], f"the {kind} of {name}", self.folders) for kind in present
+        }
         others = {column: value for column, value in row.items() if column not in self.columns.values()}
         if CAPTION in self.columns:
             others[CAPTION] = row[self.columns[CAPTION]]
         if index is None:
             index = stable_index(image if isinstance(image, bytes) else str(image))
-        return Record(name, index, image, **companions, columns=others)
+        rows = rows_of_image([others], what=name)
+        return Record(name, index, image, **companions, columns=rows[0], others=rows[1:])
 
 
 @dataclass(eq=False)
@@ -156,6 +171,9 @@ class HuggingFaceData(StreamDataModule):
         on_error: ``"raise"`` or ``"skip"``, see `PixelDataModule`.
         max_skipped_share: the share of broken samples that ``skip`` bears.
         max_pixels: a larger image counts as broken, and is not decoded.
+        read_timeout: seconds that the reading of a file may wait for its storage, see `PixelDataModule`.
+        allow_outside: read images that a row names by a path outside the data set's folder and the caches of
+            ``datasets``: whoever made the data set then chooses which of your files are read.
 
     Raises:
         ValueError: a setting is out of range; in ``prepare_data`` or ``setup``: no such data set, split or column (of a
@@ -190,11 +208,13 @@ class HuggingFaceData(StreamDataModule):
         on_error: str = "raise",
         max_skipped_share: float = 0.05,
         max_pixels: int = MAX_PIXELS,
+        read_timeout: float = READ_TIMEOUT_S,
+        allow_outside: bool = False,
     ) -> None:
         super().__init__(
             epoch_length, val_length, shuffle_buffer, parts, size=size, alpha=alpha, flip=flip, max_pixels=max_pixels,
             batch_size=batch_size, num_workers=num_workers, seed=seed, on_error=on_error,
-            max_skipped_share=max_skipped_share,
+            max_skipped_share=max_skipped_share, read_timeout=read_timeout,
         )  # fmt: skip
         check = Check(type(self).__name__)
         self.val_share = check_val_share(check, val_share)
@@ -211,6 +231,7 @@ class HuggingFaceData(StreamDataModule):
         self.val_split = val_split
         self.columns = dict(columns or {})
         self.streaming = streaming
+        self.allow_outside = allow_outside
 
     @attributed(OWNER)
     def prepare_data(self) -> None:
@@ -278,7 +299,8 @@ class HuggingFaceData(StreamDataModule):
         pictures = [name for name, kind in (dataset.features or {}).items() if isinstance(kind, datasets.Image)]
         columns: dict[str, str] = {}
         for ours, usual in USUAL.items():
-            usable = pictures if ours == "source" else names  # often such a column says where a row is from
+            # Often such a column says where a row is from, or holds polygons.
+            usable = pictures if ours in (SOURCE, SEGMENTATION) else names
             theirs = self.columns[ours] if ours in self.columns else next((n for n in usual if n in usable), None)
             if theirs is None and ours != "image":
                 continue
@@ -293,15 +315,32 @@ class HuggingFaceData(StreamDataModule):
                 dataset = dataset.cast_column(column, datasets.Image(decode=False))
             else:
                 dataset = dataset.remove_columns(column)
-        return Rows(dataset, columns, split)
+        return Rows(dataset, columns, split, None if self.allow_outside else self._folders())
+
+    def _folders(self) -> list[Path]:
+        """Where the files of a data set lie: in its folder, or in the caches of what was downloaded and unpacked."""
+        datasets = require("datasets", extra="huggingface", needed_by=OWNER)
+        hub = require("huggingface_hub.constants", extra="huggingface", needed_by=OWNER)
+        config = datasets.config
+        caches = [hub.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH]
+        local = Path(self.path).expanduser()
+        folders = [*map(Path, caches), config.EXTRACTED_DATASETS_PATH, *([local] if local.is_dir() else [])]
+        return [path for folder in folders for path in (Path(os.path.abspath(folder)), Path(folder).resolve())]
 
 
-def _file(value: Any, what: str) -> ImageFile:
-    """The file that an image column holds: its content, or its path."""
+def _file(value: Any, what: str, folders: Sequence[Path] | None) -> ImageFile:
+    """The file that an image column holds: its content, or its path, which must lie in one of the folders, if any."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
-        return Path(value)
     if isinstance(value, bytes):
         return value
-    raise SampleError(f"cannot read {what}: it is {value!r} and no file; remove the row")
+    if not isinstance(value, str):
+        raise SampleError(f"cannot read {what}: it is {reprlib.repr(value)} and no file; remove the row")
+    path = Path(value)
+    # Links count by where they lie: a hub's cache is made of them.
+    if folders is not None and not any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in folders):
+        raise SampleError(
+            f"cannot read {what}: its path {value} lies outside the data set; remove the row, or set "
+            "allow_outside=true if you trust the data set with all files that you may read"
+        )
+    return path

@@ -10,7 +10,6 @@ import os
 import random
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -28,26 +26,29 @@ from tqdm import tqdm
 
 from latentdm.batch import CAPTION
 from latentdm.data.decode import read_size
+from latentdm.data.files import same_patience
+from latentdm.data.index_file import SUFFIX, BrokenIndexError, read_table, write_table
 from latentdm.data.skips import SampleError
 from latentdm.errors import RunError
 
-VERSION = 3
+VERSION = 4
 """Of the file's layout; an index of another one is built anew."""
 
-NAMES = ("name", "mask", "source", "caption")
+NAMES = ("name", "mask", "source", "segmentation", "caption")
 """The columns that hold a file's name: as bytes, because it need not be UTF-8."""
 
 SCHEMA = pa.schema(
-    {
-        "name": pa.large_binary(),
-        "size": pa.int64(),
-        "mtime": pa.int64(),
-        "mask": pa.large_binary(),
-        "source": pa.large_binary(),
-        "caption": pa.large_binary(),
-        "columns": pa.large_binary(),
-        "hash": pa.float64(),
-    }
+    [
+        pa.field("name", pa.large_binary(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("mtime", pa.int64(), nullable=False),
+        pa.field("mask", pa.large_binary()),
+        pa.field("source", pa.large_binary()),
+        pa.field("segmentation", pa.large_binary()),
+        pa.field("caption", pa.large_binary()),
+        pa.field("columns", pa.large_binary()),
+        pa.field("hash", pa.float64(), nullable=False),
+    ]
 )
 
 SETTLED_S = 2.0
@@ -56,9 +57,6 @@ SETTLED_S = 2.0
 CHECKED_FILES = 200
 """How many files' sizes and times are compared when an index is opened. Those of every folder are, which shows a file
 that has come or gone."""
-
-SUM_BYTES = 4
-"""At the end of a kept file: the CRC-32 of all before it. Arrow trusts a file, and a broken one can end the process."""
 
 THREADS = 8
 """They wait for the file system, which may be a network's."""
@@ -74,6 +72,7 @@ class Entry:
         mtime: when it was changed last, in nanoseconds.
         mask: the name of its mask.
         source: the name of the picture that the model is shown in its stead.
+        segmentation: the name of its label map.
         caption: the name of the file with its caption.
         columns: what a metadata file says of it.
     """
@@ -83,6 +82,7 @@ class Entry:
     mtime: int = 0
     mask: str | None = None
     source: str | None = None
+    segmentation: str | None = None
     caption: str | None = None
     columns: Mapping[str, Any] | None = None
 
@@ -93,15 +93,19 @@ class FolderIndex:
     Args:
         root: the folder.
         table: as `to_table` makes it.
+        identity: a hash of its content.
         file: where the table lies, if it is mapped into memory: then it is opened anew wherever it is sent to.
 
     Attributes:
         problems: what is wrong with the folder.
-        captioned: whether any image has a caption.
+        notes: what of the folder was left out, and what else a person should know.
+        folders: ``mask`` or ``source`` → the folder that their names are relative to, where it is not the root.
+        captioned: how many images have a caption.
     """
 
-    def __init__(self, root: Path, table: pa.Table, file: Path | None = None) -> None:
+    def __init__(self, root: Path, table: pa.Table, identity: bytes = b"", file: Path | None = None) -> None:
         self.root = root
+        self.identity = identity
         self.file = file
         columns = {name: table.column(name) for name in table.column_names}
         # Combining copies, a single chunk as well, and what was mapped would be memory of this process.
@@ -111,17 +115,28 @@ class FolderIndex:
         }
         self._metadata = table.schema.metadata
         self.problems: list[str] = json.loads(self._metadata[b"problems"])
-        self.captioned: bool = json.loads(self._metadata[b"captioned"])
+        facts = json.loads(self._metadata[b"facts"])
+        self.notes: list[str] = facts.get("notes", [])
+        self.folders: dict[str, str] = facts.get("folders", {})
+        self.captioned: int = json.loads(self._metadata[b"captioned"])
 
     def __len__(self) -> int:
         return len(self._columns["name"])
 
     def __getitem__(self, row: int) -> Entry:
-        """The image in one row."""
+        """The image in one row.
+
+        Raises:
+            SampleError: one of its names leads out of the folder: somebody has changed the index.
+        """
         value = {name: column[row].as_py() for name, column in self._columns.items()}
         del value["hash"]
         for name in NAMES:
             value[name] = None if value[name] is None else os.fsdecode(value[name])
+            if value[name] is not None and not is_inside(value[name]):
+                raise SampleError(
+                    f"the index of {self.root} names {value[name]}, which lies outside; remove {self.file}"
+                )
         value["columns"] = None if value["columns"] is None else json.loads(value["columns"])
         return Entry(**value)
 
@@ -131,20 +146,14 @@ class FolderIndex:
         return FolderIndex, (self.root, pa.table(self._columns).replace_schema_metadata(self._metadata))
 
     @property
-    def identity(self) -> bytes:
-        """The id of the build, which distinguishes an index from one that was built later."""
-        identity: bytes = self._metadata[b"id"]
-        return identity
-
-    @property
     def watched(self) -> dict[str, list[int]]:
         """What to watch for changes, as the build gave it."""
         watched: dict[str, list[int]] = json.loads(self._metadata[b"watched"])
         return watched
 
-    def any_has(self, companion: str) -> bool:
-        """Whether any image has a ``mask``, or a ``source``."""
-        return bool(self._columns[companion].null_count < len(self))
+    def count(self, companion: str) -> int:
+        """How many images have a ``mask``, a ``source`` or a ``segmentation``."""
+        return len(self) - int(self._columns[companion].null_count)
 
     @property
     def hashes(self) -> npt.NDArray[np.float64]:
@@ -155,7 +164,7 @@ class FolderIndex:
     def image_sizes(self) -> npt.NDArray[np.int32]:
         """``n 2``: width and height of each image, from its head, in parallel; 0 where it cannot be read."""
         # Reading silences warnings, which threads do side by side: the last to end may leave them silent.
-        with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
+        with warnings.catch_warnings(), ThreadPoolExecutor(THREADS, initializer=same_patience()) as pool:
             sizes = pool.map(partial(_image_size, self), range(len(self)))
             return np.array(list(tqdm(sizes, "reading sizes", len(self), leave=False)), dtype=np.int32).reshape(-1, 2)
 
@@ -163,7 +172,7 @@ class FolderIndex:
 def folder_index(
     root: Path,
     settings: Mapping[str, Any],
-    build: Callable[[], tuple[Sequence[Entry], Sequence[str], Mapping[str, Sequence[int]]]],
+    build: Callable[[], tuple[Sequence[Entry], Sequence[str], Mapping[str, Sequence[int]], Mapping[str, Any]]],
     cache: Path,
     least: int,
 ) -> FolderIndex:
@@ -172,32 +181,37 @@ def folder_index(
     Args:
         root: the folder.
         settings: of the build; another file is kept for each set.
-        build: gives the images, what is wrong with the folder, and for each folder and metadata file its time of
-            change in nanoseconds and its size.
+        build: gives the images, what is wrong with the folder, for each folder and metadata file its time of change
+            in nanoseconds and its size, and what else is known: ``notes`` and ``folders``.
         cache: the folder in which indices are kept.
         least: the number of images from which an index is kept.
     """
     root = root.resolve()
     key = json.dumps([VERSION, str(root), dict(settings)], sort_keys=True, default=str)
-    file = cache / f"{blake2b(key.encode('utf-8', 'surrogateescape'), digest_size=16).hexdigest()}.arrow"
+    file = cache / f"{blake2b(key.encode('utf-8', 'surrogateescape'), digest_size=16).hexdigest()}{SUFFIX}"
     index = _kept(root, file)
-    if index is not None and _is_true(index):
+    if index is not None:
         return index
     started = time.time_ns()
-    entries, problems, watched = build()
-    table = to_table(entries, problems, watched)
+    entries, problems, watched, known = build()
+    table = to_table(entries, problems, watched, known)
     settled = all(started - mtime > SETTLED_S * 1e9 for mtime, _ in watched.values())
     if len(entries) < least or not settled:
         return FolderIndex(root, table)
     try:
-        _keep(table, file)
+        write_table(table, file)
     except OSError as error:
         rank_zero_warn(f"cannot keep the index of {root} in {cache} ({error}): each run builds it anew; set index_dir")
         return FolderIndex(root, table)
     return _kept(root, file) or FolderIndex(root, table)
 
 
-def to_table(entries: Sequence[Entry], problems: Sequence[str], watched: Mapping[str, Sequence[int]]) -> pa.Table:
+def to_table(
+    entries: Sequence[Entry],
+    problems: Sequence[str],
+    watched: Mapping[str, Sequence[int]],
+    known: Mapping[str, Any],
+) -> pa.Table:
     """Images as the table of a `FolderIndex`."""
 
     def texts(attribute: str) -> list[bytes | None]:
@@ -211,11 +225,21 @@ def to_table(entries: Sequence[Entry], problems: Sequence[str], watched: Mapping
         "columns": [None if entry.columns is None else json.dumps(entry.columns).encode() for entry in entries],
         "hash": [unit_hash(entry.name) for entry in entries],
     }
-    captioned = any(entry.caption is not None or CAPTION in (entry.columns or {}) for entry in entries)
-    facts = {"problems": list(problems), "watched": dict(watched), "captioned": captioned, "id": uuid4().hex}
+    captioned = sum(entry.caption is not None or CAPTION in (entry.columns or {}) for entry in entries)
+    facts = {
+        "problems": list(problems),
+        "watched": dict(watched),
+        "facts": dict(known),
+        "captioned": captioned,
+    }
     metadata = {name: json.dumps(fact) for name, fact in facts.items()}
     arrays = [pa.array(data[name], SCHEMA.field(name).type) for name in SCHEMA.names]
     return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative name, with ``/``, leads to something inside the folder that it is relative to."""
+    return bool(name) and not name.startswith("/") and ".." not in name.split("/") and "\0" not in name
 
 
 def unit_hash(name: str) -> float:
@@ -223,59 +247,26 @@ def unit_hash(name: str) -> float:
     return int.from_bytes(blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") / 2**64
 
 
-def _keep(table: pa.Table, file: Path) -> None:
-    """Write an index beside ``file`` and rename it at once: another process may be opening or writing it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(f".{uuid4().hex}")
-    try:
-        with pa.OSFile(str(new), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
-            writer.write_table(table)
-        checksum = _checksum(new, new.stat().st_size)
-        with new.open("ab") as out:
-            out.write(checksum)
-        new.replace(file)
-    finally:
-        new.unlink(missing_ok=True)
-
-
 def _kept(root: Path, file: Path) -> FolderIndex | None:
-    """The index in a file; None if it does not exist or is broken."""
+    """The index in a file that still is true; None if there is none, whatever is wrong with it."""
     try:
-        size = file.stat().st_size - SUM_BYTES
-        with file.open("rb") as content:
-            content.seek(max(size, 0))
-            if size <= 0 or content.read() != _checksum(file, size):
-                return None
-        return _mapped(root, file)
-    except OSError:
+        index = FolderIndex(root, *read_table(file, SCHEMA), file)
+        whole = all(isinstance(problem, str) for problem in index.problems)
+        return index if whole and _is_true(index) else None
+    except Exception:  # whoever wrote it may have written anything
         return None
-
-
-def _mapped(root: Path, file: Path) -> FolderIndex:
-    """The index in a file that is whole."""
-    content = pa.memory_map(str(file)).read_buffer()
-    return FolderIndex(root, pa.ipc.open_file(content.slice(0, content.size - SUM_BYTES)).read_all(), file)
 
 
 def _reopened(root: Path, file: Path, identity: bytes) -> FolderIndex:
     """The index that another process has opened."""
     try:
-        index = _mapped(root, file)
+        return FolderIndex(root, *read_table(file, SCHEMA, identity), file)
     except OSError as error:
         raise RunError(f"the index of {root} is gone from {file} ({error}); start the run again") from error
-    if index.identity != identity:
-        raise RunError(f"{root} has changed and its index {file} was built anew meanwhile; start the run again")
-    return index
-
-
-def _checksum(file: Path, size: int) -> bytes:
-    """Of the first ``size`` bytes: read piece by piece, since mapped ones would count as this process's memory."""
-    total = 0
-    with file.open("rb") as content:
-        while size > 0 and (piece := content.read(min(size, 1 << 20))):
-            total = zlib.crc32(piece, total)
-            size -= len(piece)
-    return total.to_bytes(SUM_BYTES, "big")
+    except BrokenIndexError as error:
+        raise RunError(
+            f"{root} has changed and its index {file} was built anew meanwhile ({error}); start the run again"
+        ) from error
 
 
 def _is_true(index: FolderIndex) -> bool:

@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from latentdm.data.permutation import Numbers, Permutation
 
-BLOCK = 4096
+BLOCK = 2048
 """Samples that are searched for one of a bucket: it takes microseconds, and the counts of a block little memory."""
 
-BLOCKS = 256
+BLOCKS = 512
 """Blocks that are counted at once."""
 
 
@@ -69,13 +69,13 @@ class Bucketed:
     """
 
     def __init__(self, bucket_of: npt.NDArray[np.integer], seed: int) -> None:
-        self.bucket_of = bucket_of
+        self.bucket_of = bucket_of = np.asarray(bucket_of)
         self.seed = seed
         buckets = int(bucket_of.max()) + 1 if len(bucket_of) else 1
         step = BLOCK * BLOCKS
         parts = [_counts(bucket_of[start : start + step], buckets) for start in range(0, len(bucket_of), step)]
         of_block = np.concatenate([np.zeros((1, buckets), np.int64), *parts]).cumsum(axis=0)
-        self.counts = of_block[-1]
+        self.counts = of_block[-1].copy()
         self._before = np.ascontiguousarray(of_block[:-1].T)  # bucket, block: its samples in the blocks before
 
     def positions(self, bucket: int, ordinals: Numbers, epoch: int | None, global_batch: int) -> Numbers:
@@ -122,5 +122,5 @@ class Dealt:
 def _counts(bucket_of: npt.NDArray[np.integer], buckets: int) -> Numbers:
     """``blocks buckets``: how many samples of each bucket a block holds."""
     blocks = -(-len(bucket_of) // BLOCK)
-    cells = np.arange(len(bucket_of)) // BLOCK * buckets + bucket_of
-    return np.bincount(cells, minlength=blocks * buckets).reshape(blocks, buckets)
+    first_cells = np.repeat(np.arange(blocks) * buckets, BLOCK)[: len(bucket_of)]
+    return np.bincount(first_cells + bucket_of, minlength=blocks * buckets).reshape(blocks, buckets)

@@ -4,18 +4,16 @@ A process that is killed cannot say why. Each worker notes in shared memory what
 PyTorch's error holds the ids of the processes that died, and so the note can be found.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from time import sleep
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 
 from latentdm.data.order import GlobalOrder, Taken
+from latentdm.data.watch import watched
 from latentdm.errors import RunError, UserError
 from latentdm.progress import Progress
 
@@ -28,61 +26,20 @@ CONNECTION_LOST = (ConnectionError, EOFError)
 SIGNAL_S = 0.5
 """Seconds within which the signal of that death comes, if at all; PyTorch answers it with an error that says which."""
 
-NO_POSITION = -1
-"""Noted by a worker that reads no sample."""
-
-
-class Reading:
-    """What each worker reads.
-
-    Args:
-        workers: the most that there are.
-    """
-
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-        now = torch.full((workers, 2), NO_POSITION, dtype=torch.int64)  # process, position
-        self._now: torch.Tensor = now.share_memory_()  # type: ignore[no-untyped-call]  # torch does not annotate it
-
-    def note(self, worker: int, process: int, position: int) -> None:
-        """A worker, which is the process of this id, reads a sample."""
-        now = self._now[worker]
-        now[0], now[1] = process, position
-
-    @contextmanager
-    def at(self, position: int) -> Iterator[None]:
-        """Note that this worker reads a sample; without effect outside workers."""
-        info = get_worker_info()
-        if info is None:
-            yield
-            return
-        self.note(info.id, os.getpid(), position)
-        try:
-            yield
-        finally:
-            self.note(info.id, os.getpid(), NO_POSITION)
-
-    def positions(self, processes: set[int] | None) -> list[int]:
-        """What workers were reading when they died; None: any of them."""
-        notes = [(process, position) for process, position in self._now.tolist() if position != NO_POSITION]
-        return [position for process, position in notes if processes is None or process in processes]
-
 
 class PixelLoader(DataLoader[Any]):
     """A loader of a `latentdm.data.order.RankBatches`, which can go on in the middle of an epoch.
 
     Its state, which Lightning saves with a checkpoint, holds plain containers: the ``epoch``, its ``steps`` so far as
-    pairs of (global batch, count), the number of ``samples`` that these were on all ranks, and the ``settings``. It
-    serves any number of ranks. Errors of workers are `explained`.
+    pairs of (global batch, count), and the number of ``samples`` that these were on all ranks. It serves any number of
+    ranks. Errors of workers are `explained`.
 
     Attributes:
         owner: the class that a warning names.
-        settings: what a run that goes on should not change; plain values, which are saved.
         progress: what the trainer has counted; None: without one.
     """
 
     owner = "PixelLoader"
-    settings: Mapping[str, Any] = {}
     progress: Progress | None = None
     _state: Mapping[str, Any] | None = None
     _epoch = 0
@@ -113,12 +70,17 @@ class PixelLoader(DataLoader[Any]):
         self._epoch, self._yielded = order.epoch, 0
         self._taken = state["steps"] if state and state["epoch"] == order.epoch else ()
         if self.progress:
+            if state is None and self.progress.resumes:
+                self._taken = self._counted(order)
             self.progress.began()
             self._trained = self.progress.batches
         order.taken = self._taken
-        for batch in explained(super().__iter__(), self.dataset):
+        for batch in explained(self._batches(), self.dataset):
             self._yielded += 1
             yield batch
+
+    def _batches(self) -> Iterator[Any]:
+        yield from super().__iter__()  # which may wait for workers as well
 
     def state_dict(self) -> dict[str, Any]:
         """Where the epoch is. Of what was yielded, a batch that a failing step was not done with does not count."""
@@ -134,30 +96,30 @@ class PixelLoader(DataLoader[Any]):
             "epoch": self._epoch,
             "steps": steps,
             "samples": order.seen(self._epoch, steps),
-            "settings": {**self.settings, "samples": len(self.dataset)},  # type: ignore[arg-type]
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the batches that were seen, in the iteration that comes next; warn of what has changed."""
-        if not {"epoch", "steps", "settings"} <= set(state_dict):
+        """Go on after the batches that were seen, in the iteration that comes next."""
+        if not {"epoch", "steps"} <= set(state_dict):
             rank_zero_warn(
-                f"{self.owner}: the checkpoint's state of the loader is another loader's (it holds "
-                f"{', '.join(map(str, state_dict)) or 'nothing'}); the epoch begins anew, and its samples so far repeat"
+                f"{self.owner}: the checkpoint's state of the loader is another loader's: it holds "
+                f"{', '.join(map(str, state_dict)) or 'nothing'}"
             )
             return
         self._state = state_dict
-        settings = {**self.settings, "samples": len(self.dataset)}  # type: ignore[arg-type]
-        before = state_dict["settings"]
-        changed = [name for name in settings if settings[name] != before.get(name)]
-        if changed:
-            told = ", ".join(f"{name}={before.get(name)!r}, now {settings[name]!r}" for name in changed)
-            rank_zero_warn(
-                f"{self.owner}: the run that goes on was begun with {told}. What these change is different from here "
-                "on; where it is the samples or the seed, the order is, and the rest of this epoch may repeat samples"
-            )
         if self.progress:
             self.progress.loaded(state_dict["epoch"])
         self._fit_steps(state_dict["epoch"], state_dict["steps"])
+
+    def _counted(self, order: GlobalOrder) -> Taken:
+        """What Lightning says was seen, where the checkpoint holds no state of ours."""
+        count = self.progress.batches if self.progress else 0
+        rank_zero_warn(
+            f"{self.owner}: the checkpoint holds no state of this loader, so it goes on after {count} batches of epoch "
+            f"{order.epoch}, which Lightning has counted. If they were of other data or another global batch, some of "
+            "the epoch's samples come twice and others not"
+        )
+        return [(order.global_batch, count)]
 
     def _fit_steps(self, epoch: int, steps: Taken) -> None:
         """Where the global batch has changed: say what is kept, and let Lightning count in batches of the new size."""
@@ -188,7 +150,8 @@ def explained(batches: Iterator[Any], dataset: Any) -> Iterator[Any]:
     """
     try:
         try:
-            yield from batches
+            with watched(dataset) as watch:
+                yield from watch.awaited(batches) if watch else batches
         except CONNECTION_LOST:
             sleep(SIGNAL_S)  # otherwise the signal's error may come in the middle of anything that follows
             raise
@@ -222,7 +185,16 @@ def explanation(error: BaseException, dataset: Any) -> str:
         processes = set(map(int, died[1].split(",")))
     else:
         return ""
+    if reading.stood_still:
+        processes = None  # they were ended one after another
     names = [dataset.name(position) for position in reading.positions(processes)]
+    if reading.stood_still:
+        what = f"while they read {', '.join(names)}" if any(names) else "while nothing was read"
+        return (
+            f"{dataset.owner}: the processes that read images stood still {what}, for longer than read_timeout="
+            f"{dataset.read_timeout:g} seconds, and were ended. Somebody stopped them, or storage hangs; for slow "
+            "storage set a longer read_timeout"
+        )
     what = f" while it read {', '.join(names)}" if any(names) else ""  # a stream's samples have names where it is read
     return (
         f"{dataset.owner}: a process that reads images died{what} ({message}). Most often memory ran out: "

@@ -1,79 +1,291 @@
-"""What is written about an image: in a file beside it, or in a ``metadata.jsonl`` or ``.csv`` for a whole folder."""
+"""What is written about an image: in files beside it, or in a metadata file for a whole folder; and its captions.
+
+An image may have several *rows*, each with one caption or none: of these one is drawn for each sample and epoch.
+"""
 
 import csv
-import json
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from latentdm.batch import CAPTION
+import pyarrow as pa
+import pyarrow.parquet as pq
+from lightning.pytorch.utilities import rank_zero_info
+
+from latentdm.batch import CAPTION, NAMES
+from latentdm.data.names import ending_of
 from latentdm.data.skips import SampleError
-from latentdm.errors import UserError
+from latentdm.data.texts import check, decode, parse_csv, parse_json, read_bytes, shortened
 
-METADATA = ("metadata.jsonl", "metadata.csv")
-SIDECARS = (".txt", ".json")
-
-FILE_NAME = "file_name"
-"""The column that names the image, as in Hugging Face's imagefolder."""
+FILE_COLUMNS = ("file_name", "image_file_name")
+"""The columns that name the image, as in Hugging Face's imagefolder: the first that is there."""
 
 CAPTION_COLUMNS = ("caption", "text")
 """The columns that hold the caption unless a user names another one: the first that is there."""
 
+RESERVED = frozenset({*NAMES, "name", ""}) - {CAPTION}
+"""Columns that a text cannot bring, because a batch has these names for something else."""
 
-def read_sidecar(path: Path) -> dict[str, Any]:
-    """The caption in a text file, or the columns of a JSON file, which may also be the caption alone.
+OPAQUE = re.compile(r"\b(?:large_|fixed_size_)?(?:binary|timestamp|date|time|decimal|duration|interval|extension)\d*\b")
+"""Types of Parquet's columns that no metadata file of text could hold."""
+
+
+NAMED = re.compile(rb'"(?:%s)"\s*:\s*"([^"\\]+)"' % "|".join(FILE_COLUMNS).encode())
+"""The name of an image in a line that is no JSON."""
+
+
+class NoMetadataError(SampleError):
+    """A JSON file describes no images."""
+
+
+class Row(NamedTuple):
+    """What a metadata file says of one image.
+
+    Attributes:
+        where: the file and the line, counted from 1, or the number of the row.
+        name: of the image, as it is written there; "" where it is unknown.
+        columns: all other columns.
+        problem: what is wrong with the row.
+        anywhere: the image may be in another folder than the name says: tools write the paths of another machine.
+    """
+
+    where: str
+    name: str
+    columns: dict[str, Any]
+    problem: str = ""
+    anywhere: bool = False
+
+
+def read_sidecar(file: Path | bytes, name: str, columns: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The caption in a text file, or the columns of a JSON file, which may also be captions alone.
+
+    Args:
+        file: the file, or its content.
+        name: its name, and what an error calls a content.
+        columns: our name of a column → its name in a JSON file.
+
+    Returns:
+        Its columns; ``caption`` is a text or a list of texts. Of a labelme file, which holds polygons, nothing.
 
     Raises:
-        SampleError: the file is not UTF-8 or no JSON.
+        SampleError: the file is not UTF-8 or no JSON, or its caption no text.
     """
-    text = _text(path)
-    if path.suffix.lower() != ".json":
+    content, what = (file, name) if isinstance(file, bytes) else (read_bytes(file), str(file))
+    text = decode(content, what)
+    if ending_of(name) != ".json":
         return {CAPTION: text.strip()}
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SampleError(f"cannot read {path}: it is no JSON ({error}); repair or remove the file") from error
-    if isinstance(content, str):
-        return {CAPTION: content}
-    if not isinstance(content, dict):
-        raise SampleError(f"cannot read {path}: it holds neither an object nor a text; repair or remove it")
-    return rename(content, {}, CAPTION_COLUMNS, CAPTION)
+    found = parse_json(text, what)
+    if isinstance(found, str | list):
+        found = {CAPTION: found}
+    if not isinstance(found, dict):
+        raise SampleError(f"cannot read {what}: it holds neither an object nor a text; repair or remove it")
+    if is_labelme(found):
+        tell_once("labelme's JSON files beside images are left out: their polygons are not read as masks")
+        return {}
+    row = renamed(found, columns or {})
+    listed(row.get(CAPTION), what)
+    return without_reserved(row, lambda column: tell_once(_reserved({column})))
 
 
-def read_metadata(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a metadata file, each with its line number, counted from 1.
+def is_labelme(content: Mapping[str, Any]) -> bool:
+    """Whether an object is labelme's: polygons on an image."""
+    return "shapes" in content and "imagePath" in content
+
+
+def read_metadata(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
+    """The rows of a metadata file: CSV after RFC 4180, JSON lines, Parquet, or one JSON value as sd-scripts writes it.
+
+    Args:
+        path: the file.
+        columns: our name of a column → its name there; ``image`` for the one that names the image.
 
     Raises:
-        ValueError: the file is not UTF-8, a row is no object, or one lacks ``file_name``.
+        SampleError: the file as a whole cannot be read. What is wrong with a row is that row's ``problem``.
+        NoMetadataError: it is JSON of another kind.
     """
-    lines = _text(path).splitlines()
-    if path.suffix.lower() == ".csv":
-        rows: Iterator[tuple[int, Any]] = enumerate(csv.DictReader(lines), start=2)
+    read = {".csv": _csv_rows, ".jsonl": _json_lines, ".parquet": _parquet_rows, ".json": _json_rows}
+    for where, content, problem, anywhere in read[ending_of(path.name)](path):
+        if problem and not content:
+            yield Row(where, "", {}, problem)
+            continue
+        row = renamed(content, {name: theirs for name, theirs in (columns or {}).items() if name != "image"})
+        of_image = (columns or {}).get("image") or next((name for name in FILE_COLUMNS if name in row), FILE_COLUMNS[0])
+        name = row.pop(of_image, None)
+        try:
+            check([name, row], where)
+            listed(row.get(CAPTION), where)
+        except SampleError as error:
+            problem = problem or str(error)
+        if not isinstance(name, str) or not name:
+            hint = "separate columns by commas" if re.search("[;\t]", "".join(content)) else "or columns={image: …}"
+            wrong = f"{where}: a row must have a column {of_image!r}, got {shortened(content)}; add it, {hint}"
+            yield Row(where, "", {}, wrong)
+        else:
+            yield Row(where, name, row, problem, anywhere)
+
+
+def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row with its columns under our names: those that ``columns`` says, and the usual ones of a caption."""
+    taken = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    left = {name: value for name, value in row.items() if name not in columns.values()}
+    usual = next((name for name in CAPTION_COLUMNS if name in left), None)
+    if CAPTION not in taken and usual is not None:
+        taken[CAPTION] = left.pop(usual)
+    return {**left, **taken}
+
+
+def without_reserved(row: Mapping[str, Any], leave: Callable[[str], None]) -> dict[str, Any]:
+    """The row without the columns whose names a batch needs; ``leave`` hears of each."""
+    kept = {}
+    for name, value in row.items():
+        if name in RESERVED or name.startswith("\0"):
+            leave(name if name in RESERVED else "\0")
+        else:
+            kept[name] = value
+    return kept
+
+
+def reserved_note(columns: set[str]) -> str:
+    """What to say of columns that were left out."""
+    names = ", ".join(sorted(map(repr, columns)))
+    return f"columns {names}, whose names a batch has for something else (another name: columns={{my_name: …}})"
+
+
+def listed(caption: object, what: object = "") -> list[str]:
+    """The captions of a caption column: one text, several, or none.
+
+    Raises:
+        SampleError: it holds something else.
+    """
+    captions: list[Any] = caption if isinstance(caption, list) else [] if caption is None else [caption]
+    if not all(isinstance(text, str) for text in captions):
+        got = shortened(caption)
+        raise SampleError(f"cannot read {what}: its caption must be a text or a list of texts, got {got}")
+    return captions
+
+
+def rows_of_image(
+    described: Sequence[Mapping[str, Any]], beside: Sequence[Mapping[str, Any]] = (), what: object = ""
+) -> list[dict[str, Any]]:
+    """All that is written about an image, as rows of which one is drawn for each sample and epoch.
+
+    Args:
+        described: its rows in metadata files.
+        beside: the columns of the files beside it, which belong to every row.
+        what: what an error calls it.
+
+    Returns:
+        At least one row; each has one caption, or None where there is none at all.
+
+    Raises:
+        SampleError: a caption is no text.
+    """
+    shared: dict[str, Any] = {}
+    for columns in beside:
+        shared |= columns
+    shared.pop(CAPTION, None)
+    rows: list[dict[str, Any]] = []
+    for row in described or [{}]:
+        whole = {**shared, **row}
+        captions = listed(whole.pop(CAPTION, None), what)
+        without = {**whole, CAPTION: None} if CAPTION in row else whole
+        rows += [{**whole, CAPTION: text} for text in captions] or [without]
+    known = {row.get(CAPTION) for row in rows}
+    further = dict.fromkeys(text for columns in beside for text in listed(columns.get(CAPTION)) if text not in known)
+    rows += [{**rows[0], CAPTION: text} for text in further]
+    told = [row for row in rows if row.get(CAPTION)]
+    return told or [row for row in rows if row.get(CAPTION) is not None] or rows
+
+
+@cache
+def tell_once(text: str) -> None:
+    """Say something once a process, however many samples it concerns."""
+    rank_zero_info(text)
+
+
+def _reserved(columns: set[str]) -> str:
+    return f"left out of JSON beside images: {reserved_note(columns)}"
+
+
+Found = tuple[str, Mapping[str, Any], str, bool]
+"""Where a row stands, what it holds, what is wrong with it, and whether its image may be anywhere."""
+
+
+def _csv_rows(path: Path) -> Iterator[Found]:
+    head: list[str] | None = None
+    for number, record in parse_csv(decode(read_bytes(path), path, "surrogateescape")):
+        where = f"{path}, line {number}"
+        if isinstance(record, csv.Error):
+            if head is None:
+                raise SampleError(f"cannot read {where}: it is no CSV ({record}); repair it")
+            yield where, {}, f"cannot read {where}: it is no CSV ({record}); repair it, with quotes in pairs", False
+        elif head is None:
+            head = [name.strip() for name in record]
+            twice = next((name for name, count in Counter(head).items() if name and count > 1), None)
+            if twice is not None:
+                raise SampleError(f"cannot read {where}: two columns have the name {shortened(twice)}; rename one")
+        else:
+            problem = ""
+            if len(record) > len(head):
+                problem = (
+                    f"{where} has {len(record)} cells where the first line names {len(head)}; put quotes around a text "
+                    "with a comma in it"
+                )
+            yield where, dict(zip(head, record, strict=False)), problem, False
+
+
+def _json_lines(path: Path) -> Iterator[Found]:
+    content = read_bytes(path)
+    decode(content[:2] if content[:1] in (b"\xff", b"\xfe") else b"", path)  # UTF-16, whose lines are no lines
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(decode(line, where), where)
+        except SampleError as error:
+            name = NAMED.search(line)  # then it is that image's error
+            yield where, {FILE_COLUMNS[0]: name[1].decode("utf-8", "replace")} if name else {}, str(error), False
+        else:
+            yield where, *_object_or_problem(row, where), False
+
+
+def _json_rows(path: Path) -> Iterator[Found]:
+    """A list of rows, or an object of captions, or of sd-scripts' captions and tags, by the paths of their images."""
+    content = parse_json(decode(read_bytes(path), path), path)
+    if isinstance(content, list):
+        for number, row in enumerate(content, start=1):
+            yield f"{path}, row {number}", *_object_or_problem(row, f"{path}, row {number}"), False
+    elif isinstance(content, dict) and all(isinstance(row, dict | str) for row in content.values()):
+        for number, (name, value) in enumerate(content.items(), start=1):
+            row = {"caption": value} if isinstance(value, str) else value
+            texts = [row[part] for part in ("caption", "tags") if isinstance(row.get(part), str) and row[part]]
+            others = {column: value for column, value in row.items() if column not in ("caption", "tags")}
+            # As sd-scripts joins them; what it adds on sizes has no meaning here.
+            others.pop("train_resolution", None)
+            columns = {**others, FILE_COLUMNS[0]: name, **({CAPTION: ", ".join(texts)} if texts else {})}
+            yield f"{path}, row {number}", columns, "", True
     else:
-        rows = ((number, _json(line, path, number)) for number, line in enumerate(lines, start=1) if line.strip())
-    for number, row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get(FILE_NAME), str):
-            raise UserError(f"{path}, line {number}: a row must have a column {FILE_NAME!r}, got {row!r}")
-        yield number, row
+        raise NoMetadataError(f"{path} holds neither rows nor objects by the names of images")
 
 
-def rename(row: Mapping[str, Any], columns: Mapping[str, str], usual: tuple[str, ...], name: str) -> dict[str, Any]:
-    """The row with one of its columns under our name: the one that ``columns`` says, else the first usual one."""
-    theirs = columns.get(name) or next((column for column in usual if column in row), None)
-    return {name if column == theirs else column: value for column, value in row.items()}
-
-
-def _json(line: str, path: Path, number: int) -> Any:
+def _parquet_rows(path: Path) -> Iterator[Found]:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number} is no JSON ({error}); repair it") from error
+        table = pq.read_table(pa.BufferReader(read_bytes(path)))
+        opaque = [field.name for field in table.schema if OPAQUE.search(str(field.type))]
+        rows = table.drop_columns(opaque).to_pylist()
+    except pa.ArrowException as error:
+        raise SampleError(f"cannot read {path}: it is no Parquet ({shortened(str(error))}); replace it") from error
+    if opaque:
+        tell_once(f"left out of {path}: the columns {', '.join(opaque)}, which hold no texts or numbers")
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, row {number}", row, "", False
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SampleError(f"cannot read {path}: it is not UTF-8 ({error}); save it as UTF-8") from error
-    except OSError as error:
-        raise SampleError(f"cannot read {path}: {error}; repair or remove the file") from error
+def _object_or_problem(row: object, where: str) -> tuple[Mapping[str, Any], str]:
+    if isinstance(row, dict):
+        return row, ""
+    return {}, f"{where}: a row must have a column {FILE_COLUMNS[0]!r}, got {shortened(row)}; correct or remove it"

@@ -1,20 +1,25 @@
 """The data modules' base: settings, loaders, and the report of what was skipped."""
 
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir
 from typing import Any
+from uuid import uuid4
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from latentdm.data.dataset import PixelDataset, Sample
+from latentdm.data.files import READ_TIMEOUT_S
 from latentdm.data.geometry import ResizeCrop, Target, square
-from latentdm.data.loader import PixelLoader, Reading, explanation
+from latentdm.data.loader import PixelLoader, explanation
 from latentdm.data.order import GlobalOrder, InOrder, RankBatches
-from latentdm.data.skips import Skips
+from latentdm.data.reading import Reading
+from latentdm.data.skips import SampleError, Skips
 from latentdm.draws import sample_seed
 from latentdm.errors import UserError, attributed
 from latentdm.progress import Progress
@@ -24,6 +29,9 @@ ON_ERROR = ("raise", "skip")
 
 FREE = ("self", "batch_size", "num_workers", "on_error", "max_skipped_share")
 """Arguments that may change in a run that goes on; of the batch size `PixelLoader` tells by itself."""
+
+MAX_EXAMPLES = 8
+"""How many samples are tried for one that can be read."""
 
 
 class PixelDataModule(LightningDataModule):
@@ -48,8 +56,12 @@ class PixelDataModule(LightningDataModule):
         on_error: what happens to a sample that cannot be read: ``"raise"`` an error that names it, or ``"skip"``:
             another sample, drawn from (epoch, position), replaces it, and a report at the end lists what was skipped.
         max_skipped_share: with ``skip``: an error all the same when more than this share of the samples is broken.
+        read_timeout: seconds that the reading of a file may wait for its storage, all waiting together; of a shard,
+            each reading. Then the sample counts as one that cannot be read. A process of ``num_workers`` that does not
+            get any further for so long ends the run with an error that says what it was reading.
 
     Attributes:
+        masks_unused: why the masks of the data have no effect, for the line that `summary` gives; "" where they may.
         train_set: the dataset of ``fit``.
         val_set: the dataset of ``validate``; None: no validation.
         test_set: the dataset of ``test``.
@@ -59,6 +71,7 @@ class PixelDataModule(LightningDataModule):
         ValueError: a setting is out of range.
     """
 
+    masks_unused: str = ""
     train_set: PixelDataset | None = None
     val_set: PixelDataset | None = None
     test_set: PixelDataset | None = None
@@ -71,6 +84,7 @@ class PixelDataModule(LightningDataModule):
         seed: int = 0,
         on_error: str = "raise",
         max_skipped_share: float = 0.05,
+        read_timeout: float = READ_TIMEOUT_S,
     ) -> None:
         super().__init__()
         check = Check(type(self).__name__)
@@ -79,6 +93,7 @@ class PixelDataModule(LightningDataModule):
         self.seed = check.integer("seed", seed, 0)
         self.on_error = check.choice("on_error", on_error, ON_ERROR)
         self.max_skipped_share = check.number("max_skipped_share", max_skipped_share, 0, 1)
+        self.read_timeout = check.number("read_timeout", read_timeout, 0.01)
         self.skips: Skips | None = None
 
     def train_dataloader(self) -> DataLoader[Sample]:
@@ -97,9 +112,48 @@ class PixelDataModule(LightningDataModule):
         """Batches in order; ValueError if there is nothing to predict."""
         return self._loader(self._needed("predict_set"), training=False)
 
+    def example(self) -> Sample | None:
+        """A training sample, to see what samples hold; None where none can be read, or a stream would begin."""
+        dataset = self.train_set
+        if dataset is None or dataset.parts is not None:
+            return None
+        for position in range(min(len(dataset), MAX_EXAMPLES)):
+            with suppress(SampleError):  # it is told, or skipped and reported, when its turn comes
+                return dataset.sample(position, 0)
+        return None
+
+    def summary(self) -> str:
+        """What the data hold, in one line for a person; known from `setup` on."""
+        train, val = (0 if part is None else len(part) for part in (self.train_set, self.val_set))
+        return f"{train} train{'s' * (train == 1)}, {val or 'none'} validate{'s' * (val == 1)}"
+
+    def notes(self) -> str:
+        """What was left out of the data, for a person; known from `setup` on."""
+        return ""
+
     def problems(self) -> list[str]:
         """What is wrong with the data beside single samples; for the report where ``on_error`` is "skip"."""
         return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings that a run that goes on should not change; where it was in its epoch is the loader's state."""
+        samples = None if self.train_set is None else len(self.train_set)
+        return {"settings": {**_plain_arguments(self), "training samples": samples}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warn of the settings that have changed since a checkpoint was saved, where a fit goes on from it."""
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        before, now = state_dict.get("settings", {}), self.state_dict()["settings"]
+        changed = [name for name in now if name in before and now[name] != before[name]]
+        changed += [name for name in before if name not in now]
+        if changed:
+            told = ", ".join(f"{name}={before[name]!r} (now {now.get(name)!r})" for name in changed)
+            rank_zero_warn(
+                f"{type(self).__name__}: the run that goes on was begun with other settings: {told}. What they change "
+                "differs from here on; other samples or another seed change the order, and what is left of this epoch "
+                "may repeat some samples and leave out others"
+            )
 
     def teardown(self, stage: str) -> None:
         """Report the samples that were skipped, on the first rank, as a warning."""
@@ -113,6 +167,7 @@ class PixelDataModule(LightningDataModule):
         whys = (explanation(exception, dataset) for dataset in self._sets())
         if why := next(filter(None, whys), ""):
             rank_zero_warn(why)
+            exception.args = (why,)  # what is shown last, and kept by whoever catches it
         self._report()
 
     def _report(self) -> None:
@@ -127,8 +182,9 @@ class PixelDataModule(LightningDataModule):
     def _skips(self, ranks: int, rank: int) -> Skips | None:
         """The report of this run; made with its first loader."""
         if self.on_error == "skip" and self.skips is None:
-            trainer = self.trainer
-            folder = Path(mkdtemp() if trainer is None else trainer.default_root_dir) / "skipped_samples"
+            # Without a trainer a folder of a new name, that nobody has made: it is made at the first skip, if at all.
+            home = Path(gettempdir()) / f"latentdm-{uuid4().hex}"
+            folder = (home if self.trainer is None else Path(self.trainer.default_root_dir)) / "skipped_samples"
             self.skips = Skips(folder, rank, ranks, self.max_skipped_share, total=max(map(len, self._sets())))
             with attributed(type(self).__name__):
                 for problem in self.problems():
@@ -146,6 +202,7 @@ class PixelDataModule(LightningDataModule):
         ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         dataset.skips = self._skips(ranks["num_replicas"], ranks["rank"])
         dataset.owner = type(self).__name__
+        dataset.read_timeout = self.read_timeout
         if self.num_workers > (dataset.reading.workers if dataset.reading else 0):
             dataset.reading = Reading(self.num_workers)
         settings: dict[str, Any] = {
@@ -163,7 +220,6 @@ class PixelDataModule(LightningDataModule):
         loader = PixelLoader(dataset, batch_sampler=RankBatches(order, self.batch_size), **settings)
         loader.owner = type(self).__name__
         if training:
-            loader.settings = _plain_arguments(self)
             loader.progress = Progress(self.trainer) if isinstance(self.trainer, Trainer) else None
         return loader
 
@@ -197,7 +253,7 @@ class PictureDataModule(PixelDataModule):
     def crops(self, training: bool, target: Target | None = None) -> ResizeCrop:
         """What makes samples of records: of squares, unless there is another target."""
         random, flip = self.random_crop and training, self.flip and training
-        return ResizeCrop(target or square(self.size), random, flip, self.alpha, self.seed, self.max_pixels)
+        return ResizeCrop(target or square(self.size), random, flip, self.alpha, self.seed, self.max_pixels, training)
 
 
 def _plain_arguments(data: PixelDataModule) -> dict[str, Any]:

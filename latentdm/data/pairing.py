@@ -1,25 +1,34 @@
 """Which images a folder holds, which mask, source and caption belong to each, and which of them are for validation.
 
-A *companion* is another picture of an image: its mask, or its source.
+A *companion* is another picture of an image: its mask, its source, or its label map.
 """
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
-from latentdm.batch import CAPTION
+from latentdm.batch import CAPTION, MASK, SEGMENTATION, SOURCE
 from latentdm.data.decode import EXTENSIONS
+from latentdm.data.described import TEXTS, Describer
 from latentdm.data.geometry import COMPANIONS
-from latentdm.data.index import THREADS, Entry, stamp
-from latentdm.data.metadata import CAPTION_COLUMNS, FILE_NAME, METADATA, SIDECARS, read_metadata, rename
+from latentdm.data.index import Entry
+from latentdm.data.listing import Listing, list_files
+from latentdm.data.matching import Matches, Stems, match
+from latentdm.data.metadata import is_labelme
+from latentdm.data.names import LIKE, ending_of, stem_of
+from latentdm.data.siblings import find_beside
+from latentdm.data.skips import SampleError
+from latentdm.data.texts import decode, parse_json, read_bytes
 from latentdm.errors import UserError
 from latentdm.validation import Check
+
+SHOWN_ENDINGS = 8
+"""Endings of left out files that are told apart, the most frequent first."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Pairing:
     Attributes:
         masks: ``"auto"``, ``"require"`` or ``"ignore"``, see `latentdm.data.ImageFolderData`.
         sources: the same.
+        segmentations: the same.
         captions: the same.
         columns: our name of a metadata column → its name there.
         lenient: what is wrong with a single image is an error when it is read, and not at once.
@@ -36,121 +46,100 @@ class Pairing:
 
     masks: str = "auto"
     sources: str = "auto"
+    segmentations: str = "auto"
     captions: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     lenient: bool = False
 
-    def choice(self, companion: str) -> str:
-        """What is set for ``mask`` or ``source``."""
-        return {"mask": self.masks, "source": self.sources}[companion]
+    @property
+    def choices(self) -> dict[str, str]:
+        """What is set for ``mask``, ``source``, ``segmentation`` and ``caption``."""
+        return {MASK: self.masks, SOURCE: self.sources, SEGMENTATION: self.segmentations, CAPTION: self.captions}
 
 
-@dataclass
-class Listing:
-    """What lies in a folder and the folders inside it: names, with ``/``, relative to it."""
+class Found(NamedTuple):
+    """What a folder holds.
 
-    images: dict[str, tuple[int, int]] = field(default_factory=dict)
-    sidecars: set[str] = field(default_factory=set)
-    metadata: list[str] = field(default_factory=list)
-    watched: dict[str, Sequence[int]] = field(default_factory=dict)
-
-
-def list_files(root: Path, skip: Path | None = None) -> Listing:
-    """Walk a folder, level by level and each level in parallel; hidden files are left out, links are followed once.
-
-    Images come with (time of change in ns, size); (0, −1) for one that cannot be read, as a link to itself.
+    Attributes:
+        entries: its images, sorted by name.
+        problems: what is wrong with it, where ``lenient``.
+        watched: what to watch for changes.
+        facts: ``notes``: what was left out, and what else a person should know, as parts of a sentence; ``folders``:
+            kind → the folder of companions that lie beside the root.
     """
-    listing = Listing()
-    seen = {_identity(skip)} if skip else set()
-    level = [""]
-    with ThreadPoolExecutor(THREADS) as pool, tqdm(desc=f"listing {root.name}", unit=" files", delay=2) as progress:
-        while level:
-            fresh = []
-            for folder in level:
-                if (identity := _identity(root / folder)) not in seen:  # else a link back, which would never end
-                    seen.add(identity)
-                    fresh.append(folder)
-            level = []
-            for folder, then, files, inside in pool.map(lambda folder: _scan(root, folder), fresh):
-                listing.watched[folder] = then
-                level += inside
-                for name, status in files.items():
-                    ending = name[name.rfind(".") :].lower()
-                    if ending in EXTENSIONS:
-                        listing.images[name] = status
-                    elif PurePosixPath(name).name in METADATA:
-                        listing.metadata.append(name)
-                        listing.watched[name] = status
-                    elif ending in SIDECARS:
-                        listing.sidecars.add(name)
-                progress.update(len(files))
-    return listing
+
+    entries: list[Entry]
+    problems: list[str]
+    watched: dict[str, Sequence[int]]
+    facts: dict[str, Any]
 
 
-def find_images(
-    root: Path, pairing: Pairing, skip: Path | None = None
-) -> tuple[list[Entry], list[str], dict[str, Sequence[int]]]:
-    """The images of a folder and of the folders inside it, sorted by name.
+def find_images(root: Path, pairing: Pairing, skip: Path | None = None) -> Found:
+    """The images of a folder and of the folders inside it; `latentdm.data.names` says what is recognised.
 
-    The mask of ``a/b.jpg`` is the one that its metadata name, or ``a/b-mask.png`` or ``masks/a/b.png``, with any image
-    ending; its source likewise, with "source" for "mask". Its caption is in its metadata, in ``a/b.txt`` or in
-    ``a/b.json``. An image that the metadata do not name counts as well.
-
-    Returns:
-        The images; what is wrong with the folder (where ``pairing.lenient``); and what to watch for changes.
+    What metadata say of an image comes before what names say. An image that the metadata do not name counts as well.
 
     Raises:
-        ValueError: no images, and, unless ``pairing.lenient``: a companion without an image, two of one kind for one
-            image, an image without one where others have one (or where they are required), a metadata row that names
-            a file outside the folder or one that does not exist.
+        UserError: no images, and, unless ``pairing.lenient``: a companion without an image, two of one kind for one
+            image, an image without one where others have one (or where they are required), a metadata row that cannot
+            be read, or that names a file outside the folder or one that does not exist.
     """
-    problems: list[str] = []
+    listing = list_files(root, skip)
+    _settle_json(listing)
+    described = Describer(root, listing, pairing.choices, pairing.columns, pairing.lenient)()
+    problems, notes = described.problems, described.notes
 
     def problem(text: str) -> None:
         if not pairing.lenient:
             raise UserError(text)
         problems.append(text)
 
-    listing = list_files(root, skip)
-    described, named = _described(root, listing, pairing, problem)
-    images: list[str] = []
+    for text in listing.problems:
+        problem(text)
+    matches = match(
+        (name for name in listing.images if name in described.images or name not in described.companions),
+        certain=described.images,
+    )
+    if not matches.images:
+        raise UserError(f"no images in root={str(root)!r}; expected files ending in {', '.join(EXTENSIONS)}")
+    held = {kind for kind, *_ in (*matches.pairs, *matches.orphans)}
+    held |= {kind for description in described.images.values() for kind in description.companions}
+    wanted = [kind for kind in COMPANIONS if kind not in held and pairing.choices[kind] != "ignore"]
+    folders = find_beside(root, wanted, matches, listing, notes)
     found: dict[str, dict[str, str]] = {kind: {} for kind in COMPANIONS}  # kind → stem of the image → name
-    for name in sorted(listing.images):
-        kind, stem = (None, "") if name in described else _companion(name)
-        if name in named and name not in described:
+    for kind, stem, name in matches.pairs:
+        if kind == LIKE or pairing.choices[kind] == "ignore":
             continue
-        if kind is None:
-            images.append(name)
-            continue
-        if stem in found[kind] and pairing.choice(kind) != "ignore":
+        if stem in found[kind]:
             problem(f"two {kind}s for one image, {root / found[kind][stem]} and {root / name}; remove one")
         found[kind].setdefault(stem, name)
-    if not images:
-        raise UserError(f"no images in root={str(root)!r}; expected files ending in {', '.join(EXTENSIONS)}")
-    found = {kind: {} if pairing.choice(kind) == "ignore" else names for kind, names in found.items()}
+    texts = _sidecars(root, listing, matches.stems) if pairing.captions != "ignore" else {}
     entries = []
-    for name in images:
+    for name in matches.images:
         mtime, size = listing.images[name]
-        entry, stem = described.get(name, Entry(name)), _stem(name)
-        sidecar = next((stem + ending for ending in SIDECARS if stem + ending in listing.sidecars), None)
-        caption = None if pairing.captions == "ignore" else sidecar
-        mask, source = (getattr(entry, kind) or found[kind].get(stem) for kind in COMPANIONS)
-        entries.append(replace(entry, size=size, mtime=mtime, mask=mask, source=source, caption=caption))
-    stems = {_stem(name) for name in images}
-    for kind, names in found.items():
-        for companion in (names[stem] for stem in names if stem not in stems):
+        stem, description = stem_of(name), described.images.get(name)
+        named = description.companions if description else {}
+        pictures: dict[str, Any] = {kind: named.get(kind) or found[kind].get(stem) for kind in COMPANIONS}
+        caption, *others = [*texts.get((stem, ""), ()), *texts.get((stem, ending_of(name)), ())] or [None]
+        columns = None if description is None else description.columns()
+        if others:
+            columns = {**(columns or {}), TEXTS: others}
+        entries.append(Entry(name, size, mtime, caption=caption, columns=columns, **pictures))
+    for kind, name in matches.orphans:
+        if pairing.choices[kind] != "ignore":
             problem(
-                f"a {kind} without an image: {root / companion}; name it after its image, remove it, or set "
-                f"{kind}s=ignore"
+                f"a {kind} without an image: {root / name}; name it after its image, remove it, or set {kind}s=ignore"
             )
+    for kind in COMPANIONS:
         without = [entry.name for entry in entries if getattr(entry, kind) is None]
-        required = len(without) < len(entries) or pairing.choice(kind) == "require"
+        required = len(without) < len(entries) or pairing.choices[kind] == "require"
         if without and required and not pairing.lenient:
             raise UserError(
-                f"an image without a {kind}: {root / without[0]} (and {len(without) - 1} more of {len(images)}); "
-                f"add {_stem(without[0])}-{kind}.png to {root}, or set {kind}s=ignore"
+                f"an image without a {kind}: {root / without[0]} (and {len(without) - 1} more of {len(entries)}); "
+                f"add {stem_of(without[0])}-{kind}.png to {root}, or set {kind}s=ignore"
             )
-    return entries, problems, listing.watched
+    facts = {"notes": [*_notes(listing, matches, pairing), *notes], "folders": folders}
+    return Found(entries, problems, listing.watched, facts)
 
 
 def check_val_share(check: Check, val_share: object) -> float:
@@ -184,85 +173,73 @@ def split_hashes(
     return np.flatnonzero(~val), np.flatnonzero(val)
 
 
-def _described(
-    root: Path, listing: Listing, pairing: Pairing, problem: Callable[[str], None]
-) -> tuple[dict[str, Entry], set[str]]:
-    """What metadata files say of images, by their names; and the names of all companions in them."""
-    described: dict[str, Entry] = {}
-    named: set[str] = set()
-    for path in sorted(listing.metadata):
-        for number, row in read_metadata(root / path):
-            row = rename(row, pairing.columns, CAPTION_COLUMNS, CAPTION)
-            for kind in COMPANIONS:
-                row = rename(row, pairing.columns, (kind, f"{kind}_file_name"), kind)
-            name = _inside(root, path, row.pop(FILE_NAME))
-            companions = {kind: _inside(root, path, row.pop(kind, None)) for kind in COMPANIONS}
-            where = f"{root / path}, line {number}"
-            if name is None or None in companions.values():
-                problem(f"{where} names a file outside root={str(root)!r}; only files inside it are read")
-            elif name not in listing.images:
-                problem(f"{where} names {name}, which is no image in root={str(root)!r}; correct or remove the row")
-            else:
-                named.update(filter(None, companions.values()))
-                kept = {k: other or None for k, other in companions.items() if pairing.choice(k) != "ignore"}
-                for kind, other in kept.items():
-                    if other and other not in listing.images and not (root / other).is_file():
-                        problem(
-                            f"{where} names the {kind} {other}, which does not exist in root={str(root)!r}; "
-                            f"correct it, or set {kind}s=ignore"
-                        )
-                columns = {column: value for column, value in row.items() if column is not None}
-                if pairing.captions == "ignore":
-                    columns.pop(CAPTION, None)
-                described[name] = Entry(name, mask=kept.get("mask"), source=kept.get("source"), columns=columns)
-    return described, named
+def _settle_json(listing: Listing) -> None:
+    """A JSON file with the name of an image is about that image, whatever metadata are called."""
+    stems = {stem_of(name) for name in listing.images}
+    for name in [name for name in listing.metadata if ending_of(name) == ".json" and stem_of(name) in stems]:
+        listing.metadata.remove(name)
+        listing.sidecars.append(name)
 
 
-def _companion(name: str) -> tuple[str | None, str]:
-    """What a picture is by its name: its kind and the stem of its image; None for an image."""
-    stem = _stem(name)
+def _sidecars(root: Path, listing: Listing, stems: Stems) -> dict[tuple[str, str], list[str]]:
+    """The files with captions and columns, by the stem of their image and, as in ``1.png.txt``, by its ending."""
+    found: dict[tuple[str, str], list[str]] = {}
+    names = sorted(listing.sidecars)
+    labelme = next((name for name in names if ending_of(name) == ".json" and stems.find(stem_of(name))), None)
+    if labelme is not None and not _is_labelme(root / labelme):
+        labelme = None
+    for name in names:
+        image, ending = stem_of(name), ""
+        stem = stems.find(image)
+        if stem is None and ending_of(image) in EXTENSIONS:
+            stem, ending = stems.find(stem_of(image)), ending_of(image)
+        if stem is None:
+            listing.others.append(name)
+        elif labelme is not None and ending_of(name) == ".json":
+            listing.polygons.append(name)
+        else:
+            found.setdefault((stem, ending), []).append(name)
+    return found
+
+
+def _is_labelme(path: Path) -> bool:
+    try:
+        content = parse_json(decode(read_bytes(path), path), path)
+    except SampleError:  # an error when it is read
+        return False
+    return isinstance(content, dict) and is_labelme(content)
+
+
+def _notes(listing: Listing, matches: Matches, pairing: Pairing) -> Iterator[str]:
+    """What a person should know of what the names said."""
+    if listing.others:
+        yield "left out: " + _by_ending(sorted(listing.others))
+    if listing.polygons:
+        yield f"left out: {_count(listing.polygons, 'file')} of labelme, whose polygons are not read (export masks)"
     for kind in COMPANIONS:
-        of_image = stem.removeprefix(f"{kind}s/").removesuffix(f"-{kind}")
-        if of_image != stem:
-            return kind, of_image
-    return None, stem
+        ignored = [name for of, _, name in matches.pairs if of == kind]
+        if ignored and pairing.choices[kind] == "ignore":
+            yield f"left out: {_count(ignored, kind)}, as {kind}s=ignore"
+    if listing.sidecars and pairing.captions == "ignore":
+        yield f"left out: {_count(listing.sidecars, 'caption')}, as captions=ignore"
+    if like := [name for kind, _, name in matches.pairs if kind == LIKE]:
+        yield f"left out: {_count(like, 'picture')} called like a mask or label map (rename masks: name-mask.png)"
+    if matches.doubtful:
+        yield f"taken as images: {_count(matches.doubtful, 'picture')} called like a mask, but of no image"
+    twice = Counter(map(stem_of, matches.images))
+    if same := [name for name in matches.images if twice[stem_of(name)] > 1]:
+        yield f"taken as images: {_count(same, 'picture')} with one name but for the ending"
 
 
-def _scan(root: Path, folder: str) -> tuple[str, Sequence[int], dict[str, tuple[int, int]], list[str]]:
-    """One folder: its name, its stamp, its files and the folders in it."""
-    files: dict[str, tuple[int, int]] = {}
-    folders: list[tuple[bool, str]] = []
-    then = stamp(root / folder)
-    with os.scandir(root / folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            try:
-                status = entry.stat()
-                if entry.is_dir():
-                    folders.append((entry.is_symlink(), name))
-                else:
-                    files[name] = status.st_mtime_ns, status.st_size
-            except OSError:  # a link to itself, or to nowhere: an error when it is read
-                files[name] = 0, -1
-    return folder, then, files, [name for _, name in sorted(folders)]
+def _by_ending(names: Iterable[str]) -> str:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(ending_of(name), []).append(name)
+    largest = sorted(groups.items(), key=lambda group: -len(group[1]))
+    parts = [f"{len(group)} {ending or 'without an ending'} ({group[0]})" for ending, group in largest[:SHOWN_ENDINGS]]
+    rest = sum(len(group) for _, group in largest[SHOWN_ENDINGS:])
+    return ", ".join([*parts, *([f"{rest} with other endings"] if rest else [])])
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
-
-
-def _inside(root: Path, metadata: str, name: object) -> str | None:
-    """A name in a metadata file as one relative to the root; "" for no name, None outside the root."""
-    if name is None or name == "":
-        return ""
-    path = os.path.normpath(os.path.join(os.path.dirname(metadata), str(name)))
-    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
-        return None
-    return Path(path).as_posix()
-
-
-def _stem(name: str) -> str:
-    return name[: name.rindex(".")]
+def _count(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({names[0]})"

@@ -6,6 +6,9 @@ once, as a line of JSON in a folder that all of them see; whoever needs the sum 
 
 import json
 import os
+import warnings
+from contextlib import suppress
+from errno import ENOSPC
 from pathlib import Path
 
 from latentdm.errors import UserError
@@ -38,7 +41,9 @@ class Skips:
         self.total = total
         self._why: dict[str, str] = {}
         self._read: dict[int, int] = {}
-        self._file(rank).unlink(missing_ok=True)  # of an earlier run
+        self._full = False
+        with suppress(OSError):
+            self._file(rank).unlink(missing_ok=True)  # of an earlier run
 
     def add(self, name: str, why: str, new_epochs: int = 1) -> None:
         """Write a sample down, once however often it is skipped.
@@ -52,12 +57,9 @@ class Skips:
             TooManySkipped: more than the limit.
         """
         if name not in self._why:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            line = json.dumps({"name": name, "why": why}) + "\n"
-            # One write to a file opened for appending is not torn apart by those of other workers.
-            file = os.open(self._file(self.rank), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            os.write(file, line.encode())
-            os.close(file)
+            self._why[name] = why
+            if not self._full:
+                self._write(name, why)
         skipped, read = len(self.read()), self.total * new_epochs
         if skipped > self.limit * read:
             raise TooManySkipped(
@@ -68,17 +70,18 @@ class Skips:
     def read(self) -> dict[str, str]:
         """Name → why, of all samples skipped so far; only what is new is read."""
         for rank in range(self.ranks):
-            path = self._file(rank)
-            if not path.exists():
+            try:
+                with self._file(rank).open("rb") as file:
+                    file.seek(self._read.get(rank, 0))
+                    new = file.read()
+            except OSError:  # most often nobody has skipped any
                 continue
-            with path.open("rb") as file:
-                file.seek(self._read.get(rank, 0))
-                new = file.read()
             new = new[: new.rfind(b"\n") + 1]  # another process may be writing the last line
             self._read[rank] = self._read.get(rank, 0) + len(new)
             for line in new.splitlines():
-                entry = json.loads(line)
-                self._why[entry["name"]] = entry["why"]
+                with suppress(ValueError, KeyError, TypeError):  # a disk that was full has torn it
+                    entry = json.loads(line)
+                    self._why[entry["name"]] = entry["why"]
         return self._why
 
     def report(self, shown: int = 10) -> str:
@@ -88,10 +91,33 @@ class Skips:
             return ""
         lines = [f"  {why}" for why in list(skipped.values())[:shown]]
         more = f"\n  and {len(skipped) - shown} more" if len(skipped) > shown else ""
+        listed = "those of each process were counted, none listed" if self._full else f"all are listed in {self.folder}"
         return (
-            f"{len(skipped)} of {self.total} samples could not be read and were replaced by others; all are listed in "
-            f"{self.folder}:\n" + "\n".join(lines) + more
+            f"{len(skipped)} of {self.total} samples could not be read and were replaced by others; {listed}:\n"
+            + "\n".join(lines)
+            + more
         )
+
+    def _write(self, name: str, why: str) -> None:
+        """Write a line; where that cannot be done, warn once, and go on counting."""
+        line = (json.dumps({"name": name, "why": why}) + "\n").encode()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # One write to a file opened for appending is not torn apart by those of other workers.
+            file = os.open(self._file(self.rank), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                written = os.write(file, line)
+            finally:
+                os.close(file)
+            if written < len(line):
+                raise OSError(ENOSPC, os.strerror(ENOSPC))
+        except OSError as error:
+            self._full = True
+            warnings.warn(
+                f"skipped samples cannot be listed in {self.folder} ({error}): each process counts its own from here "
+                "on, and max_skipped_share holds for these",
+                stacklevel=2,
+            )
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank{rank}.jsonl"

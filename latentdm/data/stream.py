@@ -13,6 +13,8 @@ from itertools import islice
 from random import Random
 from typing import Any, Protocol, TypeVar
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from latentdm.data.dataset import PixelDataset, Sample
 from latentdm.data.geometry import Record, ResizeCrop
 from latentdm.data.module import PictureDataModule
@@ -168,6 +170,8 @@ class StreamImages(PixelDataset):
                 empty = 0
                 yield item
             turn += 1
+        if not self.training:
+            raise UserError("the validation data hold no sample; give them some, or leave validation out")
         raise UserError(f"part {part} of {self.parts} of the stream is empty; set fewer parts, or give more samples")
 
 
@@ -198,6 +202,8 @@ class StreamDataModule(PictureDataModule):
         """The dataset of a stream of records."""
         length = self.epoch_length if training else self.val_length
         owner, crops = type(self).__name__, self.crops(training)
+        if training:
+            rank_zero_info(f"{owner}: an epoch is epoch_length={length} images, however many the stream holds")
         return StreamImages(owner, items, crops, length, training, self.shuffle_buffer, self.seed, self.parts)
 
 

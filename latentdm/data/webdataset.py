@@ -3,24 +3,58 @@
 The package ``webdataset`` reads the shards; how they are split and repeated is `latentdm.data.stream`'s.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
+
+from lightning.pytorch.utilities import rank_zero_info
 
 from latentdm.batch import CAPTION
-from latentdm.data.decode import EXTENSIONS, MAX_PIXELS
+from latentdm.data.archives import check_shards, members, open_shard
+from latentdm.data.budget import MAX_PIXELS
+from latentdm.data.decode import EXTENSIONS
+from latentdm.data.files import READ_TIMEOUT_S
 from latentdm.data.geometry import COMPANIONS, Record
-from latentdm.data.metadata import CAPTION_COLUMNS, rename
+from latentdm.data.metadata import read_sidecar, rows_of_image
+from latentdm.data.names import MARKS, SIDECARS, guesses
 from latentdm.data.skips import SampleError
 from latentdm.data.stream import Item, StreamDataModule, StreamImages, own_share, stable_index
+from latentdm.data.texts import check, decode, shortened
 from latentdm.errors import UserError, attributed
 from latentdm.extras import require
 
 OWNER = "WebDatasetData"
 
+T = TypeVar("T")
+
 IMAGE_ENDINGS = tuple(ending[1:] for ending in EXTENSIONS)
+SIDECAR_ENDINGS = tuple(ending[1:] for ending in SIDECARS)
+COMPANION_ENDINGS = {
+    kind: tuple(f"{mark}.{ending}" for mark in MARKS[kind] for ending in IMAGE_ENDINGS) for kind in COMPANIONS
+}
+KNOWN = frozenset(
+    [*IMAGE_ENDINGS, *SIDECAR_ENDINGS, "cls", *(end for ends in COMPANION_ENDINGS.values() for end in ends)]
+)
+"""All endings that need not be named."""
+
+MAX_TOLD = 20
+"""Endings that are left out with a word: names with dots in them make one each."""
+
+
+@dataclass
+class Files:
+    """The members of a shard that have one name.
+
+    Attributes:
+        key: the name up to its first dot.
+        contents: ending, in lower case → content.
+        twice: endings that are there more than once.
+    """
+
+    key: str
+    contents: dict[str, bytes] = field(default_factory=dict)
+    twice: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -30,10 +64,12 @@ class ShardRecords:
     Attributes:
         shards: paths or URLs.
         columns: our name → the ending of its files: ``{image: jpg, mask: mask.png, caption: txt}``.
+        told: endings of files that were left out, with a word.
     """
 
     shards: Sequence[str]
     columns: Mapping[str, str]
+    told: set[str] = field(default_factory=set, compare=False)
 
     @property
     def files(self) -> int:
@@ -49,58 +85,108 @@ class ShardRecords:
 
     def _read(self, shard: str) -> Iterator[Item]:
         try:
-            for files in _read_shard(shard):
-                yield self._record(shard, files)
+            for before, files, after in neighbours(_read_shard(shard)):
+                yield self._record(shard, files, [part.key for part in (before, after) if part])
+        except SampleError as error:  # which names it
+            yield error
         except Exception as error:  # a file system, a network, a pipe or a broken tar: each has its own
             # webdataset appends the stream it was reading, as an argument and in the text, with its address in memory.
             text = error.strerror if isinstance(error, OSError) and error.strerror else next(iter(error.args), error)
             why = str(text).split(" @ <")[0]
             yield SampleError(f"cannot read the shard {shard}: {why}; replace or remove it")
 
-    def _record(self, shard: str, files: Mapping[str, Any]) -> Item:
-        key = files["__key__"]
-        name = f"{shard}/{key}"
-        image = self._find(files, "image", IMAGE_ENDINGS)
-        if image is None:
-            endings = ", ".join(ending for ending in files if not ending.startswith("__"))
-            wanted = self.columns.get("image", ", ".join(IMAGE_ENDINGS))
-            return SampleError(f"cannot read {name}: it has no image ({wanted}), only {endings}; remove it")
-        companions = {k: self._find(files, k, [f"{k}.{ending}" for ending in IMAGE_ENDINGS]) for k in COMPANIONS}
+    def _record(self, shard: str, sample: Files, beside: Collection[str]) -> Item:
+        files, name = sample.contents, f"{shard}/{sample.key}"
         try:
-            columns = {}
-            if "json" in files and self.columns.get(CAPTION) != "json":
-                content = json.loads(files["json"].decode("utf-8"))
-                columns = rename(content, {}, CAPTION_COLUMNS, CAPTION) if isinstance(content, dict) else {}
-            caption = self._find(files, CAPTION, ("txt", "caption"))
-            if caption is not None:
-                columns[CAPTION] = caption.decode("utf-8").strip()
-            if "cls" in files:
-                columns["cls"] = int(files["cls"])
-        except ValueError as error:
-            return SampleError(f"cannot read the texts of {name}: {error}; repair or remove it")
-        return Record(name, stable_index(key), image, **companions, columns=columns)
+            self._check_name(sample.key, name, beside)
+            if sample.twice:
+                raise SampleError(f"cannot read {name}: it has two files ending in .{sample.twice[0]}; remove one")
+            image = self._find(files, "image", IMAGE_ENDINGS, name)
+            companions: dict[str, Any] = {
+                kind: self._find(files, kind, ends, name) for kind, ends in COMPANION_ENDINGS.items()
+            }
+            if image is None:
+                wanted = self.columns.get("image", ", ".join(IMAGE_ENDINGS))
+                raise SampleError(f"cannot read {name}: it has no image ({wanted}), only {', '.join(files)}; remove it")
+            rows = self._rows(files, name)
+        except SampleError as error:
+            return error
+        self._tell(files)
+        return Record(name, stable_index(name), image, **companions, columns=rows[0], others=rows[1:])
 
-    def _find(self, files: Mapping[str, Any], column: str, usual: Sequence[str]) -> bytes | None:
-        endings = [self.columns[column]] if column in self.columns else usual
-        return next((files[ending] for ending in endings if ending in files), None)
+    def _tell(self, files: Mapping[str, bytes]) -> None:
+        """Say which files are left out, once for each ending."""
+        for ending in files:
+            if ending not in KNOWN and ending not in self.columns.values() and ending not in self.told:
+                if len(self.told) < MAX_TOLD:
+                    rank_zero_info(f"{OWNER}: left out of shards: files ending in .{shortened(ending)[1:-1]}")
+                self.told.add(ending)
+
+    def _check_name(self, key: str, name: str, beside: Collection[str]) -> None:
+        """A mask under a name of its own, as ``0001-mask.png``, would be trained on."""
+        if "image" in self.columns:
+            return
+        for guess in guesses(f"{key}.png"):
+            if guess.certain or guess.stem in beside:
+                raise SampleError(
+                    f"cannot read {name}: it is called like a mask or a label map of {guess.stem}; call it "
+                    f"{guess.stem}.mask.png to make it one, or say columns={{image: png}} if it is an image"
+                )
+
+    def _rows(self, files: Mapping[str, bytes], name: str) -> list[dict[str, Any]]:
+        """What is written about an image: see `rows_of_image`."""
+        of_caption = self.columns.get(CAPTION)
+        beside = []
+        for ending in SIDECAR_ENDINGS if of_caption is None else dict.fromkeys(("json", of_caption)):
+            if ending in files:
+                columns = read_sidecar(files[ending], f"{name}.{ending}")
+                if of_caption is not None and ending != of_caption:
+                    columns.pop(CAPTION, None)
+                beside.append(columns)
+        if "cls" in files:
+            what = f"{name}.cls"
+            try:
+                number = int(decode(files["cls"], what))
+            except ValueError as error:
+                raise SampleError(f"cannot read {what}: it holds no integer; repair or remove it") from error
+            check(number, what)
+            beside.append({"cls": number})
+        return rows_of_image([], beside)
+
+    def _find(self, files: Mapping[str, bytes], column: str, usual: Sequence[str], name: str) -> bytes | None:
+        """The picture of a kind: under the ending that a user named, else under the only usual one."""
+        if column in self.columns:
+            return files.get(self.columns[column])
+        found = [ending for ending in usual if ending in files and ending not in self.columns.values()]
+        if len(found) > 1:
+            one, other = found[:2]
+            raise SampleError(
+                f"cannot read {name}: its files {one} and {other} may both be its {column}; say which is, as in "
+                f"columns={{{column}: {one}}}"
+            )
+        return files[found[0]] if found else None
 
 
 class WebDatasetData(StreamDataModule):
     """Tar shards of images, of their masks, sources and captions if they have any, and of their columns.
 
     A sample is the files of one name: ``0001.jpg`` (or any other image ending), ``0001.mask.png``, ``0001.source.jpg``,
-    ``0001.txt`` with its caption, ``0001.json`` with its columns (``caption`` or ``text`` among them) and ``0001.cls``
-    with a number. Other files are left out. Images are treated as by `latentdm.data.ImageFolderData`.
+    ``0001.txt`` or ``0001.caption`` with its caption, ``0001.json`` with its columns (``caption`` or ``text`` among
+    them) and ``0001.cls`` with a number. Other files are left out. Two images of one name, as ``0001.jpg`` and
+    ``0001.png``, are an error until ``columns`` says which is which. Images and several captions are treated as by
+    `latentdm.data.ImageFolderData`.
 
     Each epoch has a set length, the same on every rank, however unevenly the shards are filled. Shards are shuffled
     each epoch and dealt to ``parts``, which ranks and workers share; the order is the same for any number of them. Few
     shards are one part, of which each process reads all and decodes its own. Validation begins at the first shard each
-    time. ``index`` is a hash of the name (of 63 bits),
-    alike in every epoch and on every worker.
+    time. ``index`` is a hash of the shard's name and the sample's (of 63 bits), alike in every epoch and on every
+    worker.
 
     Args:
-        shards: paths or URLs, with braces (``photos-{0000..0099}.tar``); several as a list. ``pipe:`` takes a command
-            that prints a shard; any other protocol is opened with fsspec (``s3://``, ``hf://``, ``https://``).
+        shards: paths or URLs, with braces (``photos-{0000..0099}.tar``); several as a list. ``pipe:`` runs a command
+            that prints a shard, in a shell and with your rights, wherever it stands among them: only with
+            ``allow_pipe``, and never from a list that somebody else wrote. Any other protocol is opened with fsspec
+            (``s3://``, ``hf://``, ``https://``).
         size: side of the square images in pixels.
         batch_size: images a batch, on each device.
         epoch_length: training images an epoch, on all devices together.
@@ -117,6 +203,8 @@ class WebDatasetData(StreamDataModule):
         on_error: ``"raise"`` or ``"skip"``, see `PixelDataModule`; a shard that breaks off counts as one sample.
         max_skipped_share: the share of broken samples that ``skip`` bears.
         max_pixels: a larger image counts as broken, and is not decoded.
+        read_timeout: seconds that each reading from a shard may wait, see `PixelDataModule`.
+        allow_pipe: run the commands of shards that begin with ``pipe:``, with your rights.
 
     Raises:
         ValueError: a setting is out of range; while reading: a broken shard or sample.
@@ -144,14 +232,17 @@ class WebDatasetData(StreamDataModule):
         on_error: str = "raise",
         max_skipped_share: float = 0.05,
         max_pixels: int = MAX_PIXELS,
+        read_timeout: float = READ_TIMEOUT_S,
+        allow_pipe: bool = False,
     ) -> None:
         super().__init__(
             epoch_length, val_length, shuffle_buffer, parts, size=size, alpha=alpha, flip=flip, max_pixels=max_pixels,
             batch_size=batch_size, num_workers=num_workers, seed=seed, on_error=on_error,
-            max_skipped_share=max_skipped_share,
+            max_skipped_share=max_skipped_share, read_timeout=read_timeout,
         )  # fmt: skip
         self.shards = shards
         self.val_shards = val_shards
+        self.allow_pipe = allow_pipe
         self.columns = dict(columns or {})
 
     @attributed(OWNER)
@@ -170,18 +261,49 @@ class WebDatasetData(StreamDataModule):
         webdataset = require("webdataset", extra="webdataset", needed_by=OWNER)
         names = [shards] if isinstance(shards, str) else list(shards)
         expanded = [url for name in names for url in webdataset.shardlists.expand_urls(name)]
+        check_shards(expanded, self.allow_pipe)
         if not expanded:
             raise UserError(f"shards={shards!r} names no shard; give a path, with braces for many")
         return self.stream(ShardRecords(expanded, self.columns), training)
 
 
-def _read_shard(url: str) -> Iterator[dict[str, Any]]:
-    """The samples of a shard: ending → content, and ``__key__``."""
-    webdataset = require("webdataset", extra="webdataset", needed_by=OWNER)
-    if url.startswith("pipe:"):
-        opened = webdataset.gopen(url)
-    else:
-        opened = require("fsspec", extra="webdataset", needed_by=OWNER).open(url, "rb")
-    with opened as stream:
-        source = [{"url": url, "stream": stream}]
-        yield from webdataset.tariterators.group_by_keys(webdataset.tariterators.tar_file_expander(source))
+def _read_shard(url: str) -> Iterator[Files]:
+    """The samples of a shard."""
+    with open_shard(url, OWNER) as stream:
+        yield from samples_of(members(stream, url))
+
+
+def neighbours(parts: Iterable[T]) -> Iterator[tuple[T | None, T, T | None]]:
+    """Each part with the one before and the one after it."""
+    before: T | None = None
+    held: T | None = None
+    try:
+        for part in parts:
+            if held is not None:
+                yield before, held, part
+            before, held = held, part
+    except Exception:  # what came before is whole
+        if held is not None:
+            yield before, held, None
+        raise
+    if held is not None:
+        yield before, held, None
+
+
+def samples_of(files: Iterable[Mapping[str, Any]]) -> Iterator[Files]:
+    """The members of a shard, as the package ``webdataset`` gives them, by their names; an empty one is its end."""
+    split = require("webdataset", extra="webdataset", needed_by=OWNER).tariterators.base_plus_ext
+    sample = None
+    for file in files:
+        key, ending = split(file["fname"]) if file else (None, None)
+        if file and key is None:
+            continue
+        if sample is not None and key != sample.key:
+            yield sample
+            sample = None
+        if file:
+            sample = sample or Files(str(key))
+            ending = str(ending).lower()
+            if ending in sample.contents:
+                sample.twice.append(ending)
+            sample.contents[ending] = file["data"]

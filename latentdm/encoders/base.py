@@ -12,12 +12,13 @@ from latentdm.autoencoders.images import Images
 from latentdm.autoencoders.limits import POSTERIORS, check_clip
 from latentdm.autoencoders.posterior import Posterior
 from latentdm.autoencoders.vae import FrozenVAE
-from latentdm.batch import INDEX, LATENTS, MAPPINGS, MASK, PIXELS, SOURCE, sample_ids
+from latentdm.batch import INDEX, LATENTS, MASK, PIXELS, SOURCE, sample_ids
 from latentdm.cache.rows import CACHED, CachedRows, Sink
+from latentdm.containers import MAPPINGS, fields_of
 from latentdm.draws import Draws, FreshDraws
 from latentdm.errors import UserError, attributed
 from latentdm.stages import Stage
-from latentdm.tensors import check_pixels, crop, describe, unit_mask
+from latentdm.tensors import check_pixels, crop, describe, how_to_convert, unit_mask
 from latentdm.validation import Check
 
 
@@ -123,7 +124,11 @@ class Encoder(Stage):
         """
         with attributed(type(self).__name__):
             if not isinstance(batch, MAPPINGS):
-                raise UserError(f"expected a dict, as in {{'pixels': images}}, got {describe(batch)}")
+                named = fields_of(batch)
+                if named is None:
+                    advice = how_to_convert(batch)
+                    raise UserError(f"expected a dict, as in {{'pixels': images}}, got {describe(batch)}{advice}")
+                batch = named
             cached = batch.get(CACHED)
             if isinstance(cached, CachedRows) and cached.masks is not None:
                 batch = {**batch, MASK: cached.with_masks(batch.get(MASK))}

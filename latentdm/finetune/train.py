@@ -12,8 +12,8 @@ from latentdm.errors import UserError
 def train(cfg: DictConfig) -> dict[str, float]:
     """Make data module, model, callbacks, loggers and trainer of a config, then validate, fit and validate again.
 
-    The model is made first and compared with the data module, so that what does not fit is told before text encoders
-    and denoiser are loaded.
+    Before anything large is loaded, the data are looked at: whether they bring what the stages read, such as captions.
+    Then the model is compared with the data module, before text encoders and denoiser are loaded.
 
     Args:
         cfg: with ``model``, ``datamodule``, ``trainer``, ``seed`` and, if there are any, ``callbacks`` and ``logger``,
@@ -33,6 +33,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     seed_everything(cfg.get("seed", 0), workers=True, verbose=False)
     model = instantiate(cfg.model)
     datamodule = instantiate(cfg.datamodule)
+    if hasattr(datamodule, "check"):
+        datamodule.check()
     if hasattr(model, "check"):
         model.check(datamodule)
     callbacks, loggers = (list(instantiate(cfg.get(group) or {}).values()) for group in ("callbacks", "logger"))

@@ -1,5 +1,6 @@
 """The weights of a frozen module: in which dtype, on which device, in which layout."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -82,9 +83,20 @@ class Weights:
     def _settle_dtype(self, device: torch.device) -> torch.dtype:
         if self._wanted is not None:
             return self._wanted
-        if not hasattr(self.original, "config"):
+        if not is_of_diffusers(self.original):
             return first_weight(self.original).dtype
         return torch.bfloat16 if computes_bfloat16(device) else torch.float32
+
+
+def is_of_diffusers(module: nn.Module) -> bool:
+    """Whether a module is of a class of diffusers or derives from one."""
+    return any(base.__module__.partition(".")[0] == "diffusers" for base in type(module).__mro__)
+
+
+def config_value(module: nn.Module, name: str) -> Any:
+    """What a module's ``config`` says, be it a dict or an object; None where it says nothing."""
+    config = getattr(module, "config", None)
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 
 def first_weight(module: nn.Module, device: torch.device | None = None) -> Tensor:

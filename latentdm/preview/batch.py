@@ -16,6 +16,7 @@ from torch import Tensor
 from latentdm.alarms import MASK_RANGE, STD_RANGE, latent_std_alarm, mask_alarm
 from latentdm.batch import LATENT_MASK, LATENTS, MASK, MASKED_LATENTS, NOISE_MASK, PIXELS, SOURCE, Key
 from latentdm.cache.rows import is_blank
+from latentdm.containers import is_batch, items_of
 from latentdm.datamodule import LatentDataModule
 from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError
@@ -152,6 +153,7 @@ def first_samples(
     Args:
         datamodule: it is set up here.
         samples: how many are wanted at least; fewer come where the data has fewer, or no more of the first one's size.
+            Of several loaders the first one is asked.
         device: where to encode.
         stage: ``"train"`` or ``"val"``.
 
@@ -163,9 +165,7 @@ def first_samples(
     """
     datamodule.prepare_data()
     datamodule.setup("fit")
-    loader = datamodule.train_dataloader() if stage == "train" else datamodule.val_dataloader()
-    if isinstance(loader, list | tuple):
-        loader = next(iter(loader), ())
+    loader = _first_loader(datamodule.train_dataloader() if stage == "train" else datamodule.val_dataloader())
     taken: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
     captions: list[str] = []
     count = 0
@@ -178,7 +178,8 @@ def first_samples(
             inputs = {**inputs, MASK: inputs[MASK].expand(b, *inputs[MASK].shape[1:])}
         taken.append((_first(inputs, b), _first(outputs, b)))
         # Captions as the stages changed them come before those that the loader gave.
-        captions += captions_of({**batch, **inputs} if isinstance(batch, Mapping) else inputs) or []
+        named = dict(items_of(batch)) if is_batch(batch) else {}
+        captions += captions_of({**named, **inputs}) or []
         count += b
         if count >= samples:
             break
@@ -193,21 +194,30 @@ def captions_of(batch: Any, key: Key | None = None) -> list[str] | None:
     """The titles of the samples of a user's batch.
 
     Args:
-        batch: a dict, tuple or list.
+        batch: a dict, tuple, list or dataclass.
         key: where its list of strings lies; None looks for names, then for captions.
 
     Returns:
         One string a sample; None where there are none.
     """
+    items = dict(items_of(batch))
+    if isinstance(batch, tuple):
+        items |= enumerate(batch)  # a named one has positions too
     for name in CAPTIONS if key is None else (key,):
-        value = None
-        if isinstance(batch, Mapping):
-            value = batch.get(name)
-        elif isinstance(name, int) and name < len(batch):
-            value = batch[name]
+        value = items.get(name)
         if isinstance(value, list | tuple) and value and all(isinstance(caption, str) for caption in value):
             return list(value)
     return None
+
+
+def _first_loader(loaders: Any) -> Any:
+    """The first of the loaders that a data module gives, as Lightning takes them: one, or some in dicts and lists."""
+    loaders = getattr(loaders, "iterables", loaders)  # of a CombinedLoader
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if isinstance(loaders, list | tuple):
+        return _first_loader(loaders[0]) if loaders else ()
+    return loaders
 
 
 def _columns(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

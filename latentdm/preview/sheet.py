@@ -3,8 +3,10 @@
 Shapes: ``b`` batch, ``h w`` pixels, ``z`` latent channels. Images are float in 0…1.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -66,7 +68,8 @@ class Sheet:
         Args:
             rows: for each sample one image a column, ``3 h w`` or ``1 h w`` in 0…1; an image of another size, such as
                 one at latent resolution, is stretched to the tile, its pixels left sharp.
-            titles: one a sample, written above its row and cut where the sheet ends.
+            titles: one a sample, written above its row. What does not fit is cut, in front of the first ``·`` if there
+                is one: figures behind a long name stay.
             notes: sentences to go below the rows, wrapped to the width of the sheet.
         """
         *_, right, lower = self.box(len(rows) - 1, len(self.columns) - 1)
@@ -79,7 +82,7 @@ class Sheet:
             pen.multiline_text((self.box(0, column)[0], MARGIN), header, INK, font, spacing=2)
         for row, (tiles, title) in enumerate(zip(rows, titles, strict=True)):
             left, upper, *_ = self.box(row, 0)
-            pen.text((left, upper - LINE_HEIGHT - 1), _cut(title, font, right - left), FAINT, font)
+            pen.text((left, upper - LINE_HEIGHT - 1), _shortened(title, font, right - left), FAINT, font)
             for column, tile in enumerate(tiles):
                 picture.paste(self._scaled(to_image(tile)), self.box(row, column))
         for number, line in enumerate(lines):
@@ -127,14 +130,24 @@ def three_components(latents: Tensor) -> Tensor:
     return colours.view(len(z), *z.shape[2:], 3).movedim(-1, 1)
 
 
+def _shortened(title: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """A title that fits; of what stands in front of its figures at least the beginning stays."""
+    title = " ".join(title.split())
+    name, separator, figures = title.partition(" · ")
+    room = width - font.getlength(separator + figures)
+    if room > font.getlength("…") * 3:
+        title = _cut(name, font, int(room)) + separator + figures
+    return _cut(title, font, width)
+
+
 def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """One line that fits."""
     line = " ".join(text.split())
-    if font.getlength(line) <= width:
+    if len(line) <= width and font.getlength(line) <= width:
         return line
-    while line and font.getlength(f"{line}…") > width:
-        line = line[:-1]
-    return f"{line}…"
+    # Names and captions may be of any length, and to measure one costs as much as its length.
+    length = bisect_right(range(min(len(line), width)), width, key=lambda end: ceil(font.getlength(f"{line[:end]}…")))
+    return f"{line[: max(length - 1, 0)]}…"
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

@@ -111,6 +111,15 @@ def test_a_folder_whose_transparency_is_the_mask(workplace, capsys):
     assert re.search(r"The mask covers (19|20)% ", notes[3])
 
 
+@pytest.mark.parametrize(("masks", "unused"), [("batch", ""), ("random", "; masks are not used: masks=random")])
+def test_a_line_says_what_the_data_hold(masks, unused, workplace, capsys):
+    (workplace / "photos" / "notes.docx").touch()
+    folder = ["pixels=folder", "pixels.root=photos", *SMALL, f"masks={masks}", "--samples=1"]
+    _, notes = run(capsys, *folder)
+    assert f"Data: 4 images, 4 masks, no captions; 3 train, 1 validates{unused}." in notes
+    assert "Data: left out: 1 .docx (notes.docx)." in notes
+
+
 def test_validation_data_can_be_shown(tmp_path, capsys):
     train, _ = run(capsys, *SMALL, "encoder=plain", "--output", str(tmp_path / "train.png"))
     val, _ = run(capsys, *SMALL, "encoder=plain", "--stage=val", "--output", str(tmp_path / "val.png"))

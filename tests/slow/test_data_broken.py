@@ -196,3 +196,67 @@ def test_the_first_of_a_thousand_mutations_is_named(mutated, workers):
     named = next(name for name in sorted(path.name for path in root.iterdir()) if str(root / name) in str(caught.value))
     assert named in refused
     assert workers or named == min(refused)
+
+
+# Masks
+
+
+def mask_kinds():
+    """Valid masks of every depth and kind: ending → content."""
+    levels = np.random.default_rng(0).integers(0, 2, (SIZE, SIZE))
+    ones = Image.fromarray(levels.astype(np.uint8))
+    deep, floats = Image.fromarray((levels * 65535).astype(np.uint16)), Image.fromarray(levels.astype(np.float32))
+    palette = Image.fromarray(levels.astype(np.uint8)).convert("P")
+    palette.putpalette([0, 0, 0, 128, 0, 0])
+    return [
+        ("png", encoded(ones, "png")), ("png", encoded(deep, "png")), ("png", encoded(palette, "png")),
+        ("tif", encoded(deep, "tif")), ("tif", encoded(floats, "tif")), ("tif", encoded(ones, "tif")),
+        ("gif", encoded(palette, "gif")), ("bmp", encoded(ones.convert("1"), "bmp")),
+        ("png", encoded(Image.merge("LA", [ones, ones]), "png")),
+        ("tif", encoded(deep, "tif", compression="tiff_lzw")),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mutated_masks(tmp_path_factory):
+    """A thousand images whose masks, or label maps, are mutations of valid ones, and the names of those refused."""
+    root = tmp_path_factory.mktemp("masks")
+    random, kinds = np.random.default_rng(0), mask_kinds()
+    kind_of = {}
+    for number in range(1000):
+        ending, content = kinds[number % len(kinds)]
+        content = bytearray(content)
+        for _ in range(random.integers(1, 6)):
+            content[random.integers(0, len(content))] = random.integers(256)
+        if number % 7 == 0:
+            content = content[: random.integers(0, len(content))]
+        flat(size=(SIZE, SIZE)).save(root / f"{number:04}.bmp")
+        for kind in ("mask", "segmentation"):
+            (root / f"{number:04}-{kind}.{ending}").write_bytes(content)
+        kind_of[f"{number:04}.bmp"] = ending
+    return root, kind_of
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ignored", ["masks", "segmentations"])
+def test_an_epoch_of_a_thousand_mutated_masks(mutated_masks, workers, ignored):
+    root, names = mutated_masks
+    key = "segmentation" if ignored == "masks" else "mask"
+    data = loaded(root, on_error="skip", num_workers=workers, batch_size=25, **{ignored: "ignore"})
+    seen = set()
+    for batch in data.predict_dataloader():
+        assert batch[key].shape == (25, 1, SIZE, SIZE)
+        assert batch[key].dtype == (torch.int32 if key == "segmentation" else torch.uint8)
+        seen |= set(batch["name"])
+    skipped = data.skips.read()
+    assert seen | set(skipped) == set(names)
+    assert not seen & set(skipped)
+    assert 200 < len(skipped) < 900
+    assert all(f"-{key}." in why for why in skipped.values())
+
+
+@pytest.mark.parametrize("ignored", ["masks", "segmentations"])
+def test_the_first_mutated_mask_is_named(mutated_masks, ignored):
+    root, _ = mutated_masks
+    with pytest.raises(SampleError, match=r"^ImageFolderData: .*\d{4}-(mask|segmentation)\.\w+[: ][^\n]*\Z"):
+        list(loaded(root, batch_size=25, **{ignored: "ignore"}).predict_dataloader())

@@ -8,7 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from helpers import LatentModel, NoiseAutoencoder, Photos, complains, images, photo_columns, quiet_trainer, tiny_kl
+from helpers import (
+    LatentModel,
+    NoiseAutoencoder,
+    Photos,
+    Travelling,
+    complains,
+    images,
+    photo_columns,
+    quiet_trainer,
+    tiny_kl,
+)
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from PIL import Image
@@ -565,25 +575,6 @@ def test_finder_settings_are_checked(settings):
 
 
 # -------------------------------------------------------------------- VAEOffload
-
-
-class Travelling(FrozenVAE):
-    """Says that it lies wherever it was last sent, and stays on the CPU."""
-
-    def __init__(self, autoencoder):
-        super().__init__(autoencoder, dtype="float32")
-        self.place, self.journeys = torch.device("cpu"), []
-
-    @property
-    def device(self):
-        return getattr(self, "place", torch.device("cpu"))
-
-    def to(self, device):
-        super().to("cpu")
-        if hasattr(self, "journeys") and torch.device(device) != self.place:
-            self.place = torch.device(device)
-            self.journeys.append(self.place.type)
-        return self
 
 
 class OnTheDevice(Callback):

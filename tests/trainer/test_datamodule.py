@@ -559,14 +559,6 @@ def test_latents_and_vae_are_on_the_device():
     assert vae.device.type == "cpu"
 
 
-def test_a_loader_of_bare_images_is_warned_of_once(plain):
-    plain.pixels.dataset = list(images(4))
-    with pytest.warns(UserWarning, match=r"a bare tensor \(\(2, 3, 32, 32\) uint8\) and passes as it is") as caught:
-        seen = predict(plain)
-    assert [batch.dtype for batch in seen] == [torch.uint8] * 2
-    assert len([warning for warning in caught if "bare tensor" in str(warning.message)]) == 1
-
-
 def test_a_tuner_sets_what_it_found(vae):
     from lightning.pytorch.tuner import Tuner
 

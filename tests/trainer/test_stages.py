@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import LatentModel, Photos, complains, fit, images, masks, photo_columns, predict, tiny_kl
+from helpers import Photos, complains, fit, images, masks, photo_columns, predict, tiny_kl
 
 from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
 from latentdm.draws import Draws
@@ -143,47 +143,6 @@ def test_the_crop_is_to_what_the_model_packs_and_the_fill_is_what_it_knows():
         InpaintEncoder(vae, fill=2)
     with complains("pixels: 15×40 is smaller than"):
         encoder({"pixels": images(1, 15, 40), "mask": torch.ones(1, 1, 15, 40)})
-
-
-def test_floats_of_another_range_are_declared(encoder):
-    pixels = images(2)
-    declared = LatentDataModule(Photos(photo_columns()), encoder, pixel_range=[-1, 1])
-    got = declared.process({"pixels": pixels / 127.5 - 1}, "cpu")["latents"]
-    torch.testing.assert_close(got, encoder({"pixels": pixels})["latents"], rtol=1e-4, atol=1e-5)
-    assert torch.equal(declared.process({"pixels": pixels}, "cpu")["latents"], encoder({"pixels": pixels})["latents"])
-    with complains("LatentDataModule: pixel_range must be [0, 1] or [-1, 1], got [0, 255]"):
-        LatentDataModule(Photos(photo_columns()), encoder, pixel_range=(0, 255))
-
-
-def test_images_of_different_sizes_name_the_ways_out(encoder):
-    batch = {"pixels": [images(1)[0], images(1, 40, 40)[0]]}
-    with complains(
-        "expected a tensor of shape b c H W, got list of images of different sizes", "pixels=folder_buckets"
-    ):
-        LatentDataModule(Photos(photo_columns()), encoder).process(batch, "cpu")
-
-
-def test_a_subclass_has_loaders_and_settings_of_its_own(vae):
-    class Data(Photos):
-        def __init__(self, batch_size=2):
-            super().__init__(photo_columns(), batch_size)
-            self.save_hyperparameters()
-
-    class Mine(LatentDataModule):
-        def __init__(self, pixels, encoder, batch_size=7):
-            super().__init__(pixels, encoder)
-            self.save_hyperparameters("batch_size")
-
-        def val_dataloader(self):
-            return super().val_dataloader()
-
-    data = Data(batch_size=3)
-    mine = Mine(data, PlainEncoder(vae))
-    assert mine.hparams["batch_size"] == 7
-    assert data.hparams["batch_size"] == 3
-    assert LatentDataModule(data, PlainEncoder(vae)).hparams == data.hparams
-    model = fit(mine, LatentModel())
-    assert len(model.batches("val")) == 2
 
 
 def test_draws_know_whether_they_are_for_training(encoder):

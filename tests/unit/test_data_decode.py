@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latentdm.data.decode import image_to_tensor, read_image, read_mask, resize_mask
+from latentdm.data.decode import image_to_tensor, read_image
+from latentdm.data.levels import read_mask, resize_mask
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)

@@ -206,8 +206,8 @@ def test_a_batch_of_shards(shards):
     assert set(batch) == {"pixels", "mask", "index", "name", "caption", "width", "tags", EPOCH, *SIZES}
     for row in range(3):
         number = level(batch["pixels"][row])
-        assert batch["index"][row] == stable_index(f"in/{number:03}")
         assert batch["name"][row].endswith(f".tar/in/{number:03}")
+        assert batch["index"][row] == stable_index(batch["name"][row])
         assert batch["caption"][row] == f"picture {number}"
         assert (batch["mask"][row] == 2 + number).all()
         assert batch["tags"][row] == ["a", "b"]
@@ -248,7 +248,8 @@ def test_validation_of_a_stream_begins_at_the_beginning(shards, workers):
 
 
 def test_a_pipe_and_a_list_of_shards(shards):
-    data = tars(shards, shards=[f"pipe:cat {shards}/s-0.tar", f"file://{shards}/s-1.tar"], epoch_length=6, batch_size=6)
+    urls = [f"pipe:cat {shards}/s-0.tar", f"file://{shards}/s-1.tar"]
+    data = tars(shards, shards=urls, epoch_length=6, batch_size=6, allow_pipe=True)
     assert sorted(flat(epochs(data))) == [0, 1, 2, 3, 4, 5]
 
 
@@ -321,6 +322,26 @@ def test_a_data_set_as_a_stream(rows, ranks, workers):
         assert sorted(flat([rank[epoch] for rank in seen])) == list(range(40))
     assert seen == epochs(hub(rows, **settings), ranks, count=2)
     assert data.val_dataloader() == []
+
+
+def test_files_of_a_stream_are_dealt_to_its_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features({"photo": datasets.Image()})
+    (tmp_path / "rows").mkdir()
+    with quiet_datasets():
+        for file in range(16):
+            content = {"photo": [picture(2 * file), picture(2 * file + 1)]}
+            datasets.Dataset.from_dict(content, features).to_parquet(tmp_path / "rows" / f"{file:02}.parquet")
+    settings = {"streaming": True, "epoch_length": 32, "shuffle_buffer": 4, "batch_size": 4}
+    data = hub(tmp_path / "rows", **settings)
+    assert data.train_set.parts == 2
+    alone = epochs(data, count=2)[0]
+    for epoch in alone:
+        assert sorted(flat(epoch)) == list(range(32))
+    shared = epochs(hub(tmp_path / "rows", **{**settings, "batch_size": 2, "num_workers": 2}), ranks=2, count=2)
+    for epoch in range(2):
+        for whole, *of_ranks in zip(alone[epoch], shared[0][epoch], shared[1][epoch], strict=True):
+            assert whole == flat([list(row) for row in zip(*of_ranks, strict=True)])
 
 
 def test_the_index_of_a_streamed_sample_is_its_own(rows):

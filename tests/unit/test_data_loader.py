@@ -9,8 +9,9 @@ import torch
 from bucket_ranks import BATCH, COUNT, Sizes
 
 from latentdm.data import GlobalOrder, PixelDataModule, PixelDataset, SampleError
-from latentdm.data.loader import PixelLoader, Reading, explained, explanation
+from latentdm.data.loader import PixelLoader, explained, explanation
 from latentdm.data.order import RankBatches
+from latentdm.data.reading import Reading
 from latentdm.errors import UserError
 
 

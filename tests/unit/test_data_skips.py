@@ -1,5 +1,10 @@
 """Samples that cannot be read: replaced, reported, and an error where there are too many."""
 
+import errno
+import os
+import tempfile
+
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -90,3 +95,59 @@ def test_metadata_that_leave_the_folder_are_refused(tmp_path, name):
     data = loaded(root, on_error="skip")
     assert [batch["name"] for batch in data.predict_dataloader()] == [["1.png"]]
     assert "names a file outside" in data.skips.report()
+
+
+def test_a_loader_without_a_trainer_leaves_a_folder_only_where_it_skipped_samples(half_broken, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    Image.new("RGB", (10, 10)).save(tmp_path / "temporary" / "1.png")
+    list(loaded(tmp_path / "temporary", on_error="skip").predict_dataloader())
+    (tmp_path / "temporary" / "1.png").unlink()
+    assert list((tmp_path / "temporary").iterdir()) == []
+    data = loaded(half_broken, on_error="skip")
+    list(data.predict_dataloader())
+    assert [path.parent.parent for path in data.skips.folder.iterdir()] == [*(tmp_path / "temporary").iterdir()]
+
+
+@pytest.mark.parametrize("full", ["folder", "file", "half a line"])
+def test_a_full_disk_costs_one_warning_and_no_count(half_broken, monkeypatch, full):
+    def no_space(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    written = os.write
+    if full == "folder":
+        monkeypatch.setattr("pathlib.Path.mkdir", no_space)
+    elif full == "file":
+        monkeypatch.setattr(os, "write", no_space)
+    else:
+        monkeypatch.setattr(os, "write", lambda file, content: written(file, content[: len(content) // 2]))
+    data = loaded(half_broken, on_error="skip")
+    with pytest.warns(UserWarning, match=r"skipped samples cannot be listed in .*No space left on device") as caught:
+        names = [name for batch in data.predict_dataloader() for name in batch["name"]]
+    assert len(caught) == 1
+    assert len(names) == 12
+    assert set(data.skips.read()) == {"03.png", "04.png", "09.png"}
+    report = data.skips.report()
+    assert "3 of 12 samples could not be read" in report
+    assert "none listed" in report
+    data = loaded(half_broken, on_error="skip", max_skipped_share=0.2)
+    with pytest.raises(RuntimeError, match="3 of 12 samples cannot be read"), pytest.warns(UserWarning, match="listed"):
+        list(data.predict_dataloader())
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_replaced_by_one_of_another_shape_keeps_its_planned_bucket(tmp_path, on_error, workers):
+    for number in range(12):
+        shape = (64, 24, 3) if number % 2 else (24, 64, 3)
+        Image.fromarray(np.full(shape, number, np.uint8)).save(tmp_path / f"{number}.png")
+    settings = {"buckets": {"area": 256, "step": 8}, "batch_size": 6, "num_workers": workers, "on_error": on_error}
+    data = loaded(tmp_path, **settings)
+    Image.fromarray(np.full((64, 24, 3), 2, np.uint8)).save(tmp_path / "2.png")
+    shapes = {tuple(batch["pixels"].shape): batch["pixels"][:, 0, 0, 0].tolist() for batch in data.predict_dataloader()}
+    assert {shape: sorted(levels) for shape, levels in shapes.items()} == {
+        (6, 3, 8, 24): [0, 2, 4, 6, 8, 10],
+        (6, 3, 24, 8): [1, 3, 5, 7, 9, 11],
+    }
+    if on_error == "skip":
+        assert data.skips.read() == {}

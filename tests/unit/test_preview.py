@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import COLUMNS, Photos, images, masks, photo_columns
+from lightning.pytorch.utilities import CombinedLoader
 from PIL import Image
 from tiny_models import CONFIGS, VIDEO, frozen
 
 from latentdm import Captions, FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
+from latentdm.data import ImageFolderData
 from latentdm.preview import before_and_after, captions_of, describe, first_samples, preview
 from latentdm.preview.sheet import Sheet
 
@@ -305,3 +307,37 @@ def test_channels_last_images_are_shown_upright(vae):
     sheet = Sheet([COLUMNS[0], COLUMNS[3], COLUMNS[6]], (48, 32))
     shown = np.asarray(picture.crop(sheet.box(1, 0)))[1::2, 1::2]
     assert np.array_equal(shown, columns["image"][1].numpy())
+
+
+def test_the_first_of_several_loaders_is_shown(vae):
+    datamodule = module(vae, photo_columns(4, name=list("abcd")))
+    loader = datamodule.train_dataloader()
+    for joined in (
+        {"x": loader, "y": []},
+        [loader],
+        CombinedLoader([[loader], loader], "max_size"),
+        {"x": {"y": loader}},
+    ):
+        datamodule.pixels.train_dataloader = lambda joined=joined: joined
+        _, outputs, titles = first_samples(datamodule, 3, CPU)
+        assert outputs["latents"].shape[0] == 4
+        assert titles == ["a", "b", "c", "d"]
+    datamodule.pixels.train_dataloader = dict
+    with pytest.raises(ValueError, match="the train data is empty"):
+        first_samples(datamodule, 3, CPU)
+
+
+def test_each_row_is_named_after_its_file_and_tells_both_shares(vae, tmp_path, titles):
+    for name in ("beach", "forest"):
+        Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / f"{name}.png")
+        mask = Image.new("L", (32, 32))
+        mask.paste(255, (0, 0, 16, 16))
+        mask.save(tmp_path / f"{name}-mask.png")
+        (tmp_path / f"{name}.txt").write_text("a caption", encoding="utf-8")
+    pixels = ImageFolderData(tmp_path, size=32, batch_size=1, val_share=0, random_crop=False)
+    datamodule = LatentDataModule(pixels, InpaintEncoder(vae, grow_mask_by=17))
+    inputs, outputs, names = first_samples(datamodule, 2, CPU)
+    preview(datamodule.encoder, inputs, outputs, names)
+    shares = {title.split(" · latents")[0] for title in titles}
+    # 24 of 32 on each side, as a window of 17 reaches 8 pixels beyond
+    assert shares == {f"{name}.png · mask 25%, noise_mask 56%" for name in ("beach", "forest")}

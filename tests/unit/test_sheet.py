@@ -116,3 +116,14 @@ def test_components_of_few_or_constant_channels():
 def test_pictures_are_rgb():
     assert isinstance(to_image(image(4, 4)), Image.Image)
     assert to_image(image(4, 6)).size == (6, 4)
+
+
+def test_a_long_name_leaves_room_for_its_figures():
+    sheet, black = Sheet(["one", "two"], (128, 128)), [torch.zeros(3, 128, 128)] * 2
+    name = "a/long/way/to/a/picture" * 20
+    box = (0, 0, 300, 60)
+    drawn = [sheet.draw([black], [title]).crop(box) for title in (f"{name} · 42%", f"{name} · 17%", name)]
+    assert drawn[0].tobytes() != drawn[1].tobytes() != drawn[2].tobytes()
+    assert sheet.draw([black], ["two\nlines · of\na caption"]).size == sheet.draw([black], ["one"]).size
+    assert sheet.draw([black], [name * 10_000]).crop(box).tobytes() == drawn[2].tobytes()
+    assert sheet.draw([black], [f"{name} · {name}"]).crop(box).tobytes() == drawn[2].tobytes()

@@ -1,0 +1,113 @@
+"""Which pictures are images, and to which image each of the others belongs, by their names alone."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from latentdm.data.names import IMAGE_FOLDERS, IMAGE_MARKS, MARKS, Guess, folded, guesses, stem_of
+
+
+class Stems:
+    """Images by their paths without endings.
+
+    Args:
+        names: of the images.
+        parents: paths of folders that hold a folder of masks, of which `beside` will be asked.
+    """
+
+    def __init__(self, names: Iterable[str], parents: Collection[str] = ()) -> None:
+        self._stems = {stem_of(name) for name in names}
+        self._folded: dict[str, str | None] | None = None
+        self._beside: dict[tuple[str, str, str], str] = {}
+        self._folders: dict[str, set[str]] = {}
+        for stem in self._stems if parents else ():
+            *folders, last = stem.split("/")
+            for place, folder in enumerate([*folders, ""]):
+                parent = "/".join([*folders[:place], ""]) if place else ""
+                if parent in parents:
+                    inside = "/".join([*folders[place + 1 :], last])
+                    self._folders.setdefault(parent, set()).add(folder)
+                    self._beside[parent, folder, folded(inside)] = stem
+
+    def add(self, stem: str) -> None:
+        """One more image."""
+        self._stems.add(stem)
+        self._folded = None
+
+    def find(self, stem: str) -> str | None:
+        """The image of that stem; but for case and Unicode form where it is the only one."""
+        if stem in self._stems:
+            return stem
+        if self._folded is None:
+            self._folded = {}
+            for known in self._stems:
+                key = folded(known)
+                self._folded[key] = None if key in self._folded else known
+        return self._folded.get(folded(stem))
+
+    def of(self, guess: Guess) -> str | None:
+        """The image that a picture belongs to, if the guess is right."""
+        marked = (f"{guess.stem}{separator}{mark}" for mark in IMAGE_MARKS for separator in "_-")
+        for stem in (guess.stem, *marked):
+            if (found := self.find(stem)) is not None:
+                return found
+        return None if guess.apart is None else self.beside(*guess.apart)
+
+    def beside(self, parent: str, inside: str) -> str | None:
+        """The image with that path inside the one folder of images there is, or the one that is called so."""
+        folders = self._folders.get(parent, set())
+        images = [folder for folder in folders if folded(folder) in IMAGE_FOLDERS] or list(folders)
+        return self._beside.get((parent, images[0], folded(inside))) if len(images) == 1 else None
+
+
+@dataclass
+class Matches:
+    """What pictures are.
+
+    Attributes:
+        images: their names, sorted.
+        stems: the same, to be found.
+        pairs: kind, stem of the image and name of each picture that belongs to one.
+        orphans: kind and name of those that are no images, and belong to none.
+        doubtful: images that are called like a mask.
+    """
+
+    images: list[str]
+    stems: Stems
+    pairs: list[tuple[str, str, str]] = field(default_factory=list)
+    orphans: list[tuple[str, str]] = field(default_factory=list)
+    doubtful: list[str] = field(default_factory=list)
+
+
+def match(names: Iterable[str], certain: Collection[str] = ()) -> Matches:
+    """Tell images from pictures that belong to them.
+
+    Args:
+        names: of the pictures.
+        certain: those that are images whatever they are called.
+    """
+    candidates: dict[str, list[Guess]] = {}
+    images: list[str] = []
+    for name in names:
+        if name not in certain and (guessed := list(guesses(name))):
+            candidates[name] = guessed
+        else:
+            images.append(name)
+    parents = {guess.apart[0] for guessed in candidates.values() for guess in guessed if guess.apart}
+    matches = Matches(images, Stems(images, parents))
+    # Shorter ones first: a picture that turns out to be an image may have a mask of its own.
+    for name in sorted(candidates, key=lambda name: (len(name), name)):
+        guessed = candidates[name]
+        pair = next(((guess.kind, stem) for guess in guessed if (stem := matches.stems.of(guess)) is not None), None)
+        if pair is not None:
+            matches.pairs.append((*pair, name))
+        elif (sure := next((guess.kind for guess in guessed if guess.certain), None)) is not None:
+            matches.orphans.append((sure, name))
+        else:
+            images.append(name)
+            matches.stems.add(stem_of(name))
+            if any(guess.kind in MARKS for guess in guessed):
+                matches.doubtful.append(name)
+    images.sort()
+    matches.pairs.sort(key=lambda pair: pair[2])
+    matches.orphans.sort(key=lambda orphan: orphan[1])
+    return matches

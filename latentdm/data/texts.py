@@ -1,0 +1,166 @@
+"""Texts as they come from files and shards: decoded, parsed and checked. What is wrong with one is its sample's error.
+
+A column's value becomes a part of a batch: what cannot travel there (a number of more than 64 bits, a text that no
+encoding has, nesting without end) is found here, and not by a worker or a tokenizer later.
+"""
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from reprlib import Repr
+from typing import Any
+
+from latentdm.data.files import read_file
+from latentdm.data.skips import SampleError
+
+MAX_BYTES = 4 << 30
+"""The most that a file of texts may hold."""
+
+MAX_DEPTH = 32
+"""Levels of lists and objects in a column. Whatever sends a batch to a device or a process calls itself for each."""
+
+INTEGER_DIGITS = 19
+"""Of the largest integer of 64 bits."""
+
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+"""How a file begins that Windows calls Unicode."""
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        SampleError: it cannot be read.
+    """
+    try:
+        return read_file(path, MAX_BYTES)
+    except OSError as error:
+        raise SampleError(f"cannot read {path}: {error.strerror or error}; repair or remove the file") from error
+
+
+def decode(content: bytes, what: object, errors: str = "strict") -> str:
+    """A text in UTF-8, without the mark that some editors put in front.
+
+    Args:
+        content: the text.
+        what: what an error calls it.
+        errors: "surrogateescape" keeps bytes that are not UTF-8, for `check` to find.
+
+    Raises:
+        SampleError: it is not UTF-8.
+    """
+    if content.startswith(UTF_16):
+        raise SampleError(f"cannot read {what}: it is UTF-16; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig", errors)
+    except UnicodeDecodeError as error:
+        raise SampleError(f"cannot read {what}: it is not UTF-8 ({error}); save it as UTF-8") from error
+
+
+def parse_json(text: str, what: object) -> Any:
+    """A JSON value whose parts can all travel in a batch.
+
+    Raises:
+        SampleError: it is no JSON, or see `check`.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+    except RecursionError as error:
+        raise SampleError(f"cannot read {what}: it is nested too deep") from error
+    except ValueError as error:
+        raise SampleError(f"cannot read {what}: it is no JSON ({error}); repair or remove it") from error
+    check(value, what)
+    return value
+
+
+def parse_csv(text: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """The records of a CSV file after RFC 4180, each with the number of its first line, or what is wrong with it.
+
+    A quoted field may hold line breaks, and be of any length. Empty lines are left out.
+    """
+    usual = csv.field_size_limit(max(len(text), 1))
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        while True:
+            number = lines.line_num + 1
+            try:
+                record = next(lines)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield number, error
+            else:
+                if record:
+                    yield number, record
+    finally:
+        csv.field_size_limit(usual)
+
+
+def check(value: object, what: object) -> None:
+    """Whether a value can be a part of a batch.
+
+    Raises:
+        SampleError: a text in it is not Unicode, an integer has more than 64 bits, it is nested too deep, or it is no
+            value that JSON has.
+    """
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        inside: list[Any] = []
+        for part in level:
+            if isinstance(part, str):
+                _check_text(part, what)
+            elif isinstance(part, dict):
+                inside += [*part, *part.values()]
+            elif isinstance(part, list | tuple):
+                inside += part
+            elif isinstance(part, int) and not -(2**63) <= part < 2**63:
+                raise SampleError(f"cannot read {what}: {_too_large(str(part))}")
+            elif part is not None and not isinstance(part, int | float):
+                raise SampleError(f"cannot read {what}: it holds a {type(part).__name__}; write it as a text")
+        if not inside:
+            return
+        level = inside
+    raise SampleError(f"cannot read {what}: it is nested more than {MAX_DEPTH} levels deep")
+
+
+def shortened(value: object) -> str:
+    """A value as an error quotes it: its beginning and its end where it is long."""
+    quoted = Repr()
+    quoted.maxstring = quoted.maxother = 80
+    return quoted.repr(value)
+
+
+def cut(text: str) -> str:
+    """A name as an error gives it: without its middle where it is long."""
+    return text if len(text) <= 200 else f"{text[:100]}…{text[-60:]}"
+
+
+def _check_text(text: str, what: object) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        if 0xDC80 <= code <= 0xDCFF:  # a byte that `decode` kept, or written so on purpose, which is no better
+            raise SampleError(f"cannot read {what}: it is not UTF-8; save it as UTF-8") from error
+        raise SampleError(f"cannot read {what}: \\u{code:04x} is half a character; write both or none") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{shortened(twice)} is there twice")
+    return found
+
+
+def _integer(text: str) -> int:
+    if len(text.lstrip("-")) > INTEGER_DIGITS:  # Python's own limit has a text of its own, which advises another thing
+        raise ValueError(_too_large(text))
+    return int(text)
+
+
+def _too_large(digits: str) -> str:
+    return f"the integer {shortened(digits).strip(chr(39))} has more than 64 bits; write it as a text"
