@@ -35,8 +35,8 @@ under one of some masks that are drawn for each image."""
 
 COMPANIONS_OF_ENTRIES = (MASK, SOURCE)
 
-DRAWN = ("target", "seed", "flip")
-"""Settings of a `ResizeCrop` that a key holds by what they come to: a size, a side, a draw."""
+DRAWN = ("target", "seed", "flip", "training")
+"""Settings of a `ResizeCrop` that a key holds by what they come to: a size, a draw; the last matters to captions alone."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,9 @@ class CachedCrops:
         if epoch != self._epoch:
             self._epoch = epoch
             store.refresh()
+        if record.others:  # a caption is drawn in the true epoch, whatever crop comes with it
+            columns = record.drawn(self.crops.seed, epoch, self.crops.training)
+            record = replace(record, columns=columns, others=())
         keys, drawn, drawn_epoch = self.keys(record, epoch)
         failed = store.failures
         entries = {name: store.read(key) for name, key in keys.items()}
@@ -196,7 +199,7 @@ class CachedCrops:
 
 def _needs_more(record: Record) -> bool:
     """Whether a sample has pictures beside those that an entry stands for."""
-    known = {"name", "index", "image", "columns", "target", *COMPANIONS_OF_ENTRIES}
+    known = {"name", "index", "image", "columns", "others", "target", *COMPANIONS_OF_ENTRIES}
     return any(getattr(record, each.name) is not None for each in fields(record) if each.name not in known)
 
 
@@ -207,8 +210,8 @@ def _recipe(crops: Any, record: Record) -> list[Any]:
     assert isinstance(crops, ResizeCrop)
     target: Any = crops.target
     side = getattr(target, "args", (None,))[0]
-    if planned := getattr(record, "target", None):
-        size = list(planned)
+    if record.target is not None:
+        size = list(record.target)
     elif isinstance(side, int) and target.func is square(side).func:  # type: ignore[attr-defined]
         size = [side, side]
     else:  # a bucket: which one it is follows from the head of the file
