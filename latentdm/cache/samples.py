@@ -36,7 +36,7 @@ under one of some masks that are drawn for each image."""
 COMPANIONS_OF_ENTRIES = (MASK, SOURCE)
 
 DRAWN = ("target", "seed", "flip", "training")
-"""Settings of a `ResizeCrop` that a key holds by what they come to: a size, a draw; the last matters to captions alone."""
+"""Settings of a `ResizeCrop` that a key holds by what they come to: a size, a draw. The last is about captions."""
 
 
 @dataclass(frozen=True)
