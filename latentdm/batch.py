@@ -17,6 +17,7 @@ PIXELS = "pixels"
 MASK = "mask"
 SOURCE = "source"
 INDEX = "index"
+EPOCH = "_epoch"  # of our own loaders: the epoch that ordered the samples travels with them as far as the encoder
 SEGMENTATION = "segmentation"
 CAPTION = "caption"
 LATENTS = "latents"

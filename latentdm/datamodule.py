@@ -9,11 +9,11 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from latentdm.batch import PIXELS, BatchKeys, Key, is_batch
-from latentdm.draws import Draws, FreshDraws
+from latentdm.batch import EPOCH, PIXELS, BatchKeys, Key, is_batch
+from latentdm.draws import Draws
 from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError, UserTypeError
-from latentdm.hooks import batch_draws, check_model, notify, rounded_pixels
+from latentdm.hooks import BatchDraws, check_model, notify, rounded_pixels
 from latentdm.stages import Line, MissingKeyError, Stage
 from latentdm.tensors import describe
 from latentdm.wrapper import Wrapper
@@ -81,7 +81,7 @@ class LatentDataModule(Wrapper):
         self.seed = seed
         self.line = Line.arrange(encoder, masks=masks, augment=augment, captions=captions, text=text, stages=stages)
         self.keys = BatchKeys(keys, layout, pixel_range, self.line.names)
-        self._fresh = FreshDraws()
+        self._batch_draws = BatchDraws()
         self._warned = False
         self._is_example = False
         self._prepared: tuple[Draws | None, dict[str, Any]] | None = None  # of a batch on its way to the device
@@ -191,7 +191,7 @@ class LatentDataModule(Wrapper):
         results = {name: value for name, value in outputs.items() if name not in drops}
         if self.keep_pixels:
             results[PIXELS] = self.encoder.crop(inputs[PIXELS])
-        batch = self.keys.write(batch, results, drop=drops)
+        batch = self.keys.write(batch, results, drop=(*drops, EPOCH))
         if self.trainer is not None:
             batch = self.trainer.precision_plugin.convert_input(batch)
         notify(self.trainer, "on_encode_end", inputs, outputs, batch)
@@ -215,7 +215,7 @@ class LatentDataModule(Wrapper):
             raise UserError(f"{self.keys.missing(batch, error.name)} ({error.stage} reads it)") from None
 
     def _draws(self, found: Mapping[str, Any], dataloader_idx: int) -> Draws | None:
-        return batch_draws(found, self.seed, self.trainer, dataloader_idx, self._fresh)
+        return self._batch_draws(found, self.seed, self.trainer, dataloader_idx)
 
     def _warn_once(self, text: str) -> None:
         if self.trainer is not None and not self._warned:

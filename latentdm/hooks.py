@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from latentdm.batch import CAPTION, INDEX, PIXELS, sample_ids
+from latentdm.batch import CAPTION, EPOCH, INDEX, PIXELS, sample_ids
+from latentdm.progress import training_epoch
 from latentdm.draws import Draws, FreshDraws
 from latentdm.errors import UserError, attributed
 from latentdm.tensors import describe
@@ -40,33 +42,60 @@ def check_model(model: LightningModule) -> None:
             )
 
 
-def batch_draws(
-    found: Mapping[str, Any], seed: int, trainer: Trainer | None, dataloader_idx: int, by_hand: FreshDraws
-) -> Draws | None:
-    """The draws of a batch; None as long as nobody can tell how many samples it has.
+class BatchDraws:
+    """The draws of a data module's batches."""
 
-    Args:
-        found: what the batch holds under our names.
-        seed: of the data module.
-        trainer: whose epoch and stage count; evaluation draws as in epoch 0, so that its figures compare.
-        dataloader_idx: Lightning's.
-        by_hand: gives ids where there is neither an ``index`` nor a running trainer.
+    def __init__(self) -> None:
+        self._by_hand = FreshDraws()
+        self._trainer = 0  # the id of that whose first training batch was seen
 
-    Returns:
-        Keyed on ``index``, else on rank, loader, batch and row.
-    """
-    training = trainer is not None and bool(trainer.training)
-    epoch = trainer.current_epoch if trainer is not None and training else 0
-    count = _count(found)
-    if count is None:
+    def __call__(
+        self, found: Mapping[str, Any], seed: int, trainer: Trainer | None, dataloader_idx: int
+    ) -> Draws | None:
+        """The draws of a batch; None as long as nobody can tell how many samples it has.
+
+        Args:
+            found: what the batch holds under our names.
+            seed: of the data module.
+            trainer: whose stage counts, and whose epoch where the batch brings none; evaluation draws as in epoch 0, so
+                that its figures compare.
+            dataloader_idx: Lightning's.
+
+        Returns:
+            Keyed on ``index``, else on rank, loader, batch and row; without a running trainer on a count of the calls.
+        """
+        training = trainer is not None and bool(trainer.training)
+        epoch = training_epoch(trainer) if trainer is not None and training else 0
+        if (travelled := found.get(EPOCH)) is not None:
+            epoch = int(travelled[0])
+        count = _count(found)
+        if trainer is not None and training and self._trainer != id(trainer):
+            self._trainer = id(trainer)
+            if (repeats := repeated_batches(trainer)) is not None:
+                rank_zero_warn(f"LatentDataModule: {repeats}")
+        if count is None:
+            return None
+        if found.get(INDEX) is not None:
+            with attributed("LatentDataModule"):
+                return Draws(seed, epoch, sample_ids(found[INDEX], count), training)
+        if trainer is None or trainer.state.status != TrainerStatus.RUNNING:
+            return Draws(seed, epoch, self._by_hand(count).ids, training)
+        prefix = f"rank{trainer.global_rank}.loader{dataloader_idx}.batch{_batch_number(trainer)}"
+        return Draws(seed, epoch, [f"{prefix}.{row}" for row in range(count)], training)
+
+
+def repeated_batches(trainer: Trainer) -> str | None:
+    """What a fit that goes on within an epoch sees twice, at its first batch; None where all loaders keep a state."""
+    seen = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    loaders = CombinedLoader(trainer.train_dataloader).flattened if seen else []
+    stateless = [type(loader).__name__ for loader in loaders if not hasattr(loader, "load_state_dict")]
+    if not stateless:
         return None
-    if found.get(INDEX) is not None:
-        with attributed("LatentDataModule"):
-            return Draws(seed, epoch, sample_ids(found[INDEX], count), training)
-    if trainer is None or trainer.state.status != TrainerStatus.RUNNING:
-        return Draws(seed, epoch, by_hand(count).ids, training)
-    prefix = f"rank{trainer.global_rank}.loader{dataloader_idx}.batch{_batch_number(trainer)}"
-    return Draws(seed, epoch, [f"{prefix}.{row}" for row in range(count)], training)
+    return (
+        f"the fit goes on after {seen} batches of this epoch, but {stateless[0]} keeps no state and begins the epoch "
+        f"anew: {seen} batches are seen twice if its order is fixed, others if not, and as many at its end not at all. "
+        "torchdata.stateful_dataloader.StatefulDataLoader instead of DataLoader goes on where the checkpoint was saved"
+    )
 
 
 def _count(found: Mapping[str, Any]) -> int | None:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from latentdm.data import Buckets, PixelDataset
 from latentdm.data.loader import PixelLoader
-from latentdm.data.order import BucketBatches
+from latentdm.data.order import GlobalOrder, InOrder, RankBatches
 
 torch.set_num_threads(1)
 COUNT, BATCH, EPOCHS = 53, 4, 2
@@ -24,6 +24,8 @@ PLAN = Buckets(area=32 * 32, step=8).plan(SIZES)
 
 class Sizes(PixelDataset):
     """Images of the size of their bucket."""
+
+    bucket_of = PLAN.bucket_of
 
     def __len__(self):
         return COUNT
@@ -38,8 +40,8 @@ class Data(LightningDataModule):
 
     def loader(self, training):
         ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-        batches = BucketBatches(Sizes(), PLAN.bucket_of, BATCH, training, seed=3, **ranks)
-        return PixelLoader(Sizes(), batch_sampler=batches)
+        order = (GlobalOrder if training else InOrder)(Sizes(), BATCH, training, seed=3, **ranks)
+        return PixelLoader(Sizes(), batch_sampler=RankBatches(order, BATCH))
 
     def train_dataloader(self):
         return self.loader(training=True)

@@ -5,14 +5,14 @@ from latentdm.data.dataset import PixelDataset
 from latentdm.data.folder import ImageFolderData
 from latentdm.data.huggingface import HuggingFaceData
 from latentdm.data.module import PixelDataModule
-from latentdm.data.order import EpochSampler
+from latentdm.data.order import GlobalOrder
 from latentdm.data.samples import SamplesData
 from latentdm.data.skips import SampleError
 from latentdm.data.webdataset import WebDatasetData
 
 __all__ = [
     "Buckets",
-    "EpochSampler",
+    "GlobalOrder",
     "HuggingFaceData",
     "ImageFolderData",
     "PixelDataModule",

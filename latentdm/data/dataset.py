@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from latentdm.batch import EPOCH
 from latentdm.data.loader import Reading
 from latentdm.data.skips import SampleError, Skips
 from latentdm.draws import sample_seed
@@ -35,14 +36,14 @@ class PixelDataset(Dataset[Sample], ABC):
         skips: where a sample that cannot be read is written down while another replaces it; None: it is an error.
         bucket_of: ``n``: the bucket of each sample, where samples differ in size; None: all are alike.
         reading: what each worker reads, for the error of one that dies; None: there are no workers.
-        ordered: positions are asked for in order, in training too: the dataset shuffles by itself.
+        parts: of a stream, which shuffles by itself: see `latentdm.data.layout.Dealt`; None: any sample can be reached.
     """
 
     owner: str | None = None
     skips: Skips | None = None
     reading: Reading | None = None
-    ordered: bool = False
-    bucket_of: npt.NDArray[np.int32] | None = None
+    parts: int | None = None
+    bucket_of: npt.NDArray[np.integer] | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -68,9 +69,6 @@ class PixelDataset(Dataset[Sample], ABC):
         """What the report calls a sample that cannot be read."""
         return f"sample {position}"
 
-    def distribute(self, rank: int, ranks: int, workers: int) -> None:  # most need not know
-        """Called before the first sample is read: this copy runs on one of so many ranks, with so many workers."""
-
     def new_epochs(self, epoch: int) -> int:
         """The number of epochs, up to and with this one, that brought new samples: 1 where all have the same ones."""
         return 1
@@ -84,7 +82,7 @@ class PixelDataset(Dataset[Sample], ABC):
         return int(alike[drawn % len(alike)])
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        """The sample at ``(position, epoch)``, or at ``position`` in epoch 0.
+        """The sample at ``(position, epoch)``, which it then carries along, or at ``position`` in epoch 0.
 
         Raises:
             IndexError: the position is past the end.
@@ -92,10 +90,11 @@ class PixelDataset(Dataset[Sample], ABC):
             TooManySkipped: more samples were skipped than may be.
         """
         position, epoch = key if isinstance(key, tuple) else (key, 0)
-        if not 0 <= position < len(self):
+        if self.parts is None and not 0 <= position < len(self):
             raise IndexError(f"{type(self).__name__}: there is no sample {position}; it holds {len(self)}")
         with attributed(self.owner or type(self).__name__):
-            return self._readable(position, epoch)
+            sample = self._readable(position, epoch)
+        return {**sample, EPOCH: epoch} if isinstance(key, tuple) else sample
 
     def _readable(self, position: int, epoch: int) -> Sample:
         """The sample, or where it cannot be read and may be skipped, the first one that replaces it."""
@@ -116,13 +115,13 @@ class Joined(PixelDataset):
     """Datasets one after another."""
 
     def __init__(self, *parts: PixelDataset) -> None:
-        self.parts = parts
+        self.joined = parts
         buckets = [part.bucket_of for part in parts if part.bucket_of is not None]
         self.bucket_of = np.concatenate(buckets) if len(buckets) == len(parts) else None
 
     def __len__(self) -> int:
         """All samples."""
-        return sum(map(len, self.parts))
+        return sum(map(len, self.joined))
 
     def name(self, position: int) -> str:
         """The part's name of a sample."""
@@ -135,11 +134,11 @@ class Joined(PixelDataset):
         return part.sample(position, epoch)
 
     def _find(self, position: int) -> tuple[PixelDataset, int]:
-        for part in self.parts[:-1]:
+        for part in self.joined[:-1]:
             if position < len(part):
                 return part, position
             position -= len(part)
-        return self.parts[-1], position
+        return self.joined[-1], position
 
 
 def collate(samples: Sequence[Sample]) -> Sample:

@@ -41,15 +41,16 @@ class Rows:
     columns: Mapping[str, str]
     split: str
 
+    @property
+    def files(self) -> int:
+        """The number of files of a stream."""
+        return int(self.dataset.num_shards)
+
     def __call__(self, part: int, parts: int, turn: int, shuffle: bool) -> Iterator[Item]:
-        """A part's records: whole files of a stream where they divide by the parts, else every n-th sample."""
-        distributed = require("datasets.distributed", extra="huggingface", needed_by=OWNER)
-        dataset = self.dataset
+        """A part's records, of files of its own."""
+        dataset = self.dataset if parts == 1 else self.dataset.shard(parts, part, contiguous=False)
         if shuffle:
-            # The order of the files; samples are drawn from our own buffer, after the split.
-            dataset = dataset.shuffle(seed=turn % 2**32, buffer_size=1)
-        if parts > 1:
-            dataset = distributed.split_dataset_by_node(dataset, rank=part, world_size=parts)
+            dataset = dataset.shuffle(seed=turn % 2**32, buffer_size=1)  # files alone: samples are drawn from our buffer
         # Not by iterating over it: within a worker that would split it once more.
         for number, batch in enumerate(dataset.iter(batch_size=1)):
             row = {column: values[0] for column, values in batch.items()}
@@ -137,7 +138,8 @@ class HuggingFaceData(StreamDataModule):
         streaming: read as a stream, without downloading it whole; the epoch then has a set length on every rank.
         epoch_length: training images an epoch of a stream, on all devices together.
         val_length: validation images of a stream.
-        shuffle_buffer: images of a stream that each worker holds, as files, and draws from.
+        shuffle_buffer: images of a stream that are held, as files, over all parts, and drawn from.
+        parts: in how many a stream is read at most; the order follows from it. Fewer with less than eight files each.
         alpha: keep transparency as a fourth channel.
         flip: mirror half of the training images, drawn for each sample and epoch.
         num_workers: processes that read images.
@@ -171,6 +173,7 @@ class HuggingFaceData(StreamDataModule):
         epoch_length: int = 1024,
         val_length: int = 64,
         shuffle_buffer: int = 256,
+        parts: int = 64,
         alpha: bool = False,
         flip: bool = False,
         num_workers: int = 0,
@@ -180,7 +183,7 @@ class HuggingFaceData(StreamDataModule):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__(
-            epoch_length, val_length, shuffle_buffer, size=size, alpha=alpha, flip=flip, max_pixels=max_pixels,
+            epoch_length, val_length, shuffle_buffer, parts, size=size, alpha=alpha, flip=flip, max_pixels=max_pixels,
             batch_size=batch_size, num_workers=num_workers, seed=seed, on_error=on_error,
             max_skipped_share=max_skipped_share,
         )  # fmt: skip

@@ -6,14 +6,17 @@ PyTorch's error holds the ids of the processes that died, and so the note can be
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import sleep
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, get_worker_info
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, get_worker_info
 
+from latentdm.data.order import GlobalOrder, Taken
+from latentdm.progress import Progress
 from latentdm.errors import RunError, UserError
 
 WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
@@ -66,25 +69,35 @@ class Reading:
 
 
 class PixelLoader(DataLoader[Any]):
-    """A loader of a `BucketBatches` or an `EpochSampler`, which can go on in the middle of an epoch.
+    """A loader of a `latentdm.data.order.RankBatches`, which can go on in the middle of an epoch.
 
-    Its state is how many batches of the epoch were yielded; Lightning saves it with a checkpoint. Errors of its workers
-    are `explained`.
+    Its state, which Lightning saves with a checkpoint, holds plain containers: the ``epoch``, its ``steps`` so far as
+    pairs of (global batch, count), the number of ``samples`` that these were on all ranks, and the ``settings``. It
+    serves any number of ranks. Errors of workers are `explained`.
+
+    Attributes:
+        owner: the class that a warning names.
+        settings: what a run that goes on should not change; plain values, which are saved.
+        progress: what the trainer has counted; None: without one.
     """
 
+    owner = "PixelLoader"
+    settings: Mapping[str, Any] = {}
+    progress: Progress | None = None
+    _state: Mapping[str, Any] | None = None
+    _epoch = 0
+    _taken: Taken = ()
     _yielded = 0
-    _resume: dict[str, int] | None = None
-    _of_samples: Any = None
+    _trained = 0  # Lightning's count when the iteration began
 
     @property
     def sampler(self) -> Any:
-        """The order of samples or of batches, where Lightning looks for it to set the epoch."""
-        batches = self.batch_sampler
-        return self._of_samples if batches is None or isinstance(batches, BatchSampler) else batches
+        """The order, where Lightning looks for it to set the epoch."""
+        return getattr(self.batch_sampler, "sampler", None)
 
     @sampler.setter
     def sampler(self, sampler: Any) -> None:
-        self._of_samples = sampler
+        """Without effect: torch sets one of its own where there is a batch sampler."""
 
     def __iter__(self) -> Any:
         """The batches of this epoch; those that a loaded state had seen are left out, once.
@@ -94,26 +107,68 @@ class PixelLoader(DataLoader[Any]):
             SampleError: a sample cannot be read.
             TooManySkipped: more samples cannot be read than may be skipped.
         """
-        state, self._resume = self._resume, None
-        start = state["batches"] if state and state["epoch"] == self._epoch else 0
-        self.sampler.start = start * (self.batch_size or 1)  # which is None where the sampler yields batches
-        self._yielded = start
+        # A generator, so that all of this waits for the first batch: Lightning calls iter() before it sets the epoch.
+        order: GlobalOrder = self.sampler
+        state, self._state = self._state, None
+        self._epoch, self._yielded = order.epoch, 0
+        self._taken = state["steps"] if state and state["epoch"] == order.epoch else ()
+        self._trained = self.progress.batches if self.progress else 0
+        order.taken = self._taken
         for batch in explained(super().__iter__(), self.dataset):
             self._yielded += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were yielded."""
-        return {"epoch": self._epoch, "batches": self._yielded}
+    def state_dict(self) -> dict[str, Any]:
+        """Where the epoch is. Of what was yielded, a batch that a failing step was not done with does not count."""
+        if self._state is not None:
+            return dict(self._state)
+        order: GlobalOrder = self.sampler
+        done = self._yielded if self.progress is None else min(self._yielded, self.progress.batches - self._trained)
+        steps, now = [list(pair) for pair in self._taken], order.global_batch
+        if not steps or steps[-1][0] != now:
+            steps.append([now, 0])
+        steps[-1][1] += max(done, 0)
+        return {
+            "epoch": self._epoch,
+            "steps": steps,
+            "samples": order.seen(self._epoch, steps),
+            "settings": {**self.settings, "samples": len(self.dataset)},  # type: ignore[arg-type]
+        }
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after the batches that were yielded, in the iteration that comes next."""
-        self._resume = dict(state_dict)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the batches that were seen, in the iteration that comes next; warn of what has changed."""
+        if not {"epoch", "steps", "settings"} <= set(state_dict):
+            rank_zero_warn(
+                f"{self.owner}: the checkpoint's state of the loader is another loader's (it holds "
+                f"{', '.join(map(str, state_dict)) or 'nothing'}); the epoch begins anew, and its samples so far repeat"
+            )
+            return
+        self._state = state_dict
+        settings = {**self.settings, "samples": len(self.dataset)}  # type: ignore[arg-type]
+        before = state_dict["settings"]
+        changed = [name for name in settings if settings[name] != before.get(name)]
+        if changed:
+            told = ", ".join(f"{name}={before.get(name)!r}, now {settings[name]!r}" for name in changed)
+            rank_zero_warn(
+                f"{self.owner}: the run that goes on was begun with {told}. What these change is different from here "
+                "on; where it is the samples or the seed, the order is, and the rest of this epoch may repeat samples"
+            )
+        self._fit_steps(state_dict["epoch"], state_dict["steps"])
 
-    @property
-    def _epoch(self) -> int:
-        epoch: int = getattr(self.sampler, "epoch", 0)  # Lightning may have set another sampler
-        return epoch
+    def _fit_steps(self, epoch: int, steps: Taken) -> None:
+        """Where the global batch has changed: say what is kept, and let Lightning count in batches of the new size."""
+        order: GlobalOrder = self.sampler
+        if steps[-1][0] == order.global_batch or (self.progress and not self.progress.within(epoch)):
+            return
+        rest = len(order.rest(epoch, steps)[0])
+        seen, total = order.seen(epoch, steps), len(self.dataset)  # type: ignore[arg-type]
+        rank_zero_warn(
+            f"{self.owner}: the run that goes on had {steps[-1][0]} samples a step on all ranks, now "
+            f"{order.global_batch}. The {total - seen} of {total} samples of epoch {epoch} that were not seen follow, "
+            f"in {rest} steps; noise, masks and crops stay. For the same steps set batch_size × ranks to {steps[-1][0]}"
+        )
+        if self.progress:
+            self.progress.move(len(order) - rest - self.progress.batches)
 
 
 def explained(batches: Iterator[Any], dataset: Any) -> Iterator[Any]:

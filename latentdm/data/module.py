@@ -1,24 +1,29 @@
 """The data modules' base: settings, loaders, and the report of what was skipped."""
 
+from inspect import signature
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from latentdm.data.dataset import PixelDataset, Sample, collate
 from latentdm.data.geometry import ResizeCrop, Target, square
 from latentdm.data.loader import PixelLoader, Reading, explanation
-from latentdm.data.order import BucketBatches, EpochSampler
+from latentdm.data.order import GlobalOrder, InOrder, RankBatches
+from latentdm.progress import Progress
 from latentdm.data.skips import Skips
 from latentdm.draws import sample_seed
 from latentdm.errors import UserError, attributed
 from latentdm.validation import Check
 
 ON_ERROR = ("raise", "skip")
+
+FREE = ("self", "batch_size", "num_workers", "on_error", "max_skipped_share")
+"""Arguments that may change in a run that goes on; of the batch size `PixelLoader` tells by itself."""
 
 
 class PixelDataModule(LightningDataModule):
@@ -32,7 +37,7 @@ class PixelDataModule(LightningDataModule):
     are fastest.
 
     Training drops its last batch where that is incomplete and another is left; every rank has equally many batches.
-    Where samples differ in size, each batch is of one bucket: see `latentdm.data.order.BucketBatches`.
+    Where samples differ in size, each batch is of one bucket: see `latentdm.data.order.GlobalOrder`.
     Validation keeps every sample, in order. On several ranks the first few are repeated until the number divides by
     the ranks, so a mean over them differs by those few from the mean on one device.
 
@@ -139,8 +144,6 @@ class PixelDataModule(LightningDataModule):
     def _loader(self, dataset: PixelDataset, training: bool) -> DataLoader[Sample]:
         # The strategy knows which ranks share the data: under tensor parallelism that is not every rank.
         ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-        dataset.distribute(ranks["rank"], ranks["num_replicas"], self.num_workers)
-        drop_last = training and len(dataset) // ranks["num_replicas"] >= self.batch_size
         dataset.skips = self._skips(ranks["num_replicas"], ranks["rank"])
         dataset.owner = type(self).__name__
         if self.num_workers > (dataset.reading.workers if dataset.reading else 0):
@@ -153,11 +156,16 @@ class PixelDataModule(LightningDataModule):
             # Without one, each new iterator draws from the global generator, and validating changes the training.
             "generator": torch.Generator().manual_seed(sample_seed(self.seed, 0, "dataset", "workers")),
         }
-        if dataset.bucket_of is not None:
-            batches = BucketBatches(dataset, dataset.bucket_of, self.batch_size, training, seed=self.seed, **ranks)
-            return PixelLoader(dataset, batch_sampler=batches, **settings)
-        sampler = EpochSampler(dataset, training, seed=self.seed, drop_last=drop_last, **ranks)
-        return PixelLoader(dataset, batch_size=self.batch_size, sampler=sampler, drop_last=drop_last, **settings)
+        overfits = bool(getattr(self.trainer, "overfit_batches", 0))
+        make = GlobalOrder if training and not overfits else InOrder
+        drop_last = training and dataset.bucket_of is None
+        order = make(dataset, self.batch_size, training, drop_last, seed=self.seed, **ranks)
+        loader = PixelLoader(dataset, batch_sampler=RankBatches(order, self.batch_size), **settings)
+        loader.owner = type(self).__name__
+        if training:
+            loader.settings = _plain_arguments(self)
+            loader.progress = Progress(self.trainer) if isinstance(self.trainer, Trainer) else None
+        return loader
 
 
 class PictureDataModule(PixelDataModule):
@@ -190,3 +198,20 @@ class PictureDataModule(PixelDataModule):
         """What makes samples of records: of squares, unless there is another target."""
         random, flip = self.random_crop and training, self.flip and training
         return ResizeCrop(target or square(self.size), random, flip, self.alpha, self.seed, self.max_pixels)
+
+
+def _plain_arguments(data: PixelDataModule) -> dict[str, Any]:
+    """The arguments that a run that goes on should not change, as far as a checkpoint may hold them."""
+    names = [name for name in signature(type(data).__init__).parameters if name not in FREE]
+    values = {name: getattr(data, name, None) for name in names}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    return {name: value for name, value in plain.items() if _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a checkpoint may hold it."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(held) for key, held in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, str | int | float | None)

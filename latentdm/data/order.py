@@ -1,141 +1,241 @@
-"""In which order samples are read: shuffled from (seed, epoch), split over the ranks, and in buckets if need be.
+"""The one order of an epoch: a function of (seed, epoch) and of the global batch, of which ranks take their slices.
 
-A batch sampler of buckets plans its batches for all ranks at once. A step belongs to one bucket on all ranks, and each
-rank gets equally many of its images: so no rank waits for another, and all have the same number of batches.
+A *step* is what all ranks train on at once, a *global batch* its samples: those of one rank in turns with those of the
+others, so that 1 × 8, 2 × 4 and 4 × 2 samples are the same steps. Nothing of the order is stored: any step of any epoch
+is computed when it is asked for. A step belongs to one bucket on all ranks, and each rank gets equally many of its
+samples: no rank waits for another, and all have the same number of batches.
 """
 
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
 
-import numpy.typing as npt
-import torch
-from torch.utils.data import Dataset, DistributedSampler
+import numpy as np
+from torch.utils.data import BatchSampler, Dataset, DistributedSampler, SequentialSampler
 
-from latentdm.draws import sample_generator
+from latentdm.data.layout import Alike, Bucketed, Dealt, Layout
+from latentdm.data.permutation import Numbers, Permutation
 
-T = TypeVar("T", covariant=True)
+Key = int | tuple[int, int]
+"""What a dataset is asked for: ``(position, epoch)`` in training, else the position."""
+
+Taken = Sequence[Sequence[int]]
+"""What was seen of an epoch: ``(global batch, steps)`` in turn, one pair unless the global batch has changed."""
 
 
-class EpochOrder(DistributedSampler[T]):
-    """An order that is shuffled from (seed, epoch) in training, and split over the ranks.
+class Steps:
+    """What is left of an epoch, in global batches.
+
+    Args:
+        left: for each bucket the ordinals that are left: ``k 2`` int64, the first of a run and the one past its last.
+        global_batch: samples a step.
+        drop_last: leave out what does not fill a step.
+
+    Attributes:
+        order: moves the numbers of the steps; None: buckets come one after another.
+    """
+
+    def __init__(self, left: Sequence[Numbers], global_batch: int, drop_last: bool) -> None:
+        self.left = left
+        self.global_batch = global_batch
+        self.counts = np.array([int((runs[:, 1] - runs[:, 0]).sum()) for runs in left])
+        self.order: Permutation | None = None
+        steps = self.counts // global_batch if drop_last else -(-self.counts // global_batch)
+        self._first = np.concatenate([[0], steps.cumsum()])  # of each bucket, and past the last
+
+    def __len__(self) -> int:
+        """The number of steps."""
+        return int(self._first[-1])
+
+    def step(self, number: int, start: int, stride: int) -> tuple[int, Numbers]:
+        """The bucket of a step, and the ordinals of one rank: every ``stride``-th from ``start`` on.
+
+        Where the step does not divide by the ranks, its first samples are repeated.
+        """
+        buckets, steps = self._find(np.array([number]))
+        bucket, first = int(buckets[0]), int(steps[0]) * self.global_batch
+        size = min(self.global_batch, int(self.counts[bucket]) - first)
+        mine = np.arange(start, size + -size % stride, stride) % size
+        return bucket, self._ordinals(bucket, first + mine)
+
+    def after(self, count: int) -> list[Numbers]:
+        """What is left when so many steps were taken."""
+        buckets, steps = self._find(np.arange(min(count, len(self))))
+        left = []
+        for bucket, (runs, total) in enumerate(zip(self.left, self.counts.tolist(), strict=True)):
+            taken = np.zeros(int(np.diff(self._first)[bucket]) + 1, dtype=bool)  # the last: what no step takes
+            taken[steps[buckets == bucket]] = True
+            edges = np.flatnonzero(np.diff(taken, prepend=True, append=True)).reshape(-1, 2)
+            spans = np.minimum(edges * self.global_batch, total)
+            left.append(_pieces(runs, spans[spans[:, 0] < spans[:, 1]]))
+        return left
+
+    def _find(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
+        """The bucket of each step, and its number among those of the bucket."""
+        moved = self.order(numbers) if self.order else numbers
+        buckets = np.searchsorted(self._first, moved, side="right") - 1
+        return buckets, moved - self._first[buckets]
+
+    def _ordinals(self, bucket: int, numbers: Numbers) -> Numbers:
+        runs = self.left[bucket]
+        before = np.concatenate([[0], (runs[:, 1] - runs[:, 0]).cumsum()[:-1]])
+        run = np.searchsorted(before, numbers, side="right") - 1
+        ordinals: Numbers = runs[run, 0] + numbers - before[run]
+        return ordinals
+
+
+def _pieces(runs: Numbers, spans: Numbers) -> Numbers:
+    """Spans of the numbers that runs hold, counted through → runs."""
+    before = np.concatenate([[0], (runs[:, 1] - runs[:, 0]).cumsum()])
+    pieces = []
+    for first, last in spans.tolist():
+        for run in range(int(np.searchsorted(before, first, side="right")) - 1, len(runs)):
+            low, high = max(first, int(before[run])), min(last, int(before[run + 1]))
+            if low >= high:
+                break
+            shift = int(runs[run, 0] - before[run])
+            pieces.append((low + shift, high + shift))
+    return np.array(pieces, dtype=np.int64).reshape(-1, 2)
+
+
+class GlobalOrder(DistributedSampler[list[Key]]):
+    """Yields this rank's batches of an epoch: lists of what the dataset is asked for.
 
     It derives from ``DistributedSampler`` so that Lightning never replaces it, whatever ``use_distributed_sampler``
     says, and calls `set_epoch` each epoch, on one device too.
 
+    Where a step does not divide by the ranks, its first samples are repeated. With ``drop_last`` the samples of a
+    bucket that do not fill a step are left out, others each epoch, unless nothing would be left.
+
     Args:
-        dataset: anything with a length.
-        training: shuffle and count epochs; otherwise the order is the dataset's and the epoch stays 0, so that the
-            figures of two validations compare.
+        dataset: a `latentdm.data.PixelDataset`, or anything with a length.
+        batch_size: samples a batch, on each rank.
+        training: batches hold ``(position, epoch)``; otherwise positions alone.
+        drop_last: leave out what does not fill a step.
         num_replicas: the number of ranks that share the dataset.
         rank: this process's number among them.
         seed: the run's seed.
-        drop_last: leave out what does not divide by the ranks.
 
     Attributes:
-        start: how much of what this rank yields the next iteration leaves out at the beginning.
+        taken: what the next iteration leaves out.
     """
+
+    shuffled = True
 
     def __init__(
         self,
         dataset: Dataset[Any],
-        training: bool,
+        batch_size: int,
+        training: bool = True,
+        drop_last: bool = False,
         num_replicas: int = 1,
         rank: int = 0,
         seed: int = 0,
-        drop_last: bool = False,
     ) -> None:
-        super().__init__(dataset, num_replicas, rank, shuffle=training, seed=seed, drop_last=drop_last)
+        super().__init__(dataset, num_replicas, rank, shuffle=self.shuffled, seed=seed, drop_last=drop_last)
+        self.batch_size = batch_size
         self.training = training
-        self.start = 0
+        self.taken: Taken = ()
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of a step on all ranks."""
+        return self.batch_size * self.num_replicas
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Which positions the samples have."""
+        count: int = len(self.dataset)  # type: ignore[arg-type]  # Dataset declares no length
+        if (parts := getattr(self.dataset, "parts", None)) is not None:
+            return Dealt(count, parts)
+        buckets = getattr(self.dataset, "bucket_of", None)
+        return Alike(count, self.seed) if buckets is None else Bucketed(buckets, self.seed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that shuffles and is sent along; without effect outside training."""
-        if self.training:
+        """Set the epoch that shuffles and is sent along; without effect where the order is the dataset's."""
+        if self.shuffled:
             super().set_epoch(epoch)
-
-
-class EpochSampler(EpochOrder[tuple[int, int]]):
-    """Yields ``(position, epoch)``.
-
-    Where the samples do not divide by the ranks, the first ones are repeated (or, with ``drop_last``, the last ones
-    left out), so that every rank has equally many.
-    """
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """This rank's ``(position, epoch)`` pairs."""
-        count, epoch = len(self.dataset), self.epoch  # type: ignore[arg-type]  # Dataset declares no length
-        order = torch.arange(count)
-        if self.training and not getattr(self.dataset, "ordered", False):
-            order = torch.randperm(count, generator=sample_generator(self.seed, epoch, "dataset", "order"))
-        mine = order[torch.arange(self.rank, self.total_size, self.num_replicas) % count]
-        for some in torch.split(mine[self.start :], 4096):  # a list of them all would take five times the memory
-            for position in some.tolist():
-                yield position, epoch
-
-
-class BucketBatches(EpochOrder[list[tuple[int, int]]]):
-    """A batch sampler that yields lists of ``(position, epoch)``; in training its order is new each epoch.
-
-    The images of a bucket that do not fill a step of all ranks make a smaller one, in which the first ranks' images are
-    repeated where they do not divide by the ranks: fewer repeats a bucket and epoch than there are ranks. With
-    ``drop_last`` they are left out, others each epoch; it is ignored where nothing would be left. Outside training the
-    order is that of the buckets and positions. `latentdm.data.loader.PixelLoader` shows it to Lightning.
-
-    Args:
-        dataset: what the positions refer to.
-        bucket_of: the bucket of each sample, ``n`` integers.
-        batch_size: samples a batch, on each rank.
-        training: as of `EpochOrder`.
-        settings: of `EpochOrder`.
-
-    Attributes:
-        repeated: samples that an epoch repeats, on all ranks together.
-        dropped: samples that an epoch leaves out.
-    """
-
-    def __init__(
-        self, dataset: Dataset[Any], bucket_of: npt.ArrayLike, batch_size: int, training: bool, **settings: Any
-    ) -> None:
-        super().__init__(dataset, training, **settings)
-        self.bucket_of = torch.as_tensor(bucket_of)
-        counts = torch.bincount(self.bucket_of)
-        of_all = batch_size * self.num_replicas
-        firsts = counts.cumsum(0) - counts  # where a bucket begins among the positions sorted by bucket
-        self._steps = torch.tensor(
-            [
-                (first + start, min(of_all, count - start))
-                for first, count in _pairs(firsts, counts)
-                for start in range(0, count, of_all)
-            ]
-        )
-        whole = self._steps[:, 1] == of_all
-        if self.drop_last and bool(whole.any()):
-            self._steps = self._steps[whole]
-        used = self._steps[:, 1]
-        self.dropped = int(counts.sum() - used.sum())
-        self.repeated = int((-used % self.num_replicas).sum())
 
     def __len__(self) -> int:
         """The number of batches of an epoch, the same on every rank."""
-        return len(self._steps)
+        return len(self.steps(self.epoch))
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """This rank's batches of the epoch, from ``start`` on."""
-        return self.batches(self.epoch, self.start)
+    def __iter__(self) -> Iterator[list[Key]]:
+        """This rank's batches of the epoch, without those that were ``taken``."""
+        taken, self.taken = self.taken, ()
+        return self.batches(self.epoch, taken)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[list[tuple[int, int]]]:
-        """This rank's batches of any epoch, from any step on."""
-        count = len(self.bucket_of)
-        positions, steps = torch.arange(count), self._steps
-        if self.training:
-            generator = sample_generator(self.seed, epoch, "dataset", "order")
-            positions = torch.randperm(count, generator=generator)
-            steps = steps[torch.randperm(len(steps), generator=generator)]
-        positions = positions[self.bucket_of[positions].argsort(stable=True)]
-        for first, size in _pairs(*steps[start:].unbind(1)):
-            mine = torch.arange(self.rank, size + -size % self.num_replicas, self.num_replicas) % size
-            yield [(position, epoch) for position in positions[first + mine].tolist()]
+    def batches(self, epoch: int, taken: Taken = ()) -> Iterator[list[Key]]:
+        """This rank's batches of any epoch, of what is left of it."""
+        steps, start = self.rest(epoch, taken)
+        first_batch = taken[0][0] if taken else self.global_batch
+        for number in range(start, len(steps)):
+            bucket, ordinals = steps.step(number, self.rank, self.num_replicas)
+            shuffle = epoch if self.shuffled else None
+            positions = self.layout.positions(bucket, ordinals, shuffle, first_batch).tolist()
+            yield [(position, epoch) for position in positions] if self.training else positions
+
+    def rest(self, epoch: int, taken: Taken) -> tuple[Steps, int]:
+        """The steps of the present global batch in what is left of an epoch, and how many of them were taken."""
+        done = list(taken)
+        if not done or done[-1][0] != self.global_batch:
+            done.append((self.global_batch, 0))
+        left: Sequence[Numbers] | None = None
+        for phase, (global_batch, count) in enumerate(done):
+            steps = self.steps(epoch, left, global_batch, phase)
+            left = steps.after(count) if phase + 1 < len(done) else None
+        return steps, min(count, len(steps))
+
+    def seen(self, epoch: int, taken: Taken) -> int:
+        """How many samples of an epoch were seen on all ranks together."""
+        left: Sequence[Numbers] | None = None
+        for phase, (global_batch, count) in enumerate(taken):
+            left = self.steps(epoch, left, global_batch, phase).after(count)
+        whole = int(self.layout.counts.sum())
+        return 0 if left is None else whole - sum(int((runs[:, 1] - runs[:, 0]).sum()) for runs in left)
+
+    def steps(
+        self, epoch: int, left: Sequence[Numbers] | None = None, global_batch: int | None = None, phase: int = 0
+    ) -> Steps:
+        """The steps of an epoch, or of what is left of it.
+
+        Args:
+            epoch: shuffles buckets, where there are some.
+            left: as of `Steps`; None: all.
+            global_batch: samples a step; None: as now.
+            phase: how often the global batch has changed within the epoch.
+        """
+        size = global_batch or self.global_batch
+        whole = left or [np.array([[0, count]]) for count in self.layout.counts.tolist()]
+        steps = Steps(whole, size, self.drop_last)
+        if not len(steps) and left is None:
+            steps = Steps(whole, size, drop_last=False)
+        if self.shuffled and len(whole) > 1:
+            steps.order = Permutation(len(steps), self.seed, epoch, f"buckets/{phase}")
+        return steps
 
 
-def _pairs(first: torch.Tensor, second: torch.Tensor) -> Iterator[tuple[int, int]]:
-    return zip(first.tolist(), second.tolist(), strict=True)
+class InOrder(GlobalOrder, SequentialSampler):
+    """A `GlobalOrder` that is the dataset's own, in every epoch: of validation, and of ``overfit_batches``.
+
+    It derives from ``SequentialSampler``, by which Lightning knows that there is no shuffling to turn off.
+    """
+
+    shuffled = False
+
+
+class RankBatches(BatchSampler):
+    """The batches of a `GlobalOrder`, as a batch sampler that Lightning can take apart to note what is predicted."""
+
+    sampler: GlobalOrder
+
+    def __init__(self, sampler: GlobalOrder, batch_size: int, drop_last: bool = False) -> None:
+        super().__init__(sampler, batch_size, drop_last)  # type: ignore[arg-type]  # which yields batches itself
+
+    def __len__(self) -> int:
+        """The number of batches of an epoch, the same on every rank."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[Key]]:  # type: ignore[override]  # tuples and all
+        """This rank's batches."""
+        return iter(self.sampler)

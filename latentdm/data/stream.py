@@ -1,16 +1,17 @@
-"""Samples that come in a stream, as from tar shards or a hub: split over ranks and workers, in epochs of a set length.
+"""Samples that come in a stream, as from tar shards or a hub: dealt from parts, in epochs of a set length.
 
-The sampler still counts positions, so that batches, epochs and ranks work as everywhere else; a position only means
-"the next one". Nobody needs to know how many samples a shard holds, and no rank can run out before the others.
+A stream is read in parts, whose number has nothing to do with that of ranks or workers: so the samples of a step do not
+either. A position says which part's how-manieth sample is meant (`latentdm.data.layout.Dealt`); whoever asks for it
+reads that part up to there, and what lies between is passed over undecoded. Nobody needs to know how many samples a
+shard holds, and no rank can run out before the others.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
 from random import Random
-from typing import Any, TypeVar
-
-from torch.utils.data import get_worker_info
+from typing import Any, Protocol, TypeVar
 
 from latentdm.data.dataset import PixelDataset, Sample
 from latentdm.data.geometry import Record, ResizeCrop
@@ -25,14 +26,59 @@ T = TypeVar("T")
 MAX_EMPTY_PASSES = 10
 """Passes in a row without a sample after which a stream counts as empty; a part may meet an empty shard in one."""
 
+FILES_A_PART = 8
+"""The fewest files of a part: parts see equally many samples, so uneven ones repeat some before others are through."""
+
 Item = Record | SampleError
 
-Items = Callable[[int, int, int, bool], Iterator[Item]]
-"""``items(part, parts, turn, shuffle)``: one pass over a part of a stream.
 
-The part is 0…parts − 1: this worker of this rank; ``parts`` are the workers on all ranks together, which among them see
-every sample once. ``turn`` distinguishes passes, alike on all workers; what is shuffled follows from it and the seed.
-"""
+class Items(Protocol):
+    """The records of a stream.
+
+    Attributes:
+        files: how many shards or files it has.
+    """
+
+    @property
+    def files(self) -> int: ...
+
+    def __call__(self, part: int, parts: int, turn: int, shuffle: bool) -> Iterator[Item]:
+        """One pass over a part of the stream; the parts among them see every sample once.
+
+        Args:
+            part: 0…parts − 1.
+            parts: how many there are.
+            turn: distinguishes passes, alike for all parts; what is shuffled follows from it.
+            shuffle: the files, anew in each pass.
+        """
+
+
+class Part:
+    """The samples of one part in one epoch, which can be read forward alone.
+
+    Args:
+        items: all of them.
+
+    Attributes:
+        first: the number of the first one that can still be had.
+    """
+
+    def __init__(self, items: Iterator[Item]) -> None:
+        self.first = 0
+        self._items = items
+        self._held: deque[Item] = deque()
+
+    def item(self, number: int, first: int) -> Item:
+        """A sample by its number; those before ``first`` are given up."""
+        while self.first < first:
+            if self._held:
+                self._held.popleft()
+            else:
+                next(self._items)
+            self.first += 1
+        while len(self._held) <= number - first:
+            self._held.append(next(self._items))
+        return self._held[number - first]
 
 
 class StreamImages(PixelDataset):
@@ -42,84 +88,88 @@ class StreamImages(PixelDataset):
         owner: the class that an error names.
         items: gives the records.
         crops: makes samples of them.
-        length: samples an epoch, on all ranks together; rounded up to a multiple of their number.
+        length: samples an epoch, on all ranks together.
         training: go on with other samples in each epoch, and shuffle; otherwise an epoch begins at the beginning.
-        shuffle_buffer: records that are held by each worker, and drawn from at random; 0: the stream's own order.
+        shuffle_buffer: records that are held over all parts, and drawn from at random; 0: the stream's own order.
         seed: the order follows from it.
+        parts: the most in which training reads the stream.
     """
 
-    ordered = True
-
     def __init__(
-        self, owner: str, items: Items, crops: ResizeCrop, length: int, training: bool, shuffle_buffer: int, seed: int
+        self,
+        owner: str,
+        items: Items,
+        crops: ResizeCrop,
+        length: int,
+        training: bool,
+        shuffle_buffer: int,
+        seed: int,
+        parts: int,
     ) -> None:
         self.owner = owner
         self.items = items
         self.crops = crops
         self.length = length
         self.training = training
-        self.shuffle_buffer = shuffle_buffer if training else 0
         self.seed = seed
-        self.rank, self.ranks, self.workers = 0, 1, 1
-        self._items: Iterator[Item] | None = None
-        self._last = (-1, -1)
-        self._again = False
+        self.parts = usable_parts(items.files, parts) if training else 1
+        self.shuffle_buffer = -(-shuffle_buffer // self.parts) if training else 0
+        self._epoch = 0
+        self._read: dict[int, Part] = {}
+        self._replaced: int | None = None
         self._name = ""
-
-    def distribute(self, rank: int, ranks: int, workers: int) -> None:
-        """Keep which part this copy reads."""
-        self.rank, self.ranks, self.workers = rank, ranks, max(workers, 1)
-        self.length = -(-self.length // ranks) * ranks
 
     def __len__(self) -> int:
         """Samples an epoch."""
         return self.length
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_items": None}
+        return {**self.__dict__, "_read": {}}
 
     def name(self, position: int) -> str:
         """The sample that was read last."""
         return self._name
 
     def replacement(self, position: int, epoch: int, attempt: int) -> int:
-        """The next one of the stream."""
-        self._again = True
-        return position
+        """The position of the part's next sample; which comes again in its own turn."""
+        self._replaced = position
+        return position + (attempt + 1) * self.parts
 
     def new_epochs(self, epoch: int) -> int:
         """Each training epoch may see new samples."""
         return epoch + 1
 
     def sample(self, position: int, epoch: int) -> Sample:
-        """The next sample; the first of the epoch where ``position`` does not go on from the last one.
+        """The sample of a part: ``position`` is ``number · parts + part``.
 
         Raises:
             SampleError: it cannot be read.
         """
-        if self._items is None or (not self._again and (epoch, position) <= self._last) or epoch != self._last[0]:
-            self._items = self._endless(epoch)
-        self._last, self._again = (epoch, position), False
-        item = next(self._items)
+        number, part = divmod(position, self.parts)
+        first, self._replaced = number if self._replaced is None else self._replaced // self.parts, None
+        if epoch != self._epoch:
+            self._epoch, self._read = epoch, {}
+        read = self._read.get(part)
+        if read is None or first < read.first:
+            read = self._read[part] = Part(self._endless(part, epoch))
+        item = read.item(number, first)
         if isinstance(item, SampleError):
             self._name = str(item)
             raise item
         self._name = item.name
         return self.crops(item, epoch)
 
-    def _endless(self, epoch: int) -> Iterator[Item]:
-        info = get_worker_info()
-        part, parts = self.rank * self.workers + (info.id if info else 0), self.ranks * self.workers
+    def _endless(self, part: int, epoch: int) -> Iterator[Item]:
         random = Random(sample_seed(self.seed, epoch, part, "stream"))
         turn = empty = 0
         while empty < MAX_EMPTY_PASSES:
             empty += 1
-            items = self.items(part, parts, sample_seed(self.seed, epoch, turn, "turn"), self.training)
+            items = self.items(part, self.parts, sample_seed(self.seed, epoch, turn, "turn"), self.training)
             for item in shuffled(items, self.shuffle_buffer, random):
                 empty = 0
                 yield item
             turn += 1
-        raise UserError(f"part {part} of {parts} of the stream is empty; use fewer workers or more samples")
+        raise UserError(f"part {part} of {self.parts} of the stream is empty; set fewer parts, or give more samples")
 
 
 class StreamDataModule(PictureDataModule):
@@ -128,25 +178,28 @@ class StreamDataModule(PictureDataModule):
     Args:
         epoch_length: training images an epoch of a stream, on all devices together.
         val_length: validation images of a stream.
-        shuffle_buffer: images of a stream that each worker holds, as files, and draws from.
+        shuffle_buffer: images of a stream that are held, as files, over all its parts, and drawn from.
+        parts: in how many a stream is read at most: by different ranks and workers, without a change of the order, which
+            follows from their number. With less than eight files a part there are fewer.
         settings: of `PictureDataModule`.
 
     Raises:
         ValueError: a setting is out of range.
     """
 
-    def __init__(self, epoch_length: int, val_length: int, shuffle_buffer: int, **settings: Any) -> None:
+    def __init__(self, epoch_length: int, val_length: int, shuffle_buffer: int, parts: int, **settings: Any) -> None:
         super().__init__(**settings)
         check = Check(type(self).__name__)
         self.epoch_length = check.integer("epoch_length", epoch_length, 1)
         self.val_length = check.integer("val_length", val_length, 1)
         self.shuffle_buffer = check.integer("shuffle_buffer", shuffle_buffer, 0)
+        self.parts = check.integer("parts", parts, 1)
 
     def stream(self, items: Items, training: bool) -> StreamImages:
         """The dataset of a stream of records."""
         length = self.epoch_length if training else self.val_length
         owner, crops = type(self).__name__, self.crops(training)
-        return StreamImages(owner, items, crops, length, training, self.shuffle_buffer, self.seed)
+        return StreamImages(owner, items, crops, length, training, self.shuffle_buffer, self.seed, self.parts)
 
 
 def shuffled(items: Iterator[T], buffer: int, random: Random) -> Iterator[T]:
@@ -159,6 +212,14 @@ def shuffled(items: Iterator[T], buffer: int, random: Random) -> Iterator[T]:
         yield held.pop()
     random.shuffle(held)
     yield from held
+
+
+def usable_parts(files: int, most: int) -> int:
+    """In how many parts so many files are read: halved until each has `FILES_A_PART`, and one at least."""
+    parts = most
+    while parts > 1 and parts * FILES_A_PART > files:
+        parts //= 2
+    return parts
 
 
 def own_share(shards: Sequence[str], read: Callable[[str], Iterator[T]], part: int, parts: int) -> Iterator[T]:

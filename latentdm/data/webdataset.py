@@ -35,6 +35,11 @@ class ShardRecords:
     shards: Sequence[str]
     columns: Mapping[str, str]
 
+    @property
+    def files(self) -> int:
+        """The number of shards."""
+        return len(self.shards)
+
     def __call__(self, part: int, parts: int, turn: int, shuffle: bool) -> Iterator[Item]:
         """This part's records, shard after shard; a shard that cannot be read gives an error and no more records."""
         shards = list(self.shards)
@@ -88,8 +93,9 @@ class WebDatasetData(StreamDataModule):
     with a number. Other files are left out. Images are treated as by `latentdm.data.ImageFolderData`.
 
     Each epoch has a set length, the same on every rank, however unevenly the shards are filled. Shards are shuffled
-    each epoch and split over ranks and workers; if there are fewer than workers, each reads them all and takes
-    every n-th sample. Validation begins at the first shard each time. ``index`` is a hash of the name (of 63 bits),
+    each epoch and dealt to ``parts``, which ranks and workers share; the order is the same for any number of them. Few
+    shards are one part, of which each process reads all and decodes its own. Validation begins at the first shard each
+    time. ``index`` is a hash of the name (of 63 bits),
     alike in every epoch and on every worker.
 
     Args:
@@ -101,7 +107,8 @@ class WebDatasetData(StreamDataModule):
         val_shards: shards to validate on; None: no validation.
         val_length: validation images.
         columns: our name → the ending of its files where it is another one: ``{mask: seg.png}``.
-        shuffle_buffer: images that each worker holds, as files, and draws from; 0: only shards are shuffled.
+        shuffle_buffer: images that are held, as files, over all parts, and drawn from; 0: only shards are shuffled.
+        parts: in how many the shards are read at most; the order follows from it. Fewer with less than eight shards each.
         alpha: keep transparency as a fourth channel.
         flip: mirror half of the training images, drawn for each sample and epoch.
         num_workers: processes that read images.
@@ -128,6 +135,7 @@ class WebDatasetData(StreamDataModule):
         val_length: int = 64,
         columns: Mapping[str, str] | None = None,
         shuffle_buffer: int = 256,
+        parts: int = 64,
         alpha: bool = False,
         flip: bool = False,
         num_workers: int = 0,
@@ -137,7 +145,7 @@ class WebDatasetData(StreamDataModule):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__(
-            epoch_length, val_length, shuffle_buffer, size=size, alpha=alpha, flip=flip, max_pixels=max_pixels,
+            epoch_length, val_length, shuffle_buffer, parts, size=size, alpha=alpha, flip=flip, max_pixels=max_pixels,
             batch_size=batch_size, num_workers=num_workers, seed=seed, on_error=on_error,
             max_skipped_share=max_skipped_share,
         )  # fmt: skip

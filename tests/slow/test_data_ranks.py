@@ -15,8 +15,8 @@ from helpers import LatentModel, quiet_trainer
 from PIL import Image
 from running import run_example
 
-from latentdm.data import Buckets, EpochSampler, ImageFolderData
-from latentdm.data.order import BucketBatches
+from latentdm.data import Buckets, GlobalOrder, ImageFolderData
+from latentdm.data.order import InOrder
 
 BUCKETS = {"area": 64 * 64, "step": 16}
 FOLDER_SIZES = [
@@ -56,7 +56,7 @@ def test_two_ranks_share_the_samples(tmp_path, use_distributed_sampler):
         PickledRecorder(tmp_path), datamodule=NumbersData(train=17, val=5)
     )
     first, second = (pickle.loads((tmp_path / f"{rank}").read_bytes()) for rank in range(2))
-    assert first["sampler"] is second["sampler"] is EpochSampler
+    assert first["sampler"] is second["sampler"] is GlobalOrder
     assert first["epochs"] == second["epochs"] == [0, 1]
     for epoch in range(2):
         mine, other = first["train", epoch], second["train", epoch]
@@ -102,21 +102,21 @@ def test_two_ranks_see_the_batches_of_a_folder(tmp_path, use_distributed_sampler
         mine, other = ([batch[1:] for batch in of_rank if batch[0] == epoch] for of_rank in seen)
         assert [(shape, len(index)) for shape, index in mine] == [(shape, len(index)) for shape, index in other]
         for rank, of_rank in enumerate((mine, other)):
-            planned = BucketBatches(range(10), data.train_set.bucket_of, 2, True, num_replicas=2, rank=rank)
+            planned = GlobalOrder(data.train_set, 2, num_replicas=2, rank=rank)
             assert [index for _, index in of_rank] == [[position for position, _ in b] for b in planned.batches(epoch)]
         for shape, index in mine + other:
             assert all(plan.shape(*FOLDER_SIZES[position]) == tuple(shape[::-1]) for position in index)
         indices = [position for _, index in mine + other for position in index]
         assert set(indices) == set(range(10))
-        assert len(indices) == 10 + planned.repeated
+        assert len(indices) < 10 + 2 * len(planned)
         orders.append(indices)
     assert orders[0] != orders[1]
 
 
 def planned(rank, epoch=0, training=True):
     """The positions of each batch that one of two ranks is to see."""
-    sampler = BucketBatches(range(COUNT), PLAN.bucket_of, BATCH, training, num_replicas=2, rank=rank, seed=3)
-    return [[position for position, _ in batch] for batch in sampler.batches(epoch)]
+    order = (GlobalOrder if training else InOrder)(bucket_ranks.Sizes(), BATCH, num_replicas=2, rank=rank, seed=3)
+    return [[position for position, _ in batch] for batch in order.batches(epoch)]
 
 
 def lightning(folder, devices, use_distributed_sampler="true", stop=0):

@@ -1,13 +1,14 @@
 """The shared base: batches through a real Trainer, the order and the epoch that a dataset is told, several ranks."""
 
+import numpy as np
 import pytest
 import torch
 from data_helpers import Numbers, NumbersData, Recorder, fit, trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from PIL import Image
 from torch.utils.data import DistributedSampler
 
-from latentdm.data import EpochSampler, ImageFolderData, SamplesData
+from latentdm.data import GlobalOrder, ImageFolderData, SamplesData
 
 
 def test_a_batch_arrives_as_uint8_even_in_half_precision():
@@ -44,13 +45,13 @@ def test_workers_change_nothing():
 
 def test_the_seed_sets_the_order_and_no_sum_of_seed_and_epoch():
     def order(seed, epoch):
-        sampler = EpochSampler(Numbers(50), training=True, seed=seed)
-        sampler.set_epoch(epoch)
-        return list(sampler)
+        order = GlobalOrder(Numbers(50), 1, seed=seed)
+        order.set_epoch(epoch)
+        return list(order)
 
     assert order(0, 0) == order(0, 0)
     assert order(0, 0) != order(1, 0)
-    assert [position for position, _ in order(0, 1)] != [position for position, _ in order(1, 0)]
+    assert [position for [(position, _)] in order(0, 1)] != [position for [(position, _)] in order(1, 0)]
 
 
 def test_loading_leaves_the_global_generator_alone():
@@ -115,10 +116,39 @@ def test_a_missing_set_is_said(stage):
         getattr(NumbersData(), f"{stage}_dataloader")()
 
 
-def test_overfitting_repeats_the_first_epoch_s_crops():
-    with pytest.warns(UserWarning, match="overfit"):
-        recorder = fit(NumbersData(), overfit_batches=1)
-    assert torch.equal(recorder.of("train", "pixels", 0), recorder.of("train", "pixels", 1))
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("buckets", [None, np.array([1, 0] * 5)])
+def test_overfitting_repeats_the_first_batches_and_their_crops(monkeypatch, workers, buckets):
+    monkeypatch.setattr(Numbers, "bucket_of", buckets)
+    recorder = fit(NumbersData(num_workers=workers, val=10), overfit_batches=2, max_epochs=3)
+    first = [0, 1, 2, 3, 4, 5, 6, 7] if buckets is None else [1, 3, 5, 7, 9]
+    for stage in ("train", "val"):
+        for epoch in range(3):
+            assert recorder.of(stage, "index", epoch).tolist() == first
+            assert torch.equal(recorder.of(stage, "pixels", epoch), recorder.of(stage, "pixels", 0))
+
+
+class Writer(BasePredictionWriter):
+    def __init__(self):
+        super().__init__("batch_and_epoch")
+        self.of_batches = []
+
+    def write_on_batch_end(self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx):
+        self.of_batches.append(batch_indices)
+
+    def write_on_epoch_end(self, trainer, pl_module, predictions, batch_indices):
+        self.of_epoch = batch_indices
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("buckets", [None, np.array([1, 0, 0, 1, 1])])
+def test_a_prediction_writer_gets_the_samples_indexes(monkeypatch, workers, buckets):
+    monkeypatch.setattr(Numbers, "bucket_of", buckets)
+    writer = Writer()
+    predicted = trainer(callbacks=[writer]).predict(Recorder(), datamodule=NumbersData(batch_size=2, num_workers=workers))
+    assert writer.of_batches == [batch.tolist() for batch in predicted]
+    assert writer.of_epoch == [writer.of_batches]
+    assert sorted(index for batch in writer.of_batches for index in batch) == [0, 1, 2, 3, 4]
 
 
 def test_the_loader_is_set_up_for_speed(monkeypatch):

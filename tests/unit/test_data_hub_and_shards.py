@@ -55,7 +55,7 @@ def hub(path, **settings):
 
 def test_a_batch_of_a_data_set(rows):
     batch = next(iter(hub(rows).train_dataloader()))
-    assert set(batch) == {"pixels", "mask", "index", "name", "caption", "score", *SIZES}
+    assert set(batch) == {"pixels", "mask", "index", "name", "caption", "score", "_epoch", *SIZES}
     assert batch["pixels"].shape == (4, 3, SIZE, SIZE)
     assert batch["pixels"].dtype == batch["mask"].dtype == torch.uint8
     assert batch["score"].dtype.is_floating_point
@@ -202,7 +202,7 @@ def flat(nested):
 
 def test_a_batch_of_shards(shards):
     batch = next(iter(tars(shards).train_dataloader()))
-    assert set(batch) == {"pixels", "mask", "index", "name", "caption", "width", "tags", *SIZES}
+    assert set(batch) == {"pixels", "mask", "index", "name", "caption", "width", "tags", "_epoch", *SIZES}
     for row in range(3):
         number = level(batch["pixels"][row])
         assert batch["index"][row] == stable_index(f"in/{number:03}")
@@ -219,9 +219,12 @@ def test_a_batch_of_shards(shards):
 def test_shards_are_split_over_ranks_and_workers(shards, ranks, workers):
     data = tars(shards, num_workers=workers, shuffle_buffer=0, batch_size=1)
     seen = epochs(data, ranks, count=2)
-    assert {len(epoch) for rank in seen for epoch in rank} == {-(-15 // ranks)}
-    if ranks == 1 and workers == 0:
-        assert sorted(flat(seen[0][0])) == list(range(15))
+    assert {len(epoch) for rank in seen for epoch in rank} == {15 // ranks}
+    alone = epochs(tars(shards, shuffle_buffer=0, batch_size=1), count=2)[0]
+    for epoch, order in enumerate(alone):
+        assert sorted(flat(order)) == list(range(15))
+        of_ranks = [flat(rank[epoch]) for rank in seen]
+        assert flat(list(map(list, zip(*of_ranks, strict=True)))) == flat(order)[: 15 // ranks * ranks]
     parts = ranks * max(workers, 1)
     items = [list(data.train_set.items(part, parts, 7, True)) for part in range(parts)]
     assert sorted(item.name for part in items for item in part) == sorted(

@@ -6,11 +6,11 @@ import signal
 import numpy as np
 import pytest
 import torch
-from bucket_ranks import BATCH, COUNT, PLAN, Sizes
+from bucket_ranks import BATCH, COUNT, Sizes
 
-from latentdm.data import EpochSampler, PixelDataModule, PixelDataset, SampleError
+from latentdm.data import GlobalOrder, PixelDataModule, PixelDataset, SampleError
 from latentdm.data.loader import PixelLoader, Reading, explained, explanation
-from latentdm.data.order import BucketBatches
+from latentdm.data.order import RankBatches
 from latentdm.errors import UserError
 
 
@@ -24,19 +24,13 @@ class Indexes(PixelDataset):
         return {"index": position, "epoch": epoch}
 
 
-def bucket_loader(num_workers):
-    batches = BucketBatches(range(COUNT), PLAN.bucket_of, BATCH, True, seed=3)
-    return PixelLoader(Sizes(), batch_sampler=batches, num_workers=num_workers)
-
-
-def plain_loader(num_workers):
-    sampler = EpochSampler(range(COUNT), True, seed=3)
-    return PixelLoader(Indexes(), batch_size=BATCH, sampler=sampler, num_workers=num_workers)
-
-
 @pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("make", [bucket_loader, plain_loader])
-def test_the_loader_goes_on_where_a_state_was_saved(make, num_workers):
+@pytest.mark.parametrize("kind", [Sizes, Indexes])
+def test_the_loader_goes_on_where_a_state_was_saved(kind, num_workers):
+    def make(num_workers):
+        order = RankBatches(GlobalOrder(kind(), BATCH, seed=3), BATCH)
+        return PixelLoader(kind(), batch_sampler=order, num_workers=num_workers)
+
     def epoch_of(loader, epoch=0):
         loader.sampler.set_epoch(epoch)
         return [batch["index"].tolist() for batch in loader]
@@ -133,7 +127,7 @@ def test_what_a_worker_raises_is_told_in_its_words_with_the_class_named_once(wor
     data = PixelDataModule(batch_size=1, num_workers=workers)
     data.predict_set = Wrong()
     loader = data.predict_dataloader()
-    loader.load_state_dict({"epoch": 0, "batches": position})
+    loader.load_state_dict(loader.state_dict() | {"steps": [[1, position]]})
     with pytest.raises(kind) as caught:
         list(loader)
     assert type(caught.value) is kind
