@@ -47,6 +47,8 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
     },
     "callbacks/EncodeMonitor": {
     },
+    "callbacks/GracefulStop": {
+    },
     "callbacks/LatentPreview": {
         "every_n_steps": (int, 500), "samples": (int, 4), "caption": (int | str | None, None),
         "dirpath": (str | None, None),
@@ -67,9 +69,9 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
         "path": (str, MISSING), "size": (int, 512), "batch_size": (int, 16), "name": (str | None, None),
         "revision": (str | None, None), "split": (str, 'train'), "val_split": (str | None, None),
         "val_share": (float, 0.1), "columns": (Any, None), "streaming": (bool, False), "epoch_length": (int, 1024),
-        "val_length": (int, 64), "shuffle_buffer": (int, 256), "alpha": (bool, False), "flip": (bool, False),
-        "num_workers": (int, 0), "seed": (int, 0), "on_error": (str, 'raise'), "max_skipped_share": (float, 0.05),
-        "max_pixels": (int, 178956970),
+        "val_length": (int, 64), "shuffle_buffer": (int, 256), "parts": (int, 64), "alpha": (bool, False),
+        "flip": (bool, False), "num_workers": (int, 0), "seed": (int, 0), "on_error": (str, 'raise'),
+        "max_skipped_share": (float, 0.05), "max_pixels": (int, 178956970),
     },
     "data/ImageFolderData": {
         "root": (str, MISSING), "size": (int, 512), "batch_size": (int, 16), "val_share": (float, 0.1),
@@ -85,7 +87,7 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
     "data/WebDatasetData": {
         "shards": (Any, MISSING), "size": (int, 512), "batch_size": (int, 16), "epoch_length": (int, 1024),
         "val_shards": (Any, None), "val_length": (int, 64), "columns": (Any, None), "shuffle_buffer": (int, 256),
-        "alpha": (bool, False), "flip": (bool, False), "num_workers": (int, 0), "seed": (int, 0),
+        "parts": (int, 64), "alpha": (bool, False), "flip": (bool, False), "num_workers": (int, 0), "seed": (int, 0),
         "on_error": (str, 'raise'), "max_skipped_share": (float, 0.05), "max_pixels": (int, 178956970),
     },
     "finetune/FluxFill": {
