@@ -1,4 +1,14 @@
-"""How far Lightning has come in a fit, by the counters that it saves with a checkpoint."""
+"""How far a fit has come by Lightning's counters, which it saves with a checkpoint; and where they mislead it, mended.
+
+What Lightning does with the counters of a checkpoint depends on the hook in which it was saved. These go wrong:
+
+- saved at an epoch's end, a run of ``max_steps`` counts the epoch that follows as over after one batch, or none;
+- so does any run whose checkpoint was saved where an epoch begins;
+- after the last batch of an epoch, and after one that failed, a total stays behind the others for good, and the next
+  checkpoint is taken for one of another hook.
+"""
+
+from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -6,13 +16,14 @@ from lightning.pytorch import Trainer
 def training_epoch(trainer: Trainer) -> int:
     """The epoch that Lightning tells samplers.
 
-    ``trainer.current_epoch`` is one behind it when a run of ``max_steps`` goes on from a checkpoint of an epoch's end.
+    ``trainer.current_epoch`` may be one behind it in a run of ``max_steps`` that goes on from an epoch's end.
     """
-    return trainer.fit_loop.epoch_progress.current.processed
+    epoch: int = trainer.fit_loop.epoch_progress.current.processed
+    return epoch
 
 
 class Progress:
-    """The batches of the epoch that a trainer is in.
+    """The counters of a trainer's epochs and batches.
 
     Args:
         trainer: of a fit.
@@ -23,12 +34,32 @@ class Progress:
 
     @property
     def batches(self) -> int:
-        """Those that the model was trained on; one that was fetched and then failed is not among them."""
-        return self._batches.current.processed
+        """Those of this epoch that the model was trained on; one that was fetched and then failed is not among them."""
+        count: int = self._batches.current.processed
+        return count
 
     def within(self, epoch: int) -> bool:
-        """Whether what was loaded from a checkpoint is in the middle of an epoch."""
+        """Whether the checkpoint that was loaded leaves batches of an epoch to come."""
         return training_epoch(self.trainer) == epoch and not self._batches.is_last_batch
+
+    def loaded(self, epoch: int) -> None:
+        """Where a checkpoint was loaded whose loaders were in ``epoch``: if that is over, let the next one be whole."""
+        epochs = self.trainer.fit_loop.epoch_progress
+        if training_epoch(self.trainer) <= epoch:
+            return
+        for counts in (epochs.current, epochs.total):
+            counts.completed = counts.processed
+        self._batches.reset_on_run()
+        self.trainer.fit_loop.epoch_loop.restarting = False
+
+    def began(self) -> None:
+        """Before the first batch of a fit or an epoch: let the totals agree."""
+        epochs, batches = self.trainer.fit_loop.epoch_progress, self._batches
+        if batches.current.ready != batches.current.completed or epochs.current.processed != epochs.current.completed:
+            return  # somebody else asks for batches, in the middle of a step or between two epochs
+        for counts in (epochs.current, epochs.total):
+            counts.ready = counts.started = counts.processed + 1
+        batches.total.ready = batches.total.started = batches.total.completed = batches.total.processed
 
     def move(self, by: int) -> None:
         """Count more or fewer batches, where those of the rest of the epoch have another size."""
@@ -37,5 +68,5 @@ class Progress:
             setattr(current, name, getattr(current, name) + by)
 
     @property
-    def _batches(self):  # type: ignore[no-untyped-def]  # Lightning's class is private
+    def _batches(self) -> Any:
         return self.trainer.fit_loop.epoch_loop.batch_progress

@@ -134,7 +134,7 @@ class Kill(Callback):
 
 
 def noted(folder, ranks=1):
-    """Step → (epoch, digests, indexes) of the global batch, what was noted last; of all ranks in turns."""
+    """Step → [epoch, digests, indexes] of the global batch, what was noted last; of all ranks in turns."""
     of_ranks = []
     for rank in range(ranks):
         lines = [json.loads(line) for line in (folder / f"rank{rank}").read_text().splitlines() if line]
@@ -149,7 +149,11 @@ def noted(folder, ranks=1):
 def train(folder, source, notes, *, ranks=1, workers=0, kill=0, save="steps", resume=False, **settings):
     """Fit; the weights at the end lie in ``notes/weights.pt``."""
     settings = {"max_epochs": 3} | settings
-    every = {"every_n_train_steps": 3} if save == "steps" else {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+    every = {
+        "each": {"every_n_train_steps": 1},
+        "steps": {"every_n_train_steps": 3},
+        "epochs": {"every_n_epochs": 1, "save_on_train_epoch_end": True},
+    }[save]
     saving = ModelCheckpoint(notes, filename="saved", save_last=True, save_top_k=1, monitor=None, **every)
     model = Learner(notes)
     trainer = quiet_trainer(

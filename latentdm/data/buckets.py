@@ -103,7 +103,7 @@ class BucketPlan:
         merged: the buckets that were given up, and how many images each had.
 
     Attributes:
-        bucket_of: ``n`` int32: each image's bucket, an index into ``shapes``.
+        bucket_of: ``n``: each image's bucket, an index into ``shapes``, as uint8 if that has room for it.
         counts: the number of images of each bucket.
     """
 
@@ -121,9 +121,11 @@ class BucketPlan:
         """The size to which an image of this size is cropped."""
         return self.shapes[int(self.buckets(np.array([[width, height]]))[0])]
 
-    def buckets(self, sizes: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+    def buckets(self, sizes: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
         """The bucket of each of some images, given their sizes ``n 2``: ``n`` indexes into ``shapes``."""
-        return np.searchsorted(self._between, np.log(sizes[:, 0] / sizes[:, 1])).astype(np.int32)
+        return np.searchsorted(self._between, np.log(sizes[:, 0] / sizes[:, 1])).astype(
+            np.min_scalar_type(len(self.shapes))
+        )
 
     def table(self) -> str:
         """The number of images of each bucket, for a person to read."""

@@ -112,7 +112,9 @@ class PixelLoader(DataLoader[Any]):
         state, self._state = self._state, None
         self._epoch, self._yielded = order.epoch, 0
         self._taken = state["steps"] if state and state["epoch"] == order.epoch else ()
-        self._trained = self.progress.batches if self.progress else 0
+        if self.progress:
+            self.progress.began()
+            self._trained = self.progress.batches
         order.taken = self._taken
         for batch in explained(super().__iter__(), self.dataset):
             self._yielded += 1
@@ -153,6 +155,8 @@ class PixelLoader(DataLoader[Any]):
                 f"{self.owner}: the run that goes on was begun with {told}. What these change is different from here "
                 "on; where it is the samples or the seed, the order is, and the rest of this epoch may repeat samples"
             )
+        if self.progress:
+            self.progress.loaded(state_dict["epoch"])
         self._fit_steps(state_dict["epoch"], state_dict["steps"])
 
     def _fit_steps(self, epoch: int, steps: Taken) -> None:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from latentdm.batch import LATENT_MASK, LATENTS, MASKED_LATENTS
+from latentdm.batch import INDEX, LATENT_MASK, LATENTS, MASKED_LATENTS, sample_ids
 from latentdm.draws import Draws
 from latentdm.errors import UserError
 from latentdm.extras import require
@@ -23,6 +23,7 @@ from latentdm.finetune.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer,
 from latentdm.finetune.sharding import shard
 from latentdm.frozen.weights import DTYPES
 from latentdm.pipelines import PipelineSource
+from latentdm.progress import training_epoch
 from latentdm.validation import Check
 
 FULL_RATE, LORA_RATE = 3e-6, 1e-4
@@ -273,16 +274,17 @@ class FineTune(LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The loss of a batch."""
-        step = self.trainer.fit_loop.total_batch_idx
-        return self._logged("train", batch, f"train{step}", prog_bar=True)
+        return self._logged("train", batch, batch_idx, training_epoch(self.trainer), prog_bar=True)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """The same, with the same noise and times in each validation."""
-        self._logged("val", batch, f"val{batch_idx}", sync_dist=True)
+        self._logged("val", batch, batch_idx, 0, sync_dist=True)
 
-    def _logged(self, stage: str, batch: Mapping[str, Any], draw: str, **settings: Any) -> Tensor:
+    def _logged(self, stage: str, batch: Mapping[str, Any], batch_idx: int, epoch: int, **settings: Any) -> Tensor:
         rows = range(len(batch[LATENTS]) if LATENTS in batch else 0)
-        draws = Draws(self.seed, 0, [f"{draw}.{self.global_rank}.{row}" for row in rows])
+        fallback = [f"{batch_idx}.{self.global_rank}.{row}" for row in rows]
+        ids = sample_ids(batch[INDEX], len(rows)) if rows and INDEX in batch else fallback
+        draws = Draws(self.seed, epoch, [f"{stage}.{i}" for i in ids])
         losses = self.losses(batch, draws)
         for name, loss in losses.items():
             self.log(f"{stage}/{name}", loss, batch_size=len(rows), **settings)
