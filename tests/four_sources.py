@@ -89,7 +89,9 @@ def digests(batch, *more):
         for name in sorted(batch):
             value = batch[name][row]
             whole.update(name.encode())
-            whole.update(value.contiguous().numpy().tobytes() if isinstance(value, torch.Tensor) else str(value).encode())
+            whole.update(
+                value.contiguous().numpy().tobytes() if isinstance(value, torch.Tensor) else str(value).encode()
+            )
         texts.append(whole.hexdigest())
     return texts
 
@@ -111,7 +113,9 @@ class Learner(LightningModule):
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         with (self.notes / f"rank{self.global_rank}").open("a") as file:
-            file.write(json.dumps([self.global_step, self.trainer.fit_loop.epoch_progress.current.processed, *self.seen]))
+            file.write(
+                json.dumps([self.global_step, self.trainer.fit_loop.epoch_progress.current.processed, *self.seen])
+            )
             file.write("\n")
 
     def validation_step(self, batch, batch_idx):

@@ -16,12 +16,9 @@ The exit status is 0 where nothing of this went wrong; memory is left to the rea
 import argparse
 import itertools
 import json
-import multiprocessing
-import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import threading
 from collections import Counter
@@ -33,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from witness import EPOCH_LENGTH, SOURCES, Run, rows, steps_seen, train, weights, write_data
+from witness import EPOCH_LENGTH, SOURCES, Run, rows, start, steps_seen, weights, write_data
 
 PATIENCE_S = 60
 LOOK_EVERY_S = 0.005
@@ -41,7 +38,6 @@ SOAK_SHARE = 0.3
 """Of the time, for the long runs."""
 COUNTS = ("kills", "resumes", "digest_mismatches", "weight_mismatches", "hangs", "failures", "leaked_descriptors")
 FAULTS = COUNTS[2:]
-context = multiprocessing.get_context("fork")  # a process of its own for every rank, without importing torch anew
 
 
 @dataclass(frozen=True)
@@ -197,29 +193,6 @@ class Torture:
             counts["leaked_descriptors"] += max(0, watched[-1]["descriptors"] - watched[0]["descriptors"])
             steps, resident = ([row[name] for row in watched] for name in ("step", "resident_kib"))
             self.slopes[source] = float(1000 * np.polyfit(steps, resident, 1)[0])
-
-
-def start(run):
-    """Start the processes of all ranks of a run."""
-    Path(run.folder).mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [context.Process(target=_rank, args=(run, rank, port)) for rank in range(run.ranks)]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def _rank(run, rank, port):
-    """The process of a rank: as Lightning would have launched it, with its output in a file."""
-    output = os.open(Path(run.folder) / f"output.{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    if run.ranks > 1:
-        os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(run.ranks)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    train(run)
 
 
 def main():

@@ -6,9 +6,12 @@ from the data module, and one with a digest of the final weights.
 """
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from hashlib import blake2b
@@ -254,6 +257,38 @@ def train(run):
     )
     saved = Path(run.folder) / "last.ckpt"
     trainer.fit(Model(), datamodule=datamodule(run), ckpt_path=str(saved) if saved.exists() else None)
+
+
+# ---------------------------------------------------------------- its processes
+
+context = multiprocessing.get_context("forkserver")  # where torch is imported once, in a process that does nothing else
+context.set_forkserver_preload(["witness"])
+
+
+def start(run):
+    """Start the processes of all ranks of a run; each prints into ``output.<rank>.txt`` in the run's folder."""
+    Path(run.folder).mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}  # for the server
+    processes = [context.Process(target=rank_process, args=(run, rank, port)) for rank in range(run.ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def rank_process(run, rank, port):
+    """What the process of a rank does: train as if Lightning had launched it."""
+    output = os.open(Path(run.folder) / f"output.{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    warnings.simplefilter("ignore")
+    if run.ranks > 1:
+        os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(run.ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    train(run)
 
 
 # ---------------------------------------------------------------- what was written

@@ -64,7 +64,20 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(folder, source, workers, s
 def test_a_run_moves_from_one_rank_to_two_to_four_and_back(folder, source, tmp_path):
     steps = {}
     for ranks, until in ((1, 2), (2, 4), (4, 7), (1, 12)):
-        run(folder, source, tmp_path, "--ranks", ranks, "--max-epochs", -1, "--max-steps", until, "--save", "each", "--resume")
+        run(
+            folder,
+            source,
+            tmp_path,
+            "--ranks",
+            ranks,
+            "--max-epochs",
+            -1,
+            "--max-steps",
+            until,
+            "--save",
+            "each",
+            "--resume",
+        )
         steps |= {step: seen for step, seen in noted(tmp_path, ranks).items() if step <= until}
         for rank in range(ranks):
             (tmp_path / f"rank{rank}").unlink()

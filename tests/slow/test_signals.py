@@ -9,10 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from running import ROOT
-from torture import start
-from witness import Run, steps_seen, weights, write_data
+from witness import Run, start, steps_seen, weights, write_data
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 PATIENCE_S = 100
 """Seconds for a process to start or to end on a busy machine."""
 STEPS, TROUBLE = 15, 8

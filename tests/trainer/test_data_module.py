@@ -145,7 +145,9 @@ class Writer(BasePredictionWriter):
 def test_a_prediction_writer_gets_the_samples_indexes(monkeypatch, workers, buckets):
     monkeypatch.setattr(Numbers, "bucket_of", buckets)
     writer = Writer()
-    predicted = trainer(callbacks=[writer]).predict(Recorder(), datamodule=NumbersData(batch_size=2, num_workers=workers))
+    predicted = trainer(callbacks=[writer]).predict(
+        Recorder(), datamodule=NumbersData(batch_size=2, num_workers=workers)
+    )
     assert writer.of_batches == [batch.tolist() for batch in predicted]
     assert writer.of_epoch == [writer.of_batches]
     assert sorted(index for batch in writer.of_batches for index in batch) == [0, 1, 2, 3, 4]

@@ -210,7 +210,9 @@ def test_a_foreign_loader_without_a_state_is_told_of_once(tmp_path):
     def trained(**settings):
         model = Learner(settings.pop("fail_at", None))
         datamodule = LatentDataModule(Photos(photo_columns(12)), PlainEncoder(noise_vae()))
-        trainer = quiet_trainer(max_epochs=2, limit_val_batches=0, enable_checkpointing="callbacks" in settings, **settings)
+        trainer = quiet_trainer(
+            max_epochs=2, limit_val_batches=0, enable_checkpointing="callbacks" in settings, **settings
+        )
         trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         return model
 
@@ -228,7 +230,9 @@ def test_a_foreign_loader_without_a_state_is_told_of_once(tmp_path):
 
 def test_a_state_travels_in_a_pickle_of_plain_values(tmp_path):
     fit(tmp_path, saving("exception", tmp_path), fail_at=5)
-    (state,) = torch.load(tmp_path / "saved.ckpt", weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    (state,) = torch.load(tmp_path / "saved.ckpt", weights_only=True)["loops"]["fit_loop"]["state_dict"][
+        "combined_loader"
+    ]
     assert state == {
         "epoch": 0,
         "steps": [[BATCH, 5]],

@@ -119,4 +119,3 @@ def test_drop_last_leaves_whole_steps_and_counts_the_rest():
     assert sum(map(len, batches[0])) * 2 == sum(count // (2 * BATCH) * 2 * BATCH for count in PLAN.counts) < COUNT
     assert len(sampler) == len(batches[0])
     assert len(planned(53, drop_last=True)[1][0]) > 0  # nothing would be left: all are kept
-
