@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import warnings
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -210,7 +211,11 @@ class Witness(Callback):
         if trainer.global_step % WATCH_EVERY == 0:
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
             self.write(trainer, resident_kib=resident, descriptors=len(os.listdir("/proc/self/fd")))
-        if trainer.global_step == self.run.trouble_step and self.run.trouble_rank in (-1, trainer.global_rank):
+        if (
+            self.run.trouble
+            and trainer.global_step == self.run.trouble_step
+            and self.run.trouble_rank in (-1, trainer.global_rank)
+        ):
             self.make_trouble(trainer)
 
     def make_trouble(self, trainer):
@@ -248,7 +253,7 @@ def train(run):
         max_steps=run.steps,
         max_epochs=run.epochs,
         limit_val_batches=0,
-        callbacks=[GracefulStop(), Witness(run), checkpoint],
+        callbacks=[Witness(run), GracefulStop(), checkpoint],
         plugins=[WholeCheckpoints()],
         default_root_dir=run.folder,
         logger=False,
@@ -289,6 +294,15 @@ def rank_process(run, rank, port):
         os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(run.ranks)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     train(run)
+
+
+def save_for_ever(path, temporary):
+    """Write a checkpoint over and over, with the system's temporary folder in another place."""
+    tempfile.tempdir = temporary
+    state = {"weights": torch.zeros(2**23)}
+    while True:
+        state["weights"] += 1
+        WholeCheckpoints().save_checkpoint(state, path)
 
 
 # ---------------------------------------------------------------- what was written

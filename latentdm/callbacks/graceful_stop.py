@@ -44,15 +44,18 @@ class GracefulStop(Callback):
         self.told: signal.Signals | None = None
         self._stop: Callable[[int, Any], Any] | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over from Lightning, which takes them back at the end of the stage."""
         stop = signal.getsignal(signal.SIGTERM)
-        if current_thread() is not main_thread() or not callable(stop):
-            return  # where Lightning has no handler either
+        if current_thread() is not main_thread() or not callable(stop) or stop == self._note:
+            return  # where Lightning has no handler either, or within a fit that has done this
         self._stop = stop
         signal.signal(signal.SIGTERM, self._note)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a shell
             signal.signal(signal.SIGINT, self._note)
+
+    # Whichever comes first: Lightning has its own handler after `setup` alone.
+    on_sanity_check_start = on_validation_start = on_test_start = on_predict_start = on_train_start
 
     def _note(self, number: int, frame: Any) -> None:
         """The signals' handler."""
