@@ -33,8 +33,8 @@ def undisturbed(data):
     return runs
 
 
-def run_of(data, folder, **settings):
-    return Run("buckets", str(data), str(folder), steps=STEPS, timeout_s=TIMEOUT_S, **settings)
+def run_of(data, folder, timeout_s=TIMEOUT_S, **settings):
+    return Run("buckets", str(data), str(folder), steps=STEPS, timeout_s=timeout_s, **settings)
 
 
 def end(processes):
@@ -156,15 +156,24 @@ def test_a_rank_that_is_gone_ends_the_other_with_an_error(trouble, status, rank,
     goes_on_as(run, undisturbed[2])
 
 
-@pytest.mark.parametrize(("trouble", "status"), [("SIGTERM", 128 + signal.SIGTERM), ("SIGSTOP", None)])
-def test_the_same_under_lightnings_launcher(trouble, status, data, undisturbed, tmp_path):
+@pytest.mark.parametrize(
+    ("trouble", "status", "saved"), [("SIGTERM", 128 + signal.SIGTERM, TROUBLE), ("SIGSTOP", None, 5)]
+)
+def test_the_same_under_lightnings_launcher(trouble, status, saved, data, undisturbed, tmp_path):
     """The first rank is the process that a person started, and the second its child."""
-    run = run_of(data, tmp_path / "run", ranks=2, save_every=5, trouble=trouble, trouble_step=TROUBLE, trouble_rank=1)
+    timeout_s = 4 * TIMEOUT_S  # which is also the time that the second process has to start
+    trouble_there = {"trouble": trouble, "trouble_step": TROUBLE, "trouble_rank": 1}
+    run = run_of(data, tmp_path / "run", timeout_s, ranks=2, save_every=5, **trouble_there)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         run.command(), env=environment, capture_output=True, text=True, timeout=PATIENCE_S, start_new_session=True
     )
-    assert done.returncode == status if status else done.returncode != 0, done.stderr
+    if status is None:
+        assert done.returncode == 1, done.stderr
+        assert "another rank ended" in done.stderr
+    else:
+        assert done.returncode == status, done.stderr
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == saved
     goes_on_as(run, undisturbed[2])
 
 
