@@ -232,6 +232,10 @@ class Witness(Callback):
         whole = [getattr(weight, "full_tensor", lambda weight=weight: weight)() for weight in pl_module.parameters()]
         self.write(trainer, weights=digest(*whole))
 
+    def teardown(self, trainer, pl_module, stage):
+        if self.run.strategy == "ddp_spawn":  # gloo's threads may end a process by SIGABRT that leaves them behind
+            torch.distributed.destroy_process_group()
+
 
 def train(run):
     """Run it, from its last checkpoint if there is one."""
@@ -294,6 +298,8 @@ def rank_process(run, rank, port):
         os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(run.ranks)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     train(run)
+    if run.ranks > 1:
+        torch.distributed.destroy_process_group()
 
 
 def save_for_ever(path, temporary):
