@@ -11,9 +11,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from latentdm.batch import CAPTION, EPOCH, INDEX, PIXELS, sample_ids
-from latentdm.progress import training_epoch
 from latentdm.draws import Draws, FreshDraws
 from latentdm.errors import UserError, attributed
+from latentdm.progress import training_epoch
 from latentdm.tensors import describe
 
 HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")

@@ -18,7 +18,7 @@ def training_epoch(trainer: Trainer) -> int:
 
     ``trainer.current_epoch`` may be one behind it in a run of ``max_steps`` that goes on from an epoch's end.
     """
-    epoch: int = trainer.fit_loop.epoch_progress.current.processed
+    epoch: int = _epochs(trainer).current.processed
     return epoch
 
 
@@ -44,7 +44,7 @@ class Progress:
 
     def loaded(self, epoch: int) -> None:
         """Where a checkpoint was loaded whose loaders were in ``epoch``: if that is over, let the next one be whole."""
-        epochs = self.trainer.fit_loop.epoch_progress
+        epochs = _epochs(self.trainer)
         if training_epoch(self.trainer) <= epoch:
             return
         for counts in (epochs.current, epochs.total):
@@ -54,7 +54,7 @@ class Progress:
 
     def began(self) -> None:
         """Before the first batch of a fit or an epoch: let the totals agree."""
-        epochs, batches = self.trainer.fit_loop.epoch_progress, self._batches
+        epochs, batches = _epochs(self.trainer), self._batches
         if batches.current.ready != batches.current.completed or epochs.current.processed != epochs.current.completed:
             return  # somebody else asks for batches, in the middle of a step or between two epochs
         for counts in (epochs.current, epochs.total):
@@ -70,3 +70,7 @@ class Progress:
     @property
     def _batches(self) -> Any:
         return self.trainer.fit_loop.epoch_loop.batch_progress
+
+
+def _epochs(trainer: Trainer) -> Any:
+    return trainer.fit_loop.epoch_progress

@@ -83,8 +83,13 @@ class Network:
         return posterior
 
     def activation_bytes(self, size: Sequence[int]) -> int:
-        """Of the first convolution's output for one image ``h w`` (or ``f h w``): nothing later is larger by far."""
-        return self._first_channels * prod(size) * self._weights.first.element_size()
+        """Of the first convolution's output for one image ``h w`` (or ``f h w``): nothing later is larger by far.
+
+        Twice that in the contiguous layout, of which a CPU's convolutions make a copy in one of their own.
+        """
+        weights = self._weights
+        copies = 2 if weights.layout(weights.first.dtype) == torch.contiguous_format else 1
+        return copies * self._first_channels * prod(size) * weights.first.element_size()
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ class Rows:
         """A part's records, of files of its own."""
         dataset = self.dataset if parts == 1 else self.dataset.shard(parts, part, contiguous=False)
         if shuffle:
-            dataset = dataset.shuffle(seed=turn % 2**32, buffer_size=1)  # files alone: samples are drawn from our buffer
+            dataset = dataset.shuffle(
+                seed=turn % 2**32, buffer_size=1
+            )  # files alone: samples are drawn from our buffer
         # Not by iterating over it: within a worker that would split it once more.
         for number, batch in enumerate(dataset.iter(batch_size=1)):
             row = {column: values[0] for column, values in batch.items()}
@@ -139,7 +141,7 @@ class HuggingFaceData(StreamDataModule):
         epoch_length: training images an epoch of a stream, on all devices together.
         val_length: validation images of a stream.
         shuffle_buffer: images of a stream that are held, as files, over all parts, and drawn from.
-        parts: in how many a stream is read at most; the order follows from it. Fewer with less than eight files each.
+        parts: in how many a stream is read at most; the order follows from it. Fewer with less than eight files a part.
         alpha: keep transparency as a fourth channel.
         flip: mirror half of the training images, drawn for each sample and epoch.
         num_workers: processes that read images.

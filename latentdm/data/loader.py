@@ -16,8 +16,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, get_worker_info
 
 from latentdm.data.order import GlobalOrder, Taken
-from latentdm.progress import Progress
 from latentdm.errors import RunError, UserError
+from latentdm.progress import Progress
 
 WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 """How PyTorch's error begins."""

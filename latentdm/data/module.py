@@ -14,10 +14,10 @@ from latentdm.data.dataset import PixelDataset, Sample, collate
 from latentdm.data.geometry import ResizeCrop, Target, square
 from latentdm.data.loader import PixelLoader, Reading, explanation
 from latentdm.data.order import GlobalOrder, InOrder, RankBatches
-from latentdm.progress import Progress
 from latentdm.data.skips import Skips
 from latentdm.draws import sample_seed
 from latentdm.errors import UserError, attributed
+from latentdm.progress import Progress
 from latentdm.validation import Check
 
 ON_ERROR = ("raise", "skip")

@@ -117,7 +117,7 @@ class GlobalOrder(DistributedSampler[list[Key]]):
         seed: the run's seed.
 
     Attributes:
-        taken: what the next iteration leaves out.
+        taken: what iterations leave out.
     """
 
     shuffled = True
@@ -162,8 +162,7 @@ class GlobalOrder(DistributedSampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         """This rank's batches of the epoch, without those that were ``taken``."""
-        taken, self.taken = self.taken, ()
-        return self.batches(self.epoch, taken)
+        return self.batches(self.epoch, self.taken)
 
     def batches(self, epoch: int, taken: Taken = ()) -> Iterator[list[Key]]:
         """This rank's batches of any epoch, of what is left of it."""
@@ -215,7 +214,7 @@ class GlobalOrder(DistributedSampler[list[Key]]):
         return steps
 
 
-class InOrder(GlobalOrder, SequentialSampler):
+class InOrder(GlobalOrder, SequentialSampler):  # type: ignore[misc]  # which yields numbers
     """A `GlobalOrder` that is the dataset's own, in every epoch: of validation, and of ``overfit_batches``.
 
     It derives from ``SequentialSampler``, by which Lightning knows that there is no shuffling to turn off.
@@ -227,10 +226,10 @@ class InOrder(GlobalOrder, SequentialSampler):
 class RankBatches(BatchSampler):
     """The batches of a `GlobalOrder`, as a batch sampler that Lightning can take apart to note what is predicted."""
 
-    sampler: GlobalOrder
+    sampler: GlobalOrder  # type: ignore[assignment]  # which yields batches itself
 
     def __init__(self, sampler: GlobalOrder, batch_size: int, drop_last: bool = False) -> None:
-        super().__init__(sampler, batch_size, drop_last)  # type: ignore[arg-type]  # which yields batches itself
+        super().__init__(sampler, batch_size, drop_last)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         """The number of batches of an epoch, the same on every rank."""

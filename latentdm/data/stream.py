@@ -33,14 +33,11 @@ Item = Record | SampleError
 
 
 class Items(Protocol):
-    """The records of a stream.
-
-    Attributes:
-        files: how many shards or files it has.
-    """
+    """The records of a stream."""
 
     @property
-    def files(self) -> int: ...
+    def files(self) -> int:
+        """How many shards or files it has."""
 
     def __call__(self, part: int, parts: int, turn: int, shuffle: bool) -> Iterator[Item]:
         """One pass over a part of the stream; the parts among them see every sample once.
@@ -94,6 +91,8 @@ class StreamImages(PixelDataset):
         seed: the order follows from it.
         parts: the most in which training reads the stream.
     """
+
+    parts: int
 
     def __init__(
         self,
@@ -179,8 +178,8 @@ class StreamDataModule(PictureDataModule):
         epoch_length: training images an epoch of a stream, on all devices together.
         val_length: validation images of a stream.
         shuffle_buffer: images of a stream that are held, as files, over all its parts, and drawn from.
-        parts: in how many a stream is read at most: by different ranks and workers, without a change of the order, which
-            follows from their number. With less than eight files a part there are fewer.
+        parts: in how many a stream is read at most, whatever the ranks and workers; the order follows from it. With
+            less than eight files a part there are fewer.
         settings: of `PictureDataModule`.
 
     Raises:

@@ -108,7 +108,8 @@ class WebDatasetData(StreamDataModule):
         val_length: validation images.
         columns: our name → the ending of its files where it is another one: ``{mask: seg.png}``.
         shuffle_buffer: images that are held, as files, over all parts, and drawn from; 0: only shards are shuffled.
-        parts: in how many the shards are read at most; the order follows from it. Fewer with less than eight shards each.
+        parts: in how many the shards are read at most; the order follows from it. Fewer with less than eight shards a
+            part.
         alpha: keep transparency as a fourth channel.
         flip: mirror half of the training images, drawn for each sample and epoch.
         num_workers: processes that read images.

@@ -282,9 +282,10 @@ class FineTune(LightningModule):
 
     def _logged(self, stage: str, batch: Mapping[str, Any], batch_idx: int, epoch: int, **settings: Any) -> Tensor:
         rows = range(len(batch[LATENTS]) if LATENTS in batch else 0)
-        fallback = [f"{batch_idx}.{self.global_rank}.{row}" for row in rows]
-        ids = sample_ids(batch[INDEX], len(rows)) if rows and INDEX in batch else fallback
-        draws = Draws(self.seed, epoch, [f"{stage}.{i}" for i in ids])
+        of_rank = [f"{self.global_rank}.{row}" for row in rows]
+        ids = sample_ids(batch[INDEX], len(rows)) if rows and INDEX in batch else of_rank
+        # with the step, for data sets that repeat their few pictures within an epoch
+        draws = Draws(self.seed, epoch, [f"{stage}{batch_idx}.{i}" for i in ids])
         losses = self.losses(batch, draws)
         for name, loss in losses.items():
             self.log(f"{stage}/{name}", loss, batch_size=len(rows), **settings)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import bucket_ranks
 import pytest
-from bucket_ranks import BATCH, COUNT, PLAN, SIZES
+from bucket_ranks import BATCH, PLAN, SIZES
 from data_helpers import NumbersData, Recorder, trainer
 from helpers import LatentModel, quiet_trainer
 from PIL import Image

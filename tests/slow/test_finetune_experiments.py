@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import complains
 from hydra.errors import HydraException
+from PIL import Image
 from running import ROOT, compose_example, run_example
 from tiny_pipelines import EXPERIMENTS, experiment_stand_in, photographs, save_pipeline
 
@@ -104,6 +105,24 @@ def test_the_preview_shows_what_the_model_will_be_given(workplace, capsys):
     overrides += experiment_stand_in(overrides, workplace)
     assert latentdm.cli.main(["preview", *overrides]) == 0
     assert (workplace / "preview.png").exists()
+
+
+def test_pairs_of_before_and_after_train_and_are_shown(workplace):
+    """The model is shown the sources: the loss and the preview differ from those without them."""
+    overrides = ["experiment=sd15_inpaint", "masks=batch", *PHOTOS, *FAST, "pixels.size=64"]
+    overrides += experiment_stand_in(overrides, workplace)
+    seen = []
+    for paired in (False, True):
+        for mask in (workplace / "photos").glob("*-mask.png") if paired else ():
+            Image.new("RGB", (150, 150), (200, 30, 30)).save(str(mask).replace("-mask", "-source"))
+        losses = run_example(overrides, workplace / f"paired={paired}")
+        assert latentdm.cli.main(["preview", *overrides]) == 0
+        with Image.open(workplace / "preview.png") as preview:
+            seen.append((losses["first"], preview.width))
+    (loss, width), (paired_loss, paired_width) = seen
+    assert loss != paired_loss
+    assert paired_width > width, "no column shows the source"
+    assert picture(diffusers.DiffusionPipeline.from_pretrained(workplace / "paired=True/pipeline")).shape
 
 
 @pytest.mark.parametrize(

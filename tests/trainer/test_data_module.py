@@ -215,7 +215,7 @@ def test_a_run_that_skips_samples_ends_with_a_report(tmp_path, workers):
         (photos / f"{number:02}.png").write_bytes(b"broken")
     Image.new("RGB", (10, 10)).save(photos / "val" / "1.png")
     data = ImageFolderData(
-        photos, size=8, batch_size=7, val_root=photos / "val", on_error="skip", max_skipped_share=1, num_workers=workers
+        photos, size=8, batch_size=6, val_root=photos / "val", on_error="skip", max_skipped_share=1, num_workers=workers
     )
     with pytest.warns(UserWarning, match=r"ImageFolderData: 3 of 13 samples could not be read .*skipped_sam") as caught:
         fit(data, default_root_dir=tmp_path)

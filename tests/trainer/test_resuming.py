@@ -14,6 +14,11 @@ from latentdm import LatentDataModule, PlainEncoder
 from latentdm.data import PixelDataModule, PixelDataset
 from latentdm.draws import sample_generator
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint:UserWarning"),
+]
 COUNT, BATCH = 26, 4
 STEPS = COUNT // BATCH  # an epoch's
 
@@ -116,7 +121,6 @@ def resumed_equals_straight(kind, tmp_path, at, **settings):
     return straight, rest, saved
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 @pytest.mark.parametrize("kind", ["steps", "epochs", "validation", "exception", "callback"])
 @pytest.mark.parametrize("run", RUNS)
 def test_a_fit_goes_on_from_any_checkpoint_of_any_run(run, kind, tmp_path):
@@ -124,7 +128,6 @@ def test_a_fit_goes_on_from_any_checkpoint_of_any_run(run, kind, tmp_path):
     assert torch.equal(rest.scale, straight.scale)
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 @pytest.mark.parametrize("kind", ["steps", "epochs", "validation", "exception"])
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "plain"])
 @pytest.mark.parametrize("run", ["epochs", "steps"])
@@ -135,14 +138,12 @@ def test_and_with_any_setting(setting, kind, run, tmp_path):
     resumed_equals_straight(kind, tmp_path, 2 * STEPS - 3, **settings)
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 @pytest.mark.parametrize("kind", ["steps", "epochs", "exception"])
 @pytest.mark.parametrize("data", [{"buckets": True}, {"num_workers": 2}], ids=["buckets", "workers"])
 def test_and_with_buckets_or_workers(data, kind, tmp_path):
     resumed_equals_straight(kind, tmp_path, 10, data=data, **RUNS["steps"])
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 @pytest.mark.parametrize("at", [1, STEPS - 1, STEPS, STEPS + 1])
 @pytest.mark.parametrize("kind", ["exception", "callback"])
 def test_at_either_side_of_an_epoch_s_end(kind, at, tmp_path):
@@ -179,15 +180,23 @@ def test_two_fits_one_after_the_other_see_the_same(settings):
     assert seen[0] == seen[1]
 
 
-def test_a_resumed_fit_may_be_resumed_again(tmp_path):
-    straight = fit()
+@pytest.mark.parametrize(
+    "stops",
+    [
+        [("exception", 3), ("callback", 2), ("callback", 3), ("exception", 1)],
+        [("callback", STEPS), ("callback", 2), ("exception", 2)],
+        [("exception", STEPS - 1), ("callback", 1), ("callback", 1)],
+    ],
+)
+@pytest.mark.parametrize("run", ["epochs", "steps"])
+def test_a_resumed_fit_may_be_resumed_again(run, stops, tmp_path):
+    straight = fit(**RUNS[run])
     trained, path = [], None
-    for at in (3, 5, 2):
-        some = fit(tmp_path, saving("exception", tmp_path), fail_at=at, ckpt_path=path)
+    for kind, at in stops:
+        some = fit(tmp_path, saving(kind, tmp_path), at, kind == "callback", path, **RUNS[run])
         trained += some.trained
-        path = tmp_path / "saved.ckpt"
-        path = path.rename(tmp_path / f"{len(trained)}.ckpt")
-    assert trained + fit(ckpt_path=path).trained == straight.trained
+        path = (tmp_path / "saved.ckpt").rename(tmp_path / f"{len(trained)}.ckpt")
+    assert trained + fit(ckpt_path=path, **RUNS[run]).trained == straight.trained
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
@@ -220,11 +229,13 @@ def test_a_foreign_loader_without_a_state_is_told_of_once(tmp_path):
     with pytest.raises(Stopped):
         trained(fail_at=4, callbacks=saving("exception", tmp_path))
     ckpt_path = tmp_path / "saved.ckpt"
-    with pytest.warns(UserWarning) as caught:
+    with (
+        pytest.warns(UserWarning, match="your dataloader is not resumable"),  # Lightning's
+        pytest.warns(UserWarning, match="goes on after 4 batches of this epoch") as caught,
+    ):
         trained()
     texts = [str(warning.message) for warning in caught]
     (ours,) = [text for text in texts if text.startswith("LatentDataModule")]
-    assert "4 batches of this epoch" in ours
     assert "torchdata.stateful_dataloader.StatefulDataLoader" in ours
 
 

@@ -36,7 +36,7 @@ def tried(monkeypatch):
     """An autoencoder whose cache holds two images of 32² in float32, and the sizes of its chunks."""
     autoencoder, sizes = tiny_kl(), []
     channels = autoencoder.encoder.conv_in.out_channels
-    monkeypatch.setattr("latentdm.frozen.chunks.CACHE_BYTES", 2 * channels * 32 * 32 * 4)
+    monkeypatch.setattr("latentdm.frozen.chunks.CACHE_BYTES", 2 * 2 * channels * 32 * 32 * 4)
     autoencoder.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     return autoencoder, sizes
 
@@ -45,7 +45,7 @@ def tried(monkeypatch):
     ("side", "dtype", "expected"),
     [
         (32, "float32", [2, 2, 1]),
-        (32, "bfloat16", [4, 1]),  # half the bytes
+        (48, "bfloat16", [3, 2]),  # half the bytes, and no copy of them in another layout
         (16, "float32", [5]),
         (64, "float32", [1] * 5),
     ],

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from latentdm.batch import EPOCH
 from latentdm.data import ImageFolderData, PixelDataModule
 
 SIZES = ("original_size", "crop_top_left", "target_size")
@@ -70,7 +71,7 @@ def test_the_images_of_a_folder_sorted_and_recursive(photos):
 def test_a_batch(photos):
     noise(photos / "a" / "0-mask.png")
     batch = next(iter(loaded(photos, masks="ignore").train_dataloader()))
-    assert set(batch) == {"pixels", "index", "name", "caption", *SIZES}
+    assert set(batch) == {"pixels", "index", "name", "caption", EPOCH, *SIZES}
     assert batch["pixels"].shape == (4, 3, 16, 16)
     assert batch["pixels"].dtype == torch.uint8
     assert batch["index"].dtype == torch.int64

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from running import add_file, quiet_datasets
 
+from latentdm.batch import EPOCH
 from latentdm.data import HuggingFaceData, SampleError, WebDatasetData
 from latentdm.data.stream import own_share, stable_index
 
@@ -55,7 +56,7 @@ def hub(path, **settings):
 
 def test_a_batch_of_a_data_set(rows):
     batch = next(iter(hub(rows).train_dataloader()))
-    assert set(batch) == {"pixels", "mask", "index", "name", "caption", "score", "_epoch", *SIZES}
+    assert set(batch) == {"pixels", "mask", "index", "name", "caption", "score", EPOCH, *SIZES}
     assert batch["pixels"].shape == (4, 3, SIZE, SIZE)
     assert batch["pixels"].dtype == batch["mask"].dtype == torch.uint8
     assert batch["score"].dtype.is_floating_point
@@ -202,7 +203,7 @@ def flat(nested):
 
 def test_a_batch_of_shards(shards):
     batch = next(iter(tars(shards).train_dataloader()))
-    assert set(batch) == {"pixels", "mask", "index", "name", "caption", "width", "tags", "_epoch", *SIZES}
+    assert set(batch) == {"pixels", "mask", "index", "name", "caption", "width", "tags", EPOCH, *SIZES}
     for row in range(3):
         number = level(batch["pixels"][row])
         assert batch["index"][row] == stable_index(f"in/{number:03}")

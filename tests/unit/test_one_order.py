@@ -3,6 +3,8 @@
 import pytest
 from four_sources import COUNT, GLOBAL_BATCH, SOURCES, digests, latent_data, pixels, write_sources
 
+from latentdm.batch import EPOCH
+
 EPOCHS = 2
 
 
@@ -37,6 +39,7 @@ def steps(folder, source, ranks=1, workers=0, epoch=0, state=None):
     return [[sample for row in zip(*step, strict=True) for sample in row] for step in zip(*of_ranks, strict=True)]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes:UserWarning")
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_step_is_the_same_on_any_number_of_ranks_and_workers(folder, source):
     alone = steps(folder, source)
@@ -68,11 +71,11 @@ def test_the_epoch_travels_with_training_samples_as_far_as_the_encoder(folder):
     loader = loader_of(data)
     loader.sampler.set_epoch(4)
     batch = next(iter(loader))
-    assert batch["_epoch"].tolist() == [4] * GLOBAL_BATCH
+    assert batch[EPOCH].tolist() == [4] * GLOBAL_BATCH
     made = data.process(dict(batch), "cpu")
     assert set(made) >= {"latents", "index"}
-    assert "_epoch" not in made
-    assert "_epoch" not in next(iter(pixels_of(folder).predict_dataloader()))
+    assert EPOCH not in made
+    assert EPOCH not in next(iter(pixels_of(folder).predict_dataloader()))
 
 
 def pixels_of(folder):

@@ -1,8 +1,8 @@
-"""Train the demo VAE that ships in this folder.
+"""Train the demo VAE that ships in latentdm/demo_vae.
 
 The shipped weights come from this command, every option at its default (CPU only; about twelve minutes on two cores)::
 
-    python -m latentdm.demo_vae.train
+    python scripts/train_demo_vae.py
 
 The network sees only the left two thirds of each photograph; the reconstruction PSNR printed at the end is measured on
 the right thirds, with the weights read back from disk.
@@ -22,9 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import latentdm.demo_vae
 from latentdm.data.photographs import photographs
 
 AutoencoderKL: Any = diffusers.AutoencoderKL  # its annotations hide that it is a torch module
+
+FOLDER = Path(latentdm.demo_vae.__path__[0])
 
 WIDTHS = (32, 32, 64, 96)
 """Most of the time goes into the full-resolution layers, so that width is cheap only where the image is small."""
@@ -211,7 +214,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=SCHEDULE_STEPS, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and noise")
     parser.add_argument("--save-every", type=int, default=1000, help="steps between two saves")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder to write")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder to write")
     arguments = parser.parse_args()
     train(arguments.steps, arguments.seed, arguments.output, arguments.save_every)
     evaluate(arguments.output)
