@@ -34,6 +34,8 @@ from witness import EPOCH_LENGTH, SOURCES, Run, rows, start, steps_seen, weights
 
 PATIENCE_S = 60
 LOOK_EVERY_S = 0.005
+TRIES = 2
+"""Runs that are killed for one that is not."""
 SOAK_SHARE = 0.3
 """Of the time, for the long runs."""
 COUNTS = ("kills", "resumes", "digest_mismatches", "weight_mismatches", "hangs", "failures", "leaked_descriptors")
@@ -94,7 +96,8 @@ class Torture:
         for variant, source in itertools.cycle(rounds):
             if self.killed_enough.is_set():
                 break
-            self.try_one(source, variant)
+            for _ in range(TRIES):
+                self.try_one(source, variant)
         for source in SOURCES:
             self.soak(source)
         total = sum(self.counts.values(), Counter(dict.fromkeys(COUNTS, 0)))
@@ -188,10 +191,13 @@ class Torture:
         counts = self.counts[source]
         self.finish([process], counts, [128 + signal.SIGTERM])
         watched = [row for _, row in rows(run) if "resident_kib" in row]
-        watched = watched[len(watched) // 3 :]  # allocators and caches fill at first
-        if len(watched) > 2:
-            counts["leaked_descriptors"] += max(0, watched[-1]["descriptors"] - watched[0]["descriptors"])
-            steps, resident = ([row[name] for row in watched] for name in ("step", "resident_kib"))
+        early, late = watched[: len(watched) // 2], watched[len(watched) // 2 :]
+        if len(early) > 2:
+            # The fewest: a shard that is being read is open, and is closed again.
+            before, after = (min(row["descriptors"] for row in some) for some in (early, late))
+            counts["leaked_descriptors"] += max(0, after - before)
+            # The second half: at first allocators and caches fill.
+            steps, resident = ([row[name] for row in late] for name in ("step", "resident_kib"))
             self.slopes[source] = float(1000 * np.polyfit(steps, resident, 1)[0])
 
 
