@@ -77,11 +77,10 @@ class Torture:
     def __init__(self, minutes, folder, seed=0):
         self.folder = Path(folder)
         self.random = random.Random(seed)
-        self.over, self.killed_enough = threading.Event(), threading.Event()
-        for event, share in ((self.killed_enough, 1 - SOAK_SHARE), (self.over, 1)):
-            timer = threading.Timer(60 * minutes * share, event.set)
-            timer.daemon = True
-            timer.start()
+        self.killed_enough = threading.Event()
+        timer = threading.Timer(60 * minutes * (1 - SOAK_SHARE), self.killed_enough.set)
+        timer.daemon = True
+        timer.start()
         self.soak_s = 60 * minutes * SOAK_SHARE / len(SOURCES)
         self.counts = {source: Counter(dict.fromkeys(COUNTS, 0)) for source in SOURCES}
         self.slopes = dict.fromkeys(SOURCES)
@@ -97,7 +96,8 @@ class Torture:
             if self.killed_enough.is_set():
                 break
             for _ in range(TRIES):
-                self.try_one(source, variant)
+                if not self.killed_enough.is_set():
+                    self.try_one(source, variant)
         for source in SOURCES:
             self.soak(source)
         total = sum(self.counts.values(), Counter(dict.fromkeys(COUNTS, 0)))
