@@ -42,6 +42,7 @@ from latentdm.masks import RandomMask
 
 SOURCES = ("folder", "buckets", "huggingface", "webdataset")
 IMAGES, SHARDS, EPOCH_LENGTH, SIZE = 27, 3, 24, 32
+END_OF_STEP = ("exception", "disk", "SIGTERM", "SIGINT", "SIGKILL", "SIGSTOP")
 WATCH_EVERY = 20
 """Steps from one look at memory and descriptors to the next."""
 FULL_AT = 12_000
@@ -66,7 +67,7 @@ class Run:
         timeout_s: for which a rank waits for another.
         strategy: Lightning's, or ``"fsdp2"``; None: alone, or DDP.
         accelerator: Lightning's.
-        trouble: ``"exception"``, ``"disk"``, ``"SIGTERM"``, ``"SIGINT"`` or ``"SIGKILL"``: what happens …
+        trouble: one of ``END_OF_STEP``, or ``"exception within"`` the step that follows: what happens …
         trouble_step: … at the end of this step …
         trouble_rank: … on this rank, or on all (-1).
     """
@@ -217,6 +218,10 @@ class Witness(Callback):
             and self.run.trouble_rank in (-1, trainer.global_rank)
         ):
             self.make_trouble(trainer)
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if self.run.trouble == "exception within" and trainer.global_step == self.run.trouble_step:
+            raise ArithmeticError("trouble in the middle of a step")
 
     def make_trouble(self, trainer):
         if self.run.trouble == "exception":
