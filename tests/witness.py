@@ -213,7 +213,7 @@ class Witness(Callback):
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
             self.write(trainer, resident_kib=resident, descriptors=len(os.listdir("/proc/self/fd")))
         if (
-            self.run.trouble
+            self.run.trouble in END_OF_STEP
             and trainer.global_step == self.run.trouble_step
             and self.run.trouble_rank in (-1, trainer.global_rank)
         ):

@@ -14,7 +14,7 @@ from witness import Run, context, save_for_ever, start, steps_seen, weights, wri
 
 PATIENCE_S = 100
 """Seconds for a process to start or to end on a busy machine."""
-STEPS, TROUBLE = 15, 8
+STEPS, TROUBLE = 15, 6
 TIMEOUT_S = 10
 
 
