@@ -108,7 +108,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     callbacks, loggers = (list(instantiate(cfg.get(group) or {}).values()) for group in ("callbacks", "logger"))
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
     first = validation_loss(trainer, model, datamodule)
-    trainer.fit(model, datamodule)
+    trainer.fit(model, datamodule, ckpt_path=cfg.ckpt_path)
     last = validation_loss(trainer, model, datamodule)
     if trainer.is_global_zero:
         batches = trainer.global_step * trainer.accumulate_grad_batches * trainer.world_size

@@ -51,6 +51,8 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
     },
     "callbacks/EncodeMonitor": {
     },
+    "callbacks/GracefulStop": {
+    },
     "callbacks/LatentPreview": {
         "every_n_steps": (int, 500), "samples": (int, 4), "caption": (int | str | None, None),
         "dirpath": (str | None, None),

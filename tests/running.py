@@ -34,7 +34,7 @@ def compose_example(overrides, output_dir):
 
 def run_example(overrides, output_dir):
     """One step of train_example.py: in this process, or as a script where Lightning starts more processes."""
-    if "trainer=ddp" in overrides:
+    if {"trainer=ddp", "trainer=fsdp2"} & set(overrides):
         return run_script([*overrides, "debug=step"], output_dir)
     return train_example.train(compose_example([*overrides, "debug=step"], output_dir))
 

@@ -20,6 +20,7 @@ from latentdm.finetune.checks import check_batch, check_latents, check_scaling, 
 from latentdm.finetune.lora import Lora
 from latentdm.finetune.objectives import Objective
 from latentdm.finetune.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, make_optimizer
+from latentdm.finetune.sharding import shard
 from latentdm.frozen.weights import DTYPES
 from latentdm.pipelines import PipelineSource
 from latentdm.progress import training_epoch
@@ -184,7 +185,7 @@ class FineTune(LightningModule):
     # ---------------------------------------------------------------- loading
 
     def configure_model(self) -> None:
-        """Load the denoiser, once; add the adapter of a LoRA."""
+        """Load the denoiser, once; add the adapter of a LoRA; under ModelParallelStrategy split it over the ranks."""
         if self.network is not None:
             return
         import diffusers
@@ -201,6 +202,8 @@ class FineTune(LightningModule):
             network.train()
             if self.lora.active:
                 self.lora.add_to(network, self.lora_targets, self.owner)
+        if self.device_mesh is not None:
+            shard(network, self.device_mesh, self.owner)
         self.network = network
 
     def _adapt(self, network: Any) -> None:

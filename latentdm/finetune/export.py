@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from torch import Tensor
+
 from latentdm.errors import UserError
 from latentdm.finetune.lora import adapter_metadata, adapter_weights, kohya_weights
 from latentdm.pipelines import INDEX, PipelineSource
@@ -64,7 +66,7 @@ def write_pipeline(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_lora(folder: Path, network: Any, component: str, kohya: bool) -> None:
+def write_lora(folder: Path, network: Any, component: str, kohya: bool, state: dict[str, Tensor] | None = None) -> None:
     """Write a LoRA in diffusers' format with its adapter's settings and, if asked for, in kohya's beside it.
 
     Args:
@@ -72,18 +74,19 @@ def write_lora(folder: Path, network: Any, component: str, kohya: bool) -> None:
         network: a diffusers model with an adapter.
         component: its name, which the keys begin with.
         kohya: also write ``lora_kohya.safetensors``, which ComfyUI reads.
+        state: the weights, where the model's own are split over ranks.
     """
     from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin, StableDiffusionLoraLoaderMixin
     from safetensors.torch import save_file
 
     loader: Any = StableDiffusionLoraLoaderMixin if component == "unet" else FluxLoraLoaderMixin
     settings = {
-        f"{component}_lora_layers": adapter_weights(network),
+        f"{component}_lora_layers": adapter_weights(network, state),
         f"{component}_lora_adapter_metadata": adapter_metadata(network),
     }
     loader.save_lora_weights(folder, weight_name=LORA_FILE, **settings)
     if kohya:
-        save_file(kohya_weights(network), folder / KOHYA_FILE, metadata={"format": "pt"})
+        save_file(kohya_weights(network, state), folder / KOHYA_FILE, metadata={"format": "pt"})
 
 
 def check_kohya(component: str, owner: str) -> None:

@@ -101,16 +101,16 @@ class Lora:
                 weight.data = weight.data.float()
 
 
-def adapter_weights(network: Any) -> dict[str, Tensor]:
-    """The adapter's tensors under peft's names, on the CPU.
+def adapter_weights(network: Any, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors under peft's names, on the CPU, from the model or from its ``state``.
 
     These are the names that diffusers loads without loss. Its own conversion mixes two styles where a convolution is
     among the targets, of which the loader then drops one.
     """
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
-    return {name: weight.detach().cpu().contiguous() for name, weight in state.items()}
+    weights = get_peft_model_state_dict(network, state, adapter_name=ADAPTER)
+    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
 
 
 def adapter_metadata(network: Any) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def adapter_metadata(network: Any) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
 
 
-def kohya_weights(network: Any) -> dict[str, Tensor]:
+def kohya_weights(network: Any, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The adapter of a UNet as kohya's scripts name it, which ComfyUI and others read.
 
     ``lora_unet_down_blocks_0_….lora_down.weight``, ``.lora_up.weight`` and ``.alpha``, the true one: diffusers'
@@ -127,7 +127,7 @@ def kohya_weights(network: Any) -> dict[str, Tensor]:
     """
     from diffusers.utils import state_dict_utils
 
-    prefixed = {f"unet.{name}": weight for name, weight in adapter_weights(network).items()}
+    prefixed = {f"unet.{name}": weight for name, weight in adapter_weights(network, state).items()}
     alpha = float(network.peft_config[ADAPTER].lora_alpha)
     convert: Any = state_dict_utils.convert_state_dict_to_kohya
     converted: dict[str, Tensor] = convert(prefixed)

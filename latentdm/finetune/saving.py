@@ -5,15 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 
 from latentdm.errors import UserError
 from latentdm.finetune.base import FineTune
 from latentdm.finetune.export import check_kohya, write_lora, write_pipeline, written_whole
+from latentdm.finetune.sharding import assembled, gathered
 from latentdm.validation import Check
 
 FOLDERS = {True: "lora", False: "pipeline"}
+SPLITTING = (FSDPStrategy, DeepSpeedStrategy)
+"""Strategies that split weights in ways of their own."""
 
 
 class SaveForDiffusers(Callback):
@@ -23,6 +27,7 @@ class SaveForDiffusers(Callback):
     so that what is there is whole; where the disk is full it warns, and training goes on. In ``pipeline/`` all that was
     not trained is copied from the pretrained pipeline.
 
+    Weights that ``ModelParallelStrategy`` has split over ranks are gathered on rank 0, in the memory of its machine.
     Under Lightning's ``EMAWeightAveraging`` the last save holds the averages, and those before it the weights as they
     train.
 
@@ -32,7 +37,8 @@ class SaveForDiffusers(Callback):
         dirpath: where the folder is made; None is the trainer's ``default_root_dir``.
 
     Raises:
-        UserError: a value out of range; in ``setup``, the model is none of `latentdm.finetune`.
+        UserError: a value out of range; in ``setup``, the model is none of `latentdm.finetune`, or the strategy splits
+            weights in another way.
 
     Example:
         >>> Trainer(callbacks=[SaveForDiffusers(every_n_steps=500)]).fit(model, datamodule=dm)  # doctest: +SKIP
@@ -59,6 +65,11 @@ class SaveForDiffusers(Callback):
                 f"SaveForDiffusers: {type(pl_module).__name__} is no model of latentdm.finetune; remove the callback, "
                 "or choose model=stable_diffusion, sdxl or flux_fill"
             )
+        if isinstance(trainer.strategy, SPLITTING):
+            raise UserError(
+                f"SaveForDiffusers: cannot gather the weights that {type(trainer.strategy).__name__} splits over "
+                "ranks; choose ModelParallelStrategy (trainer=fsdp2), or remove the callback"
+            )
         if self.kohya and not pl_module.lora.active:
             raise UserError("SaveForDiffusers: kohya=true without a LoRA; set model.lora.rank, or kohya: false")
         if self.kohya:
@@ -84,18 +95,19 @@ class SaveForDiffusers(Callback):
         """Write the folder now."""
         assert isinstance(pl_module, FineTune)
         self._saved_at = trainer.global_step
+        lora, network = pl_module.lora.active, pl_module.network
+        state = gathered(network, trained=lora)  # every rank has a part
         if not trainer.is_global_zero:
             return
-        lora = pl_module.lora.active
         folder = Path(self.dirpath if self.dirpath is not None else trainer.default_root_dir) / FOLDERS[lora]
         try:
             with written_whole(folder) as temporary:
                 if lora:
-                    write_lora(temporary, pl_module.network, pl_module.component, self.kohya)
+                    write_lora(temporary, network, pl_module.component, self.kohya, state)
                 else:
                     write_pipeline(
                         temporary,
-                        pl_module.network,
+                        assembled(network, pl_module.network_class, state),
                         pl_module.component,
                         pl_module.pipeline,
                         pl_module.pipeline_class,

@@ -16,8 +16,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Then the model is compared with the data module, before text encoders and denoiser are loaded.
 
     Args:
-        cfg: with ``model``, ``datamodule``, ``trainer``, ``seed`` and, if there are any, ``callbacks`` and ``logger``,
-            as ``conf/train.yaml`` has them under an experiment.
+        cfg: with ``model``, ``datamodule``, ``trainer``, ``seed`` and, if there are any, ``callbacks``, ``logger`` and
+            ``ckpt_path``, as ``conf/train.yaml`` has them under an experiment.
 
     Returns:
         The first and the last ``val/loss``; NaN where validation is switched off.
@@ -40,7 +40,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     callbacks, loggers = (list(instantiate(cfg.get(group) or {}).values()) for group in ("callbacks", "logger"))
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
     first = _validation_loss(trainer, model, datamodule)
-    trainer.fit(model, datamodule)
+    trainer.fit(model, datamodule, ckpt_path=cfg.get("ckpt_path"))
     return {"first": first, "last": _validation_loss(trainer, model, datamodule)}
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import model_of, photographs, ready, save_pipeline, tiny_pipeline
 
 from latentdm.finetune import SaveForDiffusers
+from latentdm.finetune.sharding import shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers and numpy
 
@@ -272,3 +273,22 @@ def test_it_is_for_the_models_of_this_package(tmp_path, data):
         trainer.fit(LatentModel(), datamodule=data["sd15"])
     with complains("every_n_steps must be an integer of at least 1, got 0"):
         SaveForDiffusers(every_n_steps=0)
+
+
+def test_weights_that_are_split_in_another_way_are_refused(folders, tmp_path):
+    from lightning.pytorch.strategies import FSDPStrategy
+
+    model = model_of("sd15_inpaint", folders["sd15_inpaint"])
+    with complains("FSDPStrategy", "trainer=fsdp2"):
+        SaveForDiffusers(dirpath=tmp_path).setup(SimpleNamespace(strategy=FSDPStrategy()), model, "fit")
+
+
+def test_what_cannot_be_split_is_refused(folders):
+    model = model_of("sd15_inpaint", folders["sd15_inpaint"])
+    model.configure_model()
+    groups = {"data_parallel": SimpleNamespace(size=lambda: 1), "tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    with complains("StableDiffusion: tensor_parallel_size=2", "data_parallel_size"):
+        shard(model.network, groups, "StableDiffusion")
+    model.network.conv_in.half()
+    with complains("torch.float16 and torch.float32", "model.dtype=float32"):
+        shard(model.network, groups | {"tensor_parallel": SimpleNamespace(size=lambda: 1)}, "StableDiffusion")
