@@ -15,6 +15,7 @@ from latentdm.batch import INDEX, LATENTS, PIXELS, SOURCE, sample_ids
 from latentdm.containers import MAPPINGS, fields_of
 from latentdm.draws import Draws, FreshDraws
 from latentdm.errors import UserError, attributed
+from latentdm.shown import one_line
 from latentdm.stages import Stage
 from latentdm.tensors import check_pixels, crop, describe, how_to_convert
 from latentdm.validation import Check
@@ -81,6 +82,9 @@ class Encoder(Stage):
                 "from",
                 stacklevel=4,
             )
+
+    def __repr__(self) -> str:
+        return one_line(self, vae=self._vae)
 
     @property
     def vae(self) -> FrozenVAE:
