@@ -11,6 +11,7 @@ from hydra.errors import HydraException
 import latentdm
 
 COMMANDS = {
+    "doctor": "print versions, devices, what dtype=auto chooses and what is missing, for a bug report",
     "preview": "draw what a model would see of your data, without training one",
     "train": "fine-tune a model of diffusers, as an experiment has it",
 }

@@ -122,12 +122,17 @@ def first_weight(module: nn.Module, device: torch.device | None = None) -> Tenso
 
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies in bfloat16 itself, rather than by way of float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return False
+    return bool(bfloat16_features(device))
+
+
+def bfloat16_features(device: torch.device) -> list[str]:
+    """What lets the device multiply in bfloat16 itself, as its maker calls it."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return [torch.cuda.get_device_name(device)]
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return [name for name in ("avx512_bf16", "amx_bf16", "bf16") if capabilities.get(name)]
+    return []
 
 
 def cast_copy(module: nn.Module, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
