@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
 from hydra.errors import HydraException
@@ -11,11 +11,16 @@ from hydra.errors import HydraException
 import latentdm
 
 COMMANDS = {
+    "completion": "print what bash, zsh or fish runs to complete commands, options, groups and choices",
+    "config": "print the configuration that overrides make; with --help the groups and choices there are",
     "doctor": "print versions, devices, what dtype=auto chooses and what is missing, for a bug report",
     "preview": "draw what a model would see of your data, without training one",
     "train": "fine-tune a model of diffusers, as an experiment has it",
 }
 """Command → summary; the module ``latentdm.commands.<command>`` runs it."""
+
+APART = ("completion", "doctor")
+"""Commands that need nothing of the current folder: to press Tab in one that is not trusted runs no code of it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"latentdm: no command {command!r}\n{_usage()}", file=sys.stderr)
         return 2
     try:
-        with _importing_from(os.getcwd()):
+        with nullcontext() if command in APART else _importing_from(os.getcwd()):
             import_module(f"latentdm.commands.{command}").run(rest)
     except HydraException as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -64,6 +69,9 @@ def _usage() -> str:
 @contextmanager
 def _importing_from(folder: str) -> Iterator[None]:
     """Search a folder for modules first, as ``python script.py`` does with that of the script."""
+    if sys.flags.safe_path:  # python -P, or PYTHONSAFEPATH: somebody does not trust it
+        yield
+        return
     sys.path.insert(0, folder)
     try:
         yield
