@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from io import TextIOWrapper
 
 from hydra.errors import HydraException
 
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         Exception: a bug; with ``HYDRA_FULL_ERROR=1`` what is wrong with the settings or the data as well.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal or file without Unicode must not end a run
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(_usage())

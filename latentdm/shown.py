@@ -1,15 +1,19 @@
 """What an object is, in one line, for the ``repr`` of the classes that a person makes in a notebook."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from os import PathLike
 from typing import Any
 
 from latentdm.errors import shortened
 
 MAX_VALUE = 100
-"""Characters of a value that is shown."""
+"""Characters of a text that is shown."""
+
+MAX_ITEMS = 10
+"""Items of a list or a mapping that are shown."""
 
 
 def one_line(thing: object, *facts: str, **held: Any) -> str:
@@ -52,24 +56,32 @@ def _same(value: object, default: object) -> bool:
     scalar = (bool, int, float, str, type(None))
     if isinstance(value, scalar) and isinstance(default, scalar):
         return value == default
-    return value is default or _shown(value) == _shown(default) or (default in (None, ()) and value in ([], {}, ()))
+    return value is default or _shown(value) == _shown(default) or (_is_nothing(value) and _is_nothing(default))
+
+
+def _is_nothing(value: object) -> bool:
+    return value is None or (isinstance(value, list | tuple | dict) and not value)
 
 
 def _shown(value: object) -> str:
     """A value in one line; of what may be large, costly to show or private only the kind."""
     if isinstance(value, str | PathLike):
-        text = repr(str(value))
-    elif isinstance(value, bool | int | float | None):
-        text = repr(value)
-    elif isinstance(value, Mapping):
-        text = "{" + ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
-    elif isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_shown, value)) + "]"
-    elif isinstance(value, partial):  # as Hydra's _partial_ gives it
+        return shortened(repr(str(value)), MAX_VALUE)
+    if isinstance(value, bool | int | float | None):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + _joined(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, Sequence):
+        return "[" + _joined(map(_shown, value)) + "]"
+    if isinstance(value, partial):  # as Hydra's _partial_ gives it
         arguments = [*map(_shown, value.args), *(f"{name}={_shown(item)}" for name, item in value.keywords.items())]
         return f"{getattr(value.func, '__qualname__', value.func)}({', '.join(arguments)}), not made yet"
-    elif any(base.__module__.startswith("latentdm.") and "__repr__" in vars(base) for base in type(value).__mro__):
+    if any(base.__module__.startswith("latentdm.") and "__repr__" in vars(base) for base in type(value).__mro__):
         return repr(value)
-    else:
-        return type(value).__name__
-    return shortened(text, MAX_VALUE)
+    return type(value).__name__
+
+
+def _joined(items: Iterable[str]) -> str:
+    """The first items; an ellipsis stands for those behind them."""
+    first = list(islice(items, MAX_ITEMS + 1))
+    return ", ".join(first if len(first) <= MAX_ITEMS else [*first[:MAX_ITEMS], "…"])

@@ -70,9 +70,10 @@ def report() -> Report:
 def _requirements() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
     """Of latentdm, as its installed metadata has them: what it needs, and extra → what that needs."""
     try:
-        needed = [Requirement(text) for text in requires("latentdm") or ()]
+        every = [Requirement(text) for text in requires("latentdm") or ()]
     except PackageNotFoundError:  # a folder on the path, and not installed
         return [Requirement(name) for name in IMPORTED], {}
+    needed = [each for each in every if each.marker is None or each.marker.evaluate({"extra": _extra(each)})]
     extras: dict[str, list[Requirement]] = {}
     for name in dict.fromkeys(_extra(each) for each in needed):
         if name and name not in FOR_CONTRIBUTORS:

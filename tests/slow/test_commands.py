@@ -265,6 +265,14 @@ def test_zsh_takes_its_script():
     assert shell("zsh", 'eval "$(latentdm completion zsh)"; print $_comps[latentdm]') == ["_latentdm"]
 
 
+def test_a_terminal_without_unicode_ends_nothing():
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "latentdm", "config", "--help"]
+    done = subprocess.run(command, env=env, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"Captions ? prompt_embeds" in done.stdout
+
+
 def test_the_doctor_needs_no_settings(tmp_path):
     command = [sys.executable, "-m", "latentdm", "doctor", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -2,9 +2,11 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers import Photos, RecordingAutoencoder, photo_columns, tiny_kl
+from omegaconf import OmegaConf
 
 from latentdm import Augment, Captions, FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder, Stage
 from latentdm.data import ImageFolderData, SamplesData
@@ -73,9 +75,24 @@ class Depth(Stage):
         return {}
 
 
+class Weighted(Stage):
+    """One that has nothing by default."""
+
+    def __init__(self, weights=None):
+        self.weights = weights
+
+    def __call__(self, batch, draws):
+        return {}
+
+
 def test_a_stage_of_ones_own_shows_no_weights():
     assert repr(Depth(torch.nn.Linear(9, 9), 2, "x", a=1)) == "Depth(network=Linear, scale=2)"
     assert repr(Depth(torch.zeros(3), torch.ones(()))) == "Depth(network=Tensor, scale=Tensor)"
+    assert repr(Weighted(torch.zeros(3))) == "Weighted(weights=Tensor)"
+    assert repr(Weighted(np.zeros(3))) == "Weighted(weights=ndarray)"
+    assert repr(Weighted([])) == "Weighted()"
+    assert repr(Weighted(OmegaConf.create([1, "a"]))) == "Weighted(weights=[1, 'a'])"
+    assert repr(Weighted(range(99))) == "Weighted(weights=[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …])"
     assert len(repr(Depth("x" * 10_000))) < 200
 
 
