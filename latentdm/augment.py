@@ -15,6 +15,7 @@ from latentdm.batch import MASK, PIXELS, SEGMENTATION, SOURCE
 from latentdm.draws import Draws
 from latentdm.errors import UserError, attributed
 from latentdm.extras import require
+from latentdm.shown import one_line
 from latentdm.stages import Stage
 from latentdm.tensors import describe, unit_levels, unit_mask
 from latentdm.validation import Check
@@ -90,6 +91,9 @@ class Augment(Stage):
         }
         if any(self.colours.values()):
             require("kornia.enhance", extra="augment", needed_by="Augment")
+
+    def __repr__(self) -> str:
+        return one_line(self, **self.colours)
 
     def __call__(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Any]:
         """Images, sources, masks and label maps as they lie after the move.

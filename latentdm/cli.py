@@ -3,8 +3,9 @@
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from io import TextIOWrapper
 
 from hydra.errors import HydraException
 
@@ -12,11 +13,17 @@ import latentdm
 
 COMMANDS = {
     "cache": "what a cache of latents holds: info, verify, prune, compact, export",
+    "completion": "print what bash, zsh or fish runs to complete commands, options, groups and choices",
+    "config": "print the configuration that overrides make; with --help the groups and choices there are",
+    "doctor": "print versions, devices, what dtype=auto chooses and what is missing, for a bug report",
     "encode": "fill a cache of latents ahead of time, on any number of machines",
     "preview": "draw what a model would see of your data, without training one",
     "train": "fine-tune a model of diffusers, as an experiment has it",
 }
 """Command → summary; the module ``latentdm.commands.<command>`` runs it."""
+
+APART = ("completion", "doctor")
+"""Commands that need nothing of the current folder: to press Tab in one that is not trusted runs no code of it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         Exception: a bug; with ``HYDRA_FULL_ERROR=1`` what is wrong with the settings or the data as well.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal or file without Unicode must not end a run
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(_usage())
@@ -44,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"latentdm: no command {command!r}\n{_usage()}", file=sys.stderr)
         return 2
     try:
-        with _importing_from(os.getcwd()):
+        with nullcontext() if command in APART else _importing_from(os.getcwd()):
             import_module(f"latentdm.commands.{command}").run(rest)
     except HydraException as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -65,6 +75,9 @@ def _usage() -> str:
 @contextmanager
 def _importing_from(folder: str) -> Iterator[None]:
     """Search a folder for modules first, as ``python script.py`` does with that of the script."""
+    if sys.flags.safe_path:  # python -P, or PYTHONSAFEPATH: somebody does not trust it
+        yield
+        return
     sys.path.insert(0, folder)
     try:
         yield

@@ -18,6 +18,7 @@ from latentdm.draws import Draws
 from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError, UserTypeError
 from latentdm.hooks import HOOKS, BatchDraws, check_bare, check_model, has_own, notify, rounded_pixels, unused_masks
+from latentdm.shown import one_line
 from latentdm.stages import Line, MissingKeyError, Stage
 from latentdm.wrapper import Wrapper
 
@@ -97,6 +98,20 @@ class LatentDataModule(Wrapper):
         self._warned = False
         self._is_example = False
         self._prepared: dict[Path, tuple[Draws | None, dict[str, Any]]] = {}  # of the parts on their way to the device
+
+    def __repr__(self) -> str:
+        named = (
+            self.captions,
+            self.augment,
+            self.masks,
+            self.encoder,
+            self.text,
+            getattr(self.text, "tokenizer", None),
+        )
+        own = [stage for stage in self.line.stages if not any(stage is each for each in named)]
+        keys = self.keys.keys | dict.fromkeys(self.keys.left_out)
+        pixel_range = [-1 if self.keys.signed else 0, 1]
+        return one_line(self, stages=own, keys=keys, layout=self.keys.layout, pixel_range=pixel_range)
 
     @property
     def channels(self) -> dict[str, int]:

@@ -9,6 +9,7 @@ import torch
 from latentdm.batch import MASK
 from latentdm.draws import Draws
 from latentdm.errors import UserError, UserTypeError
+from latentdm.shown import one_line
 
 
 class Stage(ABC):
@@ -46,6 +47,9 @@ class Stage(ABC):
 
     def setup(self, device: torch.device | str) -> None:  # noqa: B027  # most hold nothing
         """Move what it holds to a device: once on every rank before the first batch, and to the CPU after the last."""
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
     @abstractmethod
     def __call__(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Any]:

@@ -82,13 +82,15 @@ def load_autoencoder(
     return model  # type: ignore[no-any-return]
 
 
-def build_autoencoder(config: Mapping[str, Any] | str | PathLike[str], seed: int = 0) -> nn.Module:
-    """Build the class that a config names with random weights drawn from ``seed``."""
+def build_autoencoder(
+    config: Mapping[str, Any] | str | PathLike[str], seed: int = 0, source: str | None = None
+) -> nn.Module:
+    """Build the class that a config names with random weights drawn from ``seed``; ``source`` is to be their origin."""
     settings = config if isinstance(config, Mapping) else _read_json(Path(config))
     autoencoder_class = class_named(settings.get("_class_name"), "FrozenVAE: the config")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return autoencoder_class.from_config(dict(settings))  # type: ignore[no-any-return]
+        return autoencoder_class.from_config({**settings, "_name_or_path": source})  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------- folders and hub repositories
@@ -175,7 +177,7 @@ def _load_single_file(path: Path, config: str | PathLike[str] | None, use_safete
         )
     settings = _read_json(settings_at)
     autoencoder_class = class_named(settings.get("_class_name"), f"FrozenVAE: {settings_at}")
-    model = build_autoencoder(settings)
+    model = build_autoencoder(settings, source=str(path))
     weights = _in_diffusers_keys(_read_weights(path), model, settings, path)
     expected = model.state_dict()
     _refuse_keys("missing_keys", expected.keys() - weights.keys(), path, autoencoder_class.__name__)

@@ -24,7 +24,8 @@ from latentdm.errors import UserError, attributed
 from latentdm.frozen.chunks import Chunks, best_chunk
 from latentdm.frozen.compilation import compile_mode
 from latentdm.frozen.contexts import untracked
-from latentdm.frozen.weights import DTYPES, Weights
+from latentdm.frozen.weights import DTYPES, Weights, shown_source
+from latentdm.shown import one_line
 from latentdm.tensors import dtype_name
 from latentdm.validation import Check
 
@@ -140,14 +141,7 @@ class FrozenVAE:
         """
         from latentdm.autoencoders.loading import load_autoencoder
 
-        autoencoder = load_autoencoder(
-            source,
-            subfolder=subfolder,
-            revision=revision,
-            config=config,
-            use_safetensors=use_safetensors,
-            variant=variant,
-        )
+        autoencoder = load_autoencoder(source, subfolder, revision, config, use_safetensors, variant)
         return cls(autoencoder, dtype=dtype, encoder_only=encoder_only, compile=compile, tiling=tiling)
 
     @classmethod
@@ -211,6 +205,11 @@ class FrozenVAE:
         self._weights.to(torch.device(device))
         self._normalization = self._normalization.to(device)
         return self
+
+    def __repr__(self) -> str:
+        kind = shown_source(self._weights.original)
+        settings = {"compile": self._weights.mode or False, "tiling": self._chunks.tiling}
+        return one_line(self, kind, str(self._weights), encoder_only=self._encoder_only, **settings)
 
     # ---------------------------------------------------------------- pixels → latents
 

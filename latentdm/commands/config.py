@@ -1,7 +1,7 @@
-"""What commands share: Hydra's options and overrides, the config that they ask for, and a device."""
+"""``latentdm config``; and what commands share: Hydra's options and overrides, their config, and a device."""
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,38 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from latentdm.commands.choices import listed
 from latentdm.errors import UserError
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the command: print the config, or with ``--help`` the groups and choices it is made of.
+
+    Args:
+        arguments: its options and overrides.
+
+    Raises:
+        HydraException: a choice, a key or a value is wrong.
+    """
+    given = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    given.add_argument("--config-dir", nargs="?")
+    parser = ArgumentParser(
+        prog="latentdm config",
+        description="Print the configuration that overrides make, as YAML, and do nothing else.",
+        epilog=listed(given.parse_known_args(list(arguments))[0].config_dir),
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    cfg = compose_config(parse(parser, arguments))
+    with open_dict(cfg):
+        del cfg["hydra"]
+    print(OmegaConf.to_yaml(cfg), end="")
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """The options of a command, those that every command has, and Hydra's overrides between them."""
     parser.add_argument("--config-name", default="train", help="of your own app (default: train, the example's)")
     parser.add_argument("--config-dir", help="folder of your own configs; the groups of latentdm are known there too")
-    parser.add_argument("overrides", nargs="*", help="as for train_example.py: group=choice, key=value")
+    parser.add_argument("overrides", nargs="*", help="group=choice, key=value; latentdm config --help lists them")
     return parser.parse_intermixed_args(list(arguments))
 
 

@@ -24,6 +24,7 @@ from latentdm.data.pairing import Pairing, check_val_share, find_images, split_h
 from latentdm.data.siblings import beside
 from latentdm.data.skips import SampleError
 from latentdm.errors import UserError, attributed
+from latentdm.shown import one_line
 from latentdm.validation import Check
 
 OWNER = "ImageFolderData"
@@ -221,6 +222,9 @@ class ImageFolderData(PictureDataModule):
         self._plan: BucketPlan | None = None
         self._sizes: dict[Path, npt.NDArray[np.int32]] = {}
         self.index_dir = default_index_dir() if index_dir is None else Path(index_dir).expanduser()
+
+    def __repr__(self) -> str:
+        return one_line(self, index_dir=None if self.index_dir == default_index_dir() else self.index_dir)
 
     @attributed(OWNER)
     def setup(self, stage: str | None = None) -> None:

@@ -23,6 +23,7 @@ from latentdm.data.skips import SampleError, Skips
 from latentdm.draws import sample_seed
 from latentdm.errors import UserError, attributed
 from latentdm.progress import Progress
+from latentdm.shown import one_line
 from latentdm.validation import Check
 
 ON_ERROR = ("raise", "skip")
@@ -95,6 +96,9 @@ class PixelDataModule(LightningDataModule):
         self.max_skipped_share = check.number("max_skipped_share", max_skipped_share, 0, 1)
         self.read_timeout = check.number("read_timeout", read_timeout, 0.01)
         self.skips: Skips | None = None
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Shuffled batches; ValueError if there is nothing to train on."""

@@ -17,6 +17,7 @@ from latentdm.cache.rows import CACHED, CachedRows, Sink
 from latentdm.containers import MAPPINGS, fields_of
 from latentdm.draws import Draws, FreshDraws
 from latentdm.errors import UserError, attributed
+from latentdm.shown import one_line
 from latentdm.stages import Stage
 from latentdm.tensors import check_pixels, crop, describe, how_to_convert, unit_mask
 from latentdm.validation import Check
@@ -85,6 +86,9 @@ class Encoder(Stage):
                 "from",
                 stacklevel=4,
             )
+
+    def __repr__(self) -> str:
+        return one_line(self, vae=self._vae)
 
     @property
     def vae(self) -> FrozenVAE:

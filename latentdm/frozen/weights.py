@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdm.frozen.compilation import Compilation
+from latentdm.tensors import dtype_name
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,6 +25,7 @@ class Weights:
     Attributes:
         original: as it came.
         compilation: of `module`.
+        mode: as given.
     """
 
     def __init__(self, original: nn.Module, dtype: str, channels_last: bool, mode: str | None) -> None:
@@ -31,7 +33,7 @@ class Weights:
         self.compilation: Compilation | None = None
         self._wanted = DTYPES[dtype]
         self._channels_last = channels_last
-        self._mode = mode
+        self.mode = mode
         self._module: nn.Module | None = None  # made for a device and dtype by `to`
         self._full: nn.Module | None = None
         self._device: torch.device | None = None
@@ -44,6 +46,14 @@ class Weights:
             self.to(first_weight(self.original).device)
         assert self._module is not None
         return self._module
+
+    def __str__(self) -> str:
+        """Dtype and device, as far as they are settled; to ask settles nothing."""
+        if self._module is not None:
+            return f"{dtype_name(self.first.dtype)} on {self.first.device}"
+        first = first_weight(self.original)
+        given = self._wanted if self._wanted or is_of_diffusers(self.original) else first.dtype
+        return f"{'dtype=auto' if given is None else dtype_name(given)} on {first.device}"
 
     @property
     def first(self) -> Tensor:
@@ -70,8 +80,8 @@ class Weights:
                 lay_out(self._module, self.layout(dtype))
             else:
                 self._module = cast_copy(self.original, device, dtype, self.layout(dtype))
-            if self._mode is not None:
-                self.compilation = Compilation(self._module, self._mode)
+            if self.mode is not None:
+                self.compilation = Compilation(self._module, self.mode)
         self._module = self._module.to(device)
         self._full = self._first = None
 
@@ -99,6 +109,12 @@ def config_value(module: nn.Module, name: str) -> Any:
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 
+def shown_source(module: nn.Module) -> str:
+    """The class of a module and, if diffusers loaded it, from where."""
+    source = config_value(module, "_name_or_path")
+    return f"{type(module).__name__} from {str(source)!r}" if source else type(module).__name__
+
+
 def first_weight(module: nn.Module, device: torch.device | None = None) -> Tensor:
     """Whose device and dtype are the module's; for one without weights an empty float32 tensor, on ``device``."""
     return next(module.parameters(), torch.empty(0, dtype=torch.float32, device=device))
@@ -106,12 +122,17 @@ def first_weight(module: nn.Module, device: torch.device | None = None) -> Tenso
 
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies in bfloat16 itself, rather than by way of float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return False
+    return bool(bfloat16_features(device))
+
+
+def bfloat16_features(device: torch.device) -> list[str]:
+    """What lets the device multiply in bfloat16 itself, as its maker calls it."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return [torch.cuda.get_device_name(device)]
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return [name for name in ("avx512_bf16", "amx_bf16", "bf16") if capabilities.get(name)]
+    return []
 
 
 def cast_copy(module: nn.Module, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:

@@ -86,6 +86,8 @@ class RandomMask(MaskSource):
             "for a tenth to a half of the image: [0.1, 0.5]",
         )
         self.shapes = [shapes[kind] for kind in kinds]
+        self.kinds, self.boxes, self.segments = list(kinds), list(boxes), list(segments)
+        self.polygons, self.sides = list(polygons), list(sides)
         self.complement = check.probability("complement", complement)
         self.whole = check.probability("whole", whole)
 

@@ -188,6 +188,7 @@ class MixedMask(MaskSource):
         if not 0 < sum(weights) < inf:
             raise check.fail("probabilities", "at least 0 and not all 0", dict(given))
         self.sources = dict(sources)
+        self.probabilities = None if probabilities is None else dict(probabilities)
         self.reads = tuple(dict.fromkeys([PIXELS, *(name for source in sources.values() for name in source.reads)]))
         self.bounds = torch.tensor([bound / sum(weights) for bound in accumulate(weights)])
 

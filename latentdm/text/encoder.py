@@ -17,7 +17,9 @@ from latentdm.extras import require
 from latentdm.frozen.contexts import no_autocast, untracked
 from latentdm.frozen.weights import DTYPES, computes_bfloat16
 from latentdm.pipelines import PipelineSource
+from latentdm.shown import one_line
 from latentdm.stages import Stage
+from latentdm.tensors import dtype_name
 from latentdm.text.families import FAMILIES, family_of
 from latentdm.text.tokens import Tokenizer
 from latentdm.validation import Check
@@ -152,6 +154,10 @@ class TextEncoder(Stage):
                 self._encoders = [_frozen(encoder) for encoder in self._load(dtype)]
             self._load = None
         return self._encoders
+
+    def __repr__(self) -> str:
+        dtype = "not loaded yet" if self._load is not None else dtype_name(self.dtype)
+        return one_line(self, f"{dtype} on {self._device}")
 
     # ---------------------------------------------------------------- captions → embeddings
 

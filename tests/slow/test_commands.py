@@ -1,8 +1,12 @@
 """The command ``latentdm``: ``latentdm preview`` draws one's own data, and says below the picture what to check."""
 
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,3 +213,85 @@ def test_the_module_runs_as_a_script(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "preview.png").exists()
     assert done.stdout.splitlines()[0] == str(tmp_path / "preview.png")
+
+
+def shell(name, script, *arguments):
+    """What a shell prints for a script, with this environment's latentdm on its path."""
+    if shutil.which(name) is None:
+        pytest.skip(f"no {name} here")
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [name, *{"bash": ["--norc", "-c"], "zsh": ["-f", "-c"], "fish": ["--no-config", "-c"]}[name], script]
+    names = ["name"] if name != "fish" else []
+    done = subprocess.run([*command, *names, *arguments], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("line", "replies"),
+    [
+        ("latentdm tr", ["train "]),
+        ("latentdm preview masks=ran", ["random "]),  # bash completes behind the equals sign
+        ("latentdm preview pixels.si", ["pixels.size="]),
+        ("latentdm preview --out", ["--output "]),
+        ("latentdm preview pixels.root=nowhere", [""]),
+    ],
+)
+def test_bash_completes(line, replies):
+    asked = 'COMP_LINE=$1 COMP_POINT=${#1}; _latentdm latentdm; printf "%s\\n" "${COMPREPLY[@]}"'
+    assert shell("bash", f'eval "$(latentdm completion bash)"; {asked}', line) == replies
+
+
+def test_bash_that_parts_no_words_at_the_equals_sign_completes():
+    asked = 'COMP_LINE=$1 COMP_POINT=${#1}; _latentdm latentdm; printf "%s\\n" "${COMPREPLY[@]}"'
+    script = f'COMP_WORDBREAKS=" "; eval "$(latentdm completion bash)"; {asked}'
+    assert shell("bash", script, "latentdm preview masks=ran") == ["masks=random "]
+
+
+def test_to_press_tab_runs_no_code_of_the_current_folder(tmp_path, monkeypatch):
+    for name in ("antlr4", "yaml", "omegaconf", "packaging", "argparse"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert shell("bash", 'latentdm completion --query "$1"', "latentdm preview masks=ran") == ["masks=random"]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_fish_completes():
+    for line, reply in (("latentdm tr", "train"), ("latentdm preview masks=ran", "masks=random")):
+        assert reply in shell("fish", "latentdm completion fish | source; complete -C $argv[1]", line)
+
+
+def test_zsh_takes_its_script():
+    assert shell("zsh", 'eval "$(latentdm completion zsh)"; print $_comps[latentdm]') == ["_latentdm"]
+
+
+def test_a_terminal_without_unicode_ends_nothing():
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "latentdm", "config", "--help"]
+    done = subprocess.run(command, env=env, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"Captions ? prompt_embeds" in done.stdout
+
+
+def test_the_doctor_needs_no_settings(tmp_path):
+    command = [sys.executable, "-m", "latentdm", "doctor", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["latentdm"] == latentdm.__version__
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["train", "preview"])
+def test_the_current_folder_is_on_the_path_of_each_command(command, workplace):
+    (workplace / "of_mine.py").write_text("def fail():\n    raise SystemExit('found: of_mine')\n", encoding="utf-8")
+    (workplace / "app.yaml").write_text(
+        "defaults: [{pixels: folder}, {vae: tiny}, {encoder: plain}, {masks: batch}, {datamodule: latent}, _self_]\n"
+        "pixels: {root: photos}\ncaptions: {_target_: of_mine.fail}\nmodel: {_target_: torch.nn.Identity}\n",
+        encoding="utf-8",
+    )
+    program = [str(Path(sys.executable).with_name("latentdm")), command, "--config-dir=.", "--config-name=app"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("found: of_mine\n")
+    safe = {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(program, env=safe, capture_output=True, text=True, check=False)
+    assert "Error locating target 'of_mine.fail'" in done.stderr

@@ -120,7 +120,9 @@ def test_none_is_an_empty_caption(folders):
 
 def test_weights_are_loaded_in_setup_frozen_and_in_their_dtype(folders):
     text = TextEncoder.from_pretrained(folders["sd15"], dtype="bfloat16")
+    assert repr(text) == "TextEncoder(not loaded yet on cpu, family='clip')"
     text.setup("cpu")
+    assert repr(text) == "TextEncoder(bfloat16 on cpu, family='clip')"
     assert text.dtype == torch.bfloat16
     assert text.device == torch.device("cpu")
     with torch.autocast("cpu", dtype=torch.float16):

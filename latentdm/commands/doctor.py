@@ -1,0 +1,209 @@
+"""``latentdm doctor``: what a bug report should hold, and what is missing."""
+
+import json
+import os
+import platform
+import shutil
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+import latentdm
+
+IMPORTED = ("torch", "lightning", "diffusers")
+"""Packages that are imported: a version alone does not say that one works."""
+
+FOR_CONTRIBUTORS = ("test",)
+"""Extras that no user needs."""
+
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HYDRA_FULL_ERROR", "OMP_NUM_THREADS", "PYTHONSAFEPATH",
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+)  # fmt: skip
+"""Of the environment, those that change what happens. None of them holds a secret."""
+
+Report = dict[str, Any]
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        arguments: its options.
+    """
+    parser = ArgumentParser(
+        prog="latentdm doctor",
+        description="Print versions, devices, what dtype=auto chooses on them, cores, memory and the extras that are "
+        "missing, for a bug report. It tells no host name and no token.",
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    as_json = parser.parse_args(list(arguments)).json
+    found = report()
+    print(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
+
+
+def report() -> Report:
+    """All that the command prints, under the names of its JSON."""
+    base, extras = _requirements()
+    return {
+        "latentdm": latentdm.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {each.name: _state(each) for each in base},
+        "extras": {name: {each.name: _state(each) for each in needed} for name, needed in extras.items()},
+        "devices": _devices(),
+        "cores": _cores(),
+        "memory": _memory(),
+        "compiler": next((name for name in ("cc", "gcc", "clang", "cl") if shutil.which(name)), None),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+# ---------------------------------------------------------------- packages
+
+
+def _requirements() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
+    """Of latentdm, as its installed metadata has them: what it needs, and extra → what that needs."""
+    try:
+        every = [Requirement(text) for text in requires("latentdm") or ()]
+    except PackageNotFoundError:  # a folder on the path, and not installed
+        return [Requirement(name) for name in IMPORTED], {}
+    needed = [each for each in every if each.marker is None or each.marker.evaluate({"extra": _extra(each)})]
+    extras: dict[str, list[Requirement]] = {}
+    for name in dict.fromkeys(_extra(each) for each in needed):
+        if name and name not in FOR_CONTRIBUTORS:
+            extras[name] = [
+                each for each in needed if each.name != "latentdm" and _extra(each) in {name, *_included(needed, name)}
+            ]
+    return [each for each in needed if not _extra(each)], extras
+
+
+def _extra(requirement: Requirement) -> str:
+    """The extra that a requirement belongs to; "" for none."""
+    _, found, name = str(requirement.marker or "").partition('extra == "')
+    return name.partition('"')[0] if found else ""
+
+
+def _included(needed: Sequence[Requirement], extra: str) -> set[str]:
+    """The extras of latentdm that an extra brings along."""
+    return {name for each in needed if each.name == "latentdm" and _extra(each) == extra for name in each.extras}
+
+
+def _state(requirement: Requirement) -> dict[str, Any]:
+    """``version``, None where it is missing, and ``problem`` where there is one."""
+    name = requirement.name
+    try:
+        installed = version(name)
+    except PackageNotFoundError:
+        return {"version": None, "problem": "missing"}
+    if not requirement.specifier.contains(installed, prereleases=True):
+        return {"version": installed, "problem": f"needs {requirement.specifier}"}
+    if name in IMPORTED:
+        try:
+            import_module(name)
+        except Exception as error:  # whatever a broken installation raises
+            return {"version": installed, "problem": f"cannot be imported: {type(error).__name__}: {error}"}
+    return {"version": installed}
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def _devices() -> list[Report]:
+    """Each device, and the dtype that ``dtype=auto`` takes there for an autoencoder of diffusers."""
+    try:
+        import torch
+
+        from latentdm.frozen.weights import bfloat16_features
+    except Exception:  # told with the packages
+        return []
+    devices: list[Report] = [{"device": "cpu", "name": platform.machine()}]
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        memory = _gib(properties.total_memory)
+        devices.append({"device": f"cuda:{number}", "name": properties.name, "memory_gib": memory})
+    if torch.backends.mps.is_available():
+        devices.append({"device": "mps", "name": "Apple"})
+    for each in devices:
+        features = bfloat16_features(torch.device(each["device"]))
+        each["dtype_auto"] = "bfloat16" if features else "float32"
+        each["why"] = (
+            f"it multiplies in bfloat16 itself ({', '.join(features)})"
+            if features
+            else "it does not multiply in bfloat16 itself"
+        )
+    return devices
+
+
+def _cores() -> Report:
+    """Of the machine, those that this process may use, and torch's threads."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores: Report = {"machine": os.cpu_count(), "usable": allowed}
+    try:
+        import torch
+
+        cores["torch_threads"] = torch.get_num_threads()
+    except Exception:  # told with the packages
+        pass
+    return cores
+
+
+def _memory() -> Report:
+    """GiB of the machine, of the container's limit where there is one, and what loaders share; None if unknown."""
+    names = getattr(os, "sysconf_names", {})
+    known = "SC_PHYS_PAGES" in names and "SC_PAGE_SIZE" in names
+    limit, shared = Path("/sys/fs/cgroup/memory.max"), Path("/dev/shm")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return {
+        "machine_gib": _gib(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) if known else None,
+        "limit_gib": _gib(int(text)) if text.isdigit() else None,
+        "shared_gib": _gib(shutil.disk_usage(shared).total) if shared.is_dir() else None,
+    }
+
+
+def _gib(size: int) -> float:
+    return round(size / 2**30, 1)
+
+
+# ---------------------------------------------------------------- words
+
+
+def _lines(found: Report) -> Iterator[str]:
+    """The report as text in ASCII, whatever the terminal."""
+
+    def line(name: str, text: object) -> str:
+        return f"{name:<18}{' '.join(str(text).split())}"
+
+    yield line("latentdm", found["latentdm"])
+    yield line("python", f"{found['python']} on {found['platform']}")
+    for name, state in found["packages"].items():
+        yield line(name, f"{state['version'] or ''} {_problem(state)}")
+    if not found["extras"]:
+        yield line("extras", "unknown: latentdm is not installed as a package; pip install it")
+    for extra, states in found["extras"].items():
+        wrong = [f"{name} {_problem(state)}" for name, state in states.items() if "problem" in state]
+        there = ", ".join(f"{name} {state['version']}" for name, state in states.items() if "problem" not in state)
+        remedy = [f"pip install 'latentdm[{extra}]'"] if wrong else []
+        yield line(f"extra {extra}", "; ".join([*([there] if there else []), *wrong, *remedy]))
+    for device in found["devices"]:
+        memory = f", {device['memory_gib']} GiB" if "memory_gib" in device else ""
+        yield line(device["device"], f"{device['name']}{memory}; dtype=auto is {device['dtype_auto']}: {device['why']}")
+    cores, memory = found["cores"], found["memory"]
+    threads = f", torch uses {cores['torch_threads']} threads" if "torch_threads" in cores else ""
+    yield line("cores", f"{cores['usable']} usable of {cores['machine']}{threads}")
+    known = {"machine_gib": "", "limit_gib": " allowed to this container", "shared_gib": " shared between loaders"}
+    parts = [f"{memory[key]} GiB{what}" for key, what in known.items() if memory[key] is not None]
+    yield line("memory", ", ".join(parts) or "unknown")
+    yield line("compiler", found["compiler"] or "none: compile= runs eagerly")
+    yield line(
+        "environment", " ".join(f"{name}={value}" for name, value in found["environment"].items()) or "nothing set"
+    )
+
+
+def _problem(state: Report) -> str:
+    return f"PROBLEM: {state['problem']}" if "problem" in state else ""

@@ -1,0 +1,103 @@
+"""``latentdm doctor`` says what a bug report needs, and what is missing, whatever is broken."""
+
+import importlib
+import json
+import platform
+import sys
+
+import pytest
+import torch
+
+import latentdm
+from latentdm.commands.doctor import report, run
+from latentdm.frozen.weights import computes_bfloat16
+
+DEVICES = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Packages put in front of those that are there: name and version, and lines of metadata."""
+
+    def install(name, version, *lines):
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        head = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        (folder / "METADATA").write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
+        importlib.invalidate_caches()
+
+    monkeypatch.syspath_prepend(tmp_path)
+    return install
+
+
+def told(capsys, *arguments):
+    run(arguments)
+    return capsys.readouterr().out
+
+
+def test_versions_devices_and_the_dtype_are_told(capsys):
+    text = told(capsys)
+    assert text.isascii()
+    lines = {line[:18].strip(): line[18:] for line in text.splitlines()}
+    assert lines["latentdm"] == latentdm.__version__
+    assert lines["python"].startswith(platform.python_version())
+    assert lines["torch"].strip() == torch.__version__
+    assert {"lightning", "diffusers", "hydra-core", "cores", "memory", "extra finetune"} <= set(lines)
+    native = computes_bfloat16(torch.device("cpu"))
+    assert f"dtype=auto is {'bfloat16: it multiplies' if native else 'float32: it does not multiply'}" in lines["cpu"]
+
+
+def test_json_says_the_same(capsys):
+    found = json.loads(told(capsys, "--json"))
+    assert found == report()
+    assert found["packages"]["torch"] == {"version": torch.__version__}
+    assert [device["device"] for device in found["devices"]][: len(DEVICES)] == DEVICES
+    assert found["cores"]["usable"] <= found["cores"]["machine"]
+    assert "test" not in found["extras"]  # no user needs it
+    assert "scikit-image" in found["extras"]["example"]  # by way of another extra
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_reason_of_the_dtype_is_that_of_the_processor(native, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": native}, raising=False)
+    [line] = [line for line in told(capsys).splitlines() if line.startswith("cpu ")]
+    assert ("bfloat16: it multiplies in bfloat16 itself (amx_bf16)" in line) == native
+    assert ("float32: it does not" in line) != native
+
+
+def test_what_is_missing_is_told_with_the_extra_that_brings_it(installed, capsys):
+    installed(
+        "latentdm", "0.1.0", "Requires-Dist: torch>=2.4", "Requires-Dist: no-such-thing>=1; extra == 'wings'",
+        "Requires-Dist: tqdm; extra == 'wings'", "Requires-Dist: of-another; sys_platform == 'no' and extra == 'wings'",
+    )  # fmt: skip
+    assert report()["extras"]["wings"]["no-such-thing"] == {"version": None, "problem": "missing"}
+    [line] = [line for line in told(capsys).splitlines() if line.startswith("extra wings")]
+    assert "of-another" not in line
+    assert "; no-such-thing PROBLEM: missing; pip install 'latentdm[wings]'" in line
+
+
+def test_a_package_that_is_too_old_is_told(installed, capsys):
+    installed("kornia", "0.1")
+    [line] = [line for line in told(capsys).splitlines() if line.startswith("extra augment")]
+    assert line.endswith("kornia PROBLEM: needs >=0.8; pip install 'latentdm[augment]'")
+
+
+def test_a_package_that_is_broken_is_told(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # to import it raises
+    [line] = [line for line in told(capsys).splitlines() if line.startswith("diffusers ")]
+    assert "PROBLEM: cannot be imported: ModuleNotFoundError" in line
+
+
+def test_without_torch_all_else_is_told(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    text = told(capsys)
+    assert "PROBLEM: cannot be imported" in text
+    assert "memory" in text
+
+
+def test_no_secret_is_told(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    text = told(capsys) + told(capsys, "--json")
+    assert "hf_secret" not in text
+    assert "OMP_NUM_THREADS=3" in text
