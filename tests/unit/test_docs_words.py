@@ -83,4 +83,5 @@ def test_the_extras_that_the_questions_name_are_all():
 def test_every_page_is_in_the_site():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for path in DOCS.rglob("*.md"):
-        assert f": {path.relative_to(DOCS)}\n" in text, path
+        line = f": {path.relative_to(DOCS)}\n"
+        assert line in text, f"{path} is not in the nav of mkdocs.yml"
