@@ -1,7 +1,7 @@
 # The environment that README's second command makes; another one: make quick PYTHON=python
 PYTHON ?= .venv/bin/python
 
-.PHONY: test quick lint format schemas bench
+.PHONY: test quick lint format schemas docs bench
 
 test:  ## everything, as .ci/run does: ranks, the compiler, the wheel and every command of README take many minutes
 	$(PYTHON) -m pytest -n 2
@@ -20,6 +20,9 @@ format:
 
 schemas:  ## after a signature, or a class that a YAML under conf/ uses, has changed
 	$(PYTHON) scripts/generate_schemas.py
+
+docs:  ## the site, with warnings as errors, in site/
+	$(PYTHON) -m mkdocs build --strict
 
 bench:
 	$(PYTHON) benchmarks/run.py
