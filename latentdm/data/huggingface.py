@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from lightning.pytorch.utilities import rank_zero_info
 
 from latentdm.batch import CAPTION, MASK, SEGMENTATION, SOURCE
 from latentdm.data.budget import MAX_PIXELS
@@ -17,7 +18,7 @@ from latentdm.data.decode import ImageFile
 from latentdm.data.files import READ_TIMEOUT_S
 from latentdm.data.geometry import COMPANIONS, Record, ResizeCrop
 from latentdm.data.index import unit_hash
-from latentdm.data.metadata import CAPTION_COLUMNS, rows_of_image
+from latentdm.data.metadata import CAPTION_COLUMNS, RESERVED, rows_of_image
 from latentdm.data.pairing import check_val_share, split_hashes
 from latentdm.data.skips import SampleError
 from latentdm.data.stream import Item, StreamDataModule, stable_index
@@ -315,6 +316,9 @@ class HuggingFaceData(StreamDataModule):
                 dataset = dataset.cast_column(column, datasets.Image(decode=False))
             else:
                 dataset = dataset.remove_columns(column)
+        if reserved := sorted(RESERVED.intersection(names).difference(columns.values(), pictures)):
+            rank_zero_info(f"{OWNER}: columns {', '.join(reserved)} are left out: a batch has them itself; rename them")
+            dataset = dataset.remove_columns(reserved)
         return Rows(dataset, columns, split, None if self.allow_outside else self._folders())
 
     def _folders(self) -> list[Path]:

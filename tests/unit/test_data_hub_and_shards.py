@@ -142,6 +142,22 @@ def test_masks_may_be_left_out_and_missing_columns_are_named(rows):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_columns_named_as_ours_are_left_out_with_a_word(tmp_path, streaming, caplog):
+    texts = {"name": "cat", "index": "7", "latents": "0.5", "source": "a site", "author": "me"}
+    content = {"image": [picture(number) for number in range(3)]} | {name: [text] * 3 for name, text in texts.items()}
+    kinds = {"image": datasets.Image()} | {name: datasets.Value("string") for name in texts}
+    with quiet_datasets():
+        datasets.Dataset.from_dict(content, datasets.Features(kinds)).save_to_disk(tmp_path / "saved")
+    with caplog.at_level("INFO"):
+        data = hub(tmp_path / "saved", columns=None, batch_size=1, streaming=streaming, epoch_length=3)
+    assert "columns index, latents, name, source are left out" in caplog.text
+    batch = next(iter(data.train_dataloader()))
+    assert batch["author"][0] == "me"
+    assert not {"latents", "source"} & set(batch)
+    assert batch["index"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_row_without_an_image_is_named(tmp_path, streaming):
     features = datasets.Features({"image": datasets.Image()})
     with quiet_datasets():
