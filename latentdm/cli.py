@@ -12,11 +12,11 @@ from hydra.errors import HydraException
 import latentdm
 
 COMMANDS = {
+    "preview": "draw what a model would see of your data, without training one",
+    "train": "fine-tune a model of diffusers, as an experiment has it",
     "completion": "print what bash, zsh or fish runs to complete commands, options, groups and choices",
     "config": "print the configuration that overrides make; with --help the groups and choices there are",
     "doctor": "print versions, devices, what dtype=auto chooses and what is missing, for a bug report",
-    "preview": "draw what a model would see of your data, without training one",
-    "train": "fine-tune a model of diffusers, as an experiment has it",
 }
 """Command → summary; the module ``latentdm.commands.<command>`` runs it."""
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  latentdm {name:<10} {summary}" for name, summary in COMMANDS.items())
+    commands = "\n".join(f"  latentdm {name:<10} {summary}" for name, summary in sorted(COMMANDS.items()))
     return (
         f"usage: latentdm COMMAND [options] [overrides]\n\n{commands}\n\n"
         "latentdm COMMAND --help tells its options; latentdm --version the version"
