@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  latentdm {name:<10} {summary}" for name, summary in COMMANDS.items())
+    commands = "\n".join(f"  latentdm {name:<10} {summary}" for name, summary in sorted(COMMANDS.items()))
     return (
         f"usage: latentdm COMMAND [options] [overrides]\n\n{commands}\n\n"
         "latentdm COMMAND --help tells its options; latentdm --version the version"

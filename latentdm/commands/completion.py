@@ -86,7 +86,7 @@ def candidates(line: str) -> list[str]:
     _, *words = line.split() or [""]
     word = "" if not words or line[-1].isspace() else words.pop()
     if not words:
-        return [each for each in (*COMMANDS, "--help", "--version") if each.startswith(word)]
+        return [each for each in (*sorted(COMMANDS), "--help", "--version") if each.startswith(word)]
     command, *before = words
     if command not in COMMANDS:
         return []

@@ -12,8 +12,8 @@ from latentdm.commands.completion import SCRIPTS, candidates
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("latentdm", [*COMMANDS, "--help", "--version"]),
-        ("latentdm ", [*COMMANDS, "--help", "--version"]),
+        ("latentdm", [*sorted(COMMANDS), "--help", "--version"]),
+        ("latentdm ", [*sorted(COMMANDS), "--help", "--version"]),
         ("latentdm tra", ["train"]),
         ("latentdm completion ", list(SCRIPTS)),
         ("latentdm preview --s", ["--samples", "--stage"]),
@@ -28,7 +28,7 @@ from latentdm.commands.completion import SCRIPTS, candidates
         ('latentdm preview "a b=$(false) masks=r', []),
         ("latentdm unknown ma", []),
         ("latentdm doctor ma", []),
-        ("", [*COMMANDS, "--help", "--version"]),
+        ("", [*sorted(COMMANDS), "--help", "--version"]),
     ],
 )
 def test_what_may_follow(line, expected, capsys):
