@@ -135,6 +135,9 @@ def print_summary(trainer: Trainer, first: float, last: float, images: int) -> N
         "first validation loss": f"{first:.4f}",
         "last validation loss": f"{last:.4f} ({last / first:.0%} of the first)",
     }
+    cache = trainer.datamodule.cache
+    if cache is not None:
+        rows["cache"] = f"{cache.hits} hits, {cache.misses} misses, {cache.failures} failures"
     for callback in trainer.callbacks:
         if isinstance(callback, Timer):
             rows["images/s"] = f"{images / callback.time_elapsed('train'):.1f}"

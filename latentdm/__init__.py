@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from latentdm import callbacks, data, finetune, masks
     from latentdm.augment import Augment
     from latentdm.autoencoders import FrozenVAE, register_family
+    from latentdm.cache import Cache
     from latentdm.captions import Captions
     from latentdm.datamodule import LatentDataModule
     from latentdm.encoders import InpaintEncoder, PlainEncoder
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Augment",
+    "Cache",
     "Captions",
     "FrozenVAE",
     "InpaintEncoder",
@@ -35,6 +37,7 @@ __all__ = [
 
 _HOMES = {
     "Augment": "latentdm.augment",
+    "Cache": "latentdm.cache",
     "Captions": "latentdm.captions",
     "FrozenVAE": "latentdm.autoencoders",
     "register_family": "latentdm.autoencoders",

@@ -11,6 +11,8 @@ from hydra.errors import HydraException
 import latentdm
 
 COMMANDS = {
+    "cache": "what a cache of latents holds: info, verify, prune, compact, export",
+    "encode": "fill a cache of latents ahead of time, on any number of machines",
     "preview": "draw what a model would see of your data, without training one",
     "train": "fine-tune a model of diffusers, as an experiment has it",
 }

@@ -10,7 +10,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from latentdm.batch import EPOCH, PIXELS, BatchKeys, Key, Path
-from latentdm.containers import is_batch, is_frozen, rebuild
+from latentdm.cache.cache import Cache
+from latentdm.cache.rows import CACHED, CachedRows
+from latentdm.containers import MAPPINGS, is_batch, is_frozen, rebuild
 from latentdm.data.module import PixelDataModule
 from latentdm.draws import Draws
 from latentdm.encoders.base import Encoder
@@ -38,6 +40,7 @@ class LatentDataModule(Wrapper):
         text: turns captions into prompt embeddings, on the device; its tokenizer runs on the host.
         stages: your own, which run last and still see the pixels: a depth map for a ControlNet, features of another
             frozen network. Those with ``on_host`` run on the host.
+        cache: keeps what was encoded; None: nothing is kept.
         keys: our name → the user's, for inputs and outputs: a key of a dict batch or a position in a tuple batch;
             None keeps an output out of the batch.
         layout: ``"CHW"``, or ``"HWC"`` for channels-last images.
@@ -65,6 +68,7 @@ class LatentDataModule(Wrapper):
         captions: Stage | None = None,
         text: Stage | None = None,
         stages: Sequence[Stage] = (),
+        cache: Cache | None = None,
         keys: Mapping[str, Key | None] | None = None,
         layout: str = "CHW",
         pixel_range: Sequence[float] = (0, 1),
@@ -84,7 +88,10 @@ class LatentDataModule(Wrapper):
         self.text = text
         self.keep_pixels = keep_pixels
         self.seed = seed
-        self.line = Line.arrange(encoder, masks=masks, augment=augment, captions=captions, text=text, stages=stages)
+        self.cache = cache
+        steps: dict[str, Any] = {"masks": masks, "augment": augment, "text": text, "stages": stages}
+        steps = steps if cache is None else cache.stages(**steps)
+        self.line = Line.arrange(encoder, captions=captions, **steps)
         self.keys = BatchKeys(keys, layout, pixel_range, self.line.names)
         self._batch_draws = BatchDraws()
         self._warned = False
@@ -136,10 +143,14 @@ class LatentDataModule(Wrapper):
         if self.trainer is not None:
             check_model(self.trainer.lightning_module)
             self.line.setup(self.trainer.strategy.root_device)
+        if self.cache is not None and self.trainer is not None:
+            self.cache.setup(self)
 
     def teardown(self, stage: str) -> None:
         """Delegates; then frees the device of the frozen networks, as Lightning frees it of the model."""
         self.pixels.teardown(stage)
+        if self.cache is not None:
+            self.cache.flush()
         if self.trainer is not None:
             self.line.setup("cpu")
 
@@ -259,7 +270,9 @@ class LatentDataModule(Wrapper):
     def _run(self, batch: Any, path: Path, dataloader_idx: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run the device's stages on a part of a user's batch."""
         draws, prepared = self._prepared.pop(path, (None, {}))
-        inputs = self.keys.read(batch) | prepared
+        cached = batch.get(CACHED) if isinstance(batch, MAPPINGS) else None
+        blank = cached.images() if isinstance(cached, CachedRows) else {}
+        inputs = self.keys.read({**batch, **blank} if blank else batch) | prepared
         if draws is None or len(draws.ids) != inputs[PIXELS].shape[0]:  # len of a tensor is slow
             draws = self._draws(inputs, path, dataloader_idx)
             assert draws is not None

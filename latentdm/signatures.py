@@ -34,8 +34,8 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
     },
     "LatentDataModule": {
         "pixels": (Any, MISSING), "encoder": (Any, MISSING), "masks": (Any, None), "augment": (Any, None),
-        "captions": (Any, None), "text": (Any, None), "stages": (Any, []), "keys": (Any, None), "layout": (str, 'CHW'),
-        "pixel_range": (list[float], [0, 1]), "keep_pixels": (bool, False), "seed": (int, 0),
+        "captions": (Any, None), "text": (Any, None), "stages": (Any, []), "cache": (Any, None), "keys": (Any, None),
+        "layout": (str, 'CHW'), "pixel_range": (list[float], [0, 1]), "keep_pixels": (bool, False), "seed": (int, 0),
     },
     "PlainEncoder": {
         "vae": (Any, MISSING), "per_batch": (int | None, None), "posterior": (str, 'sample'), "progress": (bool, False),
@@ -44,6 +44,10 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
     "TextEncoder/from_pretrained": {
         "_partial_": (bool, True), "source": (str, MISSING), "dtype": (str, 'auto'), "max_length": (int | None, None),
         "zero_empty": (bool | None, None), "revision": (str | None, None), "variant": (str | None, None),
+    },
+    "cache/Cache": {
+        "dir": (str | None, None), "variants": (int | None, None), "mask_variants": (int | None, None),
+        "dtype": (str, 'auto'), "identity": (str, 'stat'),
     },
     "callbacks/EncodeMonitor": {
     },
@@ -81,6 +85,10 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
         "on_error": (str, 'raise'), "max_skipped_share": (float, 0.05), "max_pixels": (int, 178956970),
         "index_dir": (str | None, None), "random_crop": (bool, True), "buckets": (Any, None), "sources": (str, 'auto'),
         "segmentations": (str, 'auto'), "read_timeout": (float, 300.0),
+    },
+    "data/LatentsData": {
+        "root": (str, MISSING), "size": (int | None, None), "batch_size": (int, 16), "val_share": (float, 0.1),
+        "num_workers": (int, 0), "seed": (int, 0), "on_error": (str, 'raise'), "max_skipped_share": (float, 0.05),
     },
     "data/SamplesData": {
         "size": (int, 128), "batch_size": (int, 16), "epoch_length": (int, 1024), "val_length": (int, 64),

@@ -33,11 +33,12 @@ def recording_vae(recorder):
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A folder with ``photos/`` with masks, ``cutouts/`` with transparency, a ``dataset/`` and ``shards/``."""
-    from running import write_cutouts, write_dataset, write_photos, write_shards
+    from running import write_cutouts, write_dataset, write_latents, write_photos, write_shards
 
     write_photos(tmp_path / "photos")
     write_cutouts(tmp_path / "cutouts")
     write_dataset(tmp_path / "dataset")
+    write_latents(tmp_path / "exported")
     write_shards(tmp_path / "shards")
     monkeypatch.chdir(tmp_path)
     return tmp_path

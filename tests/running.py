@@ -66,6 +66,22 @@ def write_cutouts(folder):
         photo.save(folder / f"{name}.png")
 
 
+def write_latents(folder):
+    """Latents as ``latentdm cache export`` writes them, of the demo VAE."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    for number in range(4):
+        moments = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(number))
+        tensors = {
+            "latents.moments": moments.bfloat16(),
+            "latents.sizes": torch.tensor([64, 64, 0, 0, 64, 64], dtype=torch.int32),
+        }
+        columns = {"index": number, "name": f"{number}.png", "caption": f"photograph {number}"}
+        save_file(tensors, folder / f"{number}.safetensors", {"columns": json.dumps(columns)})
+
+
 def write_dataset(folder):
     """The same photographs as a data set of the datasets package, with a caption and a mask column."""
     import datasets

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdm.autoencoders.families import family_of
+from latentdm.autoencoders.fingerprint import fingerprint
 from latentdm.autoencoders.images import Images
 from latentdm.autoencoders.limits import POSTERIORS, check_encodable, warn_of_overflow
 from latentdm.autoencoders.network import Network
@@ -171,8 +172,6 @@ class FrozenVAE:
 
         return cls(build_autoencoder(config, seed=seed), dtype=dtype, compile=compile, tiling=tiling)
 
-    # ---------------------------------------------------------------- where it lies
-
     @property
     def module(self) -> nn.Module:
         """The autoencoder as it computes: on its device, in its dtype and layout."""
@@ -202,6 +201,10 @@ class FrozenVAE:
     def retries(self) -> int:
         """How often a chunk was run again, smaller or tiled, because memory ran out."""
         return self._chunks.retries
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that its moments depend on beside the images, as JSON; the encoder's weights by a hash."""
+        return fingerprint(self._weights.original, self.dtype, self._chunks.tiling)
 
     def to(self, device: torch.device | str) -> Self:
         """Move it to a device; the first time, settle its dtype there."""
@@ -320,8 +323,6 @@ class FrozenVAE:
         """The moments of ``b 3 h w`` or ``b 3 f h w`` in 0…1, in one pass whatever it takes: for measuring."""
         with untracked():
             return self._network.moments([Images(pixels)], slice(0, len(pixels)), len(pixels))
-
-    # ---------------------------------------------------------------- latents → pixels
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode, for previews.

@@ -20,6 +20,7 @@ from latentdm.alarms import (
     repeated_ranks_alarm,
 )
 from latentdm.batch import LATENTS, NOISE_MASK, PIXELS
+from latentdm.cache.rows import is_blank
 from latentdm.callbacks.base import EncodeCallback, Inputs, LogSteps, Outputs
 from latentdm.validation import Check
 
@@ -79,7 +80,8 @@ class LatentStats(EncodeCallback):
     ) -> None:
         """Add the batch to the figures, on the device."""
         if trainer.training:
-            self._window.add(inputs[PIXELS], outputs[LATENTS], outputs.get(NOISE_MASK), trainer.current_epoch)
+            pictures = outputs[LATENTS] if is_blank(inputs) else inputs[PIXELS]
+            self._window.add(pictures, outputs[LATENTS], outputs.get(NOISE_MASK), trainer.current_epoch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -4,6 +4,7 @@ from latentdm.data.buckets import Buckets
 from latentdm.data.dataset import PixelDataset
 from latentdm.data.folder import ImageFolderData
 from latentdm.data.huggingface import HuggingFaceData
+from latentdm.data.latents import LatentsData
 from latentdm.data.module import PixelDataModule
 from latentdm.data.order import GlobalOrder
 from latentdm.data.samples import SamplesData
@@ -15,6 +16,7 @@ __all__ = [
     "GlobalOrder",
     "HuggingFaceData",
     "ImageFolderData",
+    "LatentsData",
     "PixelDataModule",
     "PixelDataset",
     "SampleError",

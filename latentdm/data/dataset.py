@@ -6,7 +6,7 @@ rank ever comes up short.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -37,6 +37,7 @@ class PixelDataset(Dataset[Sample], ABC):
         skips: where a sample that cannot be read is written down while another replaces it; None: it is an error.
         bucket_of: ``n``: the bucket of each sample, where samples differ in size; None: all are alike.
         reading: what each worker reads, for the error of one that dies; None: there are no workers.
+        collate: samples → a batch; see the function `collate`.
         parts: of a stream, which shuffles by itself: see `latentdm.data.layout.Dealt`; None: any sample can be reached.
         read_timeout: seconds that the reading of a file may wait, see `latentdm.data.PixelDataModule`.
     """
@@ -47,6 +48,7 @@ class PixelDataset(Dataset[Sample], ABC):
     read_timeout: float = READ_TIMEOUT_S
     parts: int | None = None
     bucket_of: npt.NDArray[np.integer] | None = None
+    collate: Callable[[Sequence[Sample]], Sample]
 
     @abstractmethod
     def __len__(self) -> int:
@@ -162,6 +164,9 @@ def collate(samples: Sequence[Sample]) -> Sample:
         else:
             batch[key] = values
     return batch
+
+
+PixelDataset.collate = staticmethod(collate)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

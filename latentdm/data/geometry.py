@@ -218,10 +218,11 @@ class ResizeCrop:
         if self.random_crop:
             generator = sample_generator(self.seed, epoch, record.index, "crop")
             top, left = (int(torch.randint(room + 1, (), generator=generator)) for room in rooms)
-        flips = self.flip and bool(
-            torch.rand((), generator=sample_generator(self.seed, epoch, record.index, "flip")) < 0.5
-        )
-        return Crop(full_width, full_height, left, top, across, down, flips)
+        return Crop(full_width, full_height, left, top, across, down, self.mirrored(record.index, epoch))
+
+    def mirrored(self, index: int, epoch: int) -> bool:
+        """Whether a sample is mirrored; nobody needs its image to know."""
+        return self.flip and bool(torch.rand((), generator=sample_generator(self.seed, epoch, index, "flip")) < 0.5)
 
 
 def _square(side: int, width: int, height: int) -> Size:

@@ -119,15 +119,22 @@ class HuggingFaceImages(PixelDataset):
         """The split and the row."""
         return f"{self.table.split}/{self.rows[position]}"
 
+    def record(self, position: int) -> Record:
+        """What is known of a row before its pictures are decoded.
+
+        Raises:
+            SampleError: a column of pictures holds something else.
+        """
+        row = int(self.rows[position])
+        return self.table.record(self.table.dataset[row], self.name(position), self.first + row)
+
     def sample(self, position: int, epoch: int) -> Sample:
         """A row as `ResizeCrop` makes it.
 
         Raises:
             SampleError: one of its pictures cannot be read.
         """
-        row = int(self.rows[position])
-        record = self.table.record(self.table.dataset[row], self.name(position), self.first + row)
-        return self.crops(record, epoch)
+        return self.crops(self.record(position), epoch)
 
 
 class HuggingFaceData(StreamDataModule):

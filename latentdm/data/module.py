@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from latentdm.data.dataset import PixelDataset, Sample, collate
+from latentdm.data.dataset import PixelDataset, Sample
 from latentdm.data.files import READ_TIMEOUT_S
 from latentdm.data.geometry import ResizeCrop, Target, square
 from latentdm.data.loader import PixelLoader, explanation
@@ -206,7 +206,7 @@ class PixelDataModule(LightningDataModule):
         if self.num_workers > (dataset.reading.workers if dataset.reading else 0):
             dataset.reading = Reading(self.num_workers)
         settings: dict[str, Any] = {
-            "collate_fn": collate,
+            "collate_fn": dataset.collate,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),

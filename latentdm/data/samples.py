@@ -1,6 +1,8 @@
 """Random crops of the photographs inside scikit-image: training data that needs no download."""
 
 from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
 from typing import Literal
 
 import torch
@@ -8,46 +10,38 @@ from PIL import Image
 
 from latentdm.data.dataset import PixelDataset, Sample
 from latentdm.data.decode import RESAMPLE, image_to_tensor
-from latentdm.data.geometry import Crop, size_columns
+from latentdm.data.geometry import Crop, Record, size_columns
 from latentdm.data.module import PixelDataModule
 from latentdm.data.photographs import photographs
 from latentdm.draws import sample_generator
 from latentdm.validation import Check
 
 
-@dataclass(eq=False)
-class PhotographCrops(PixelDataset):
-    """Crops of the sample photographs, which take turns.
+@dataclass(frozen=True)
+class PhotographCrop:
+    """Makes a crop of a photograph.
 
-    A crop is a square with a side between ``size`` and ``2·size`` pixels (or less, where the photograph is smaller),
+    It is a square with a side between ``size`` and ``2·size`` pixels (or less, where the photograph is smaller),
     resized to ``size`` and mirrored half of the time.
 
     Attributes:
         split: ``"train"`` draws each crop anew every epoch, ``"val"`` draws it once.
         size: side of the square images in pixels.
-        count: crops an epoch.
         first_index: the ``index`` of the first crop.
         seed: the crops follow from it.
     """
 
     split: Literal["train", "val"]
     size: int
-    count: int
     first_index: int
     seed: int
 
-    def __len__(self) -> int:
-        """Crops an epoch."""
-        return self.count
-
-    def sample(self, position: int, epoch: int) -> Sample:
-        """Crop number ``position``: ``pixels`` uint8 ``3 size size``, ``index``, ``name``, and its `size_columns`."""
-        names = list(parts := photographs(self.split))
-        name = names[position % len(names)]
-        photograph = parts[name]
+    def __call__(self, record: Record, epoch: int) -> Sample:
+        """``pixels`` uint8 ``3 size size``, ``index``, ``name``, and its `size_columns`."""
+        photograph = photographs(self.split)[record.name]
         height, width = photograph.shape[:2]
         # Not from the index: the validation crops stay when epoch_length, and with it their index, changes.
-        key = f"{self.split}/{position}"
+        key = f"{self.split}/{record.index - self.first_index}"
         generator = sample_generator(self.seed, epoch if self.split == "train" else 0, key, "crop")
         short = min(height, width)
         side = _integer(min(self.size, short), min(2 * self.size, short), generator)
@@ -59,7 +53,38 @@ class PhotographCrops(PixelDataset):
             pixels = pixels.flip(-1)
         full_width, full_height, left, top = (round(pixel * self.size / side) for pixel in (width, height, left, top))
         sizes = size_columns(Crop(full_width, full_height, left, top, self.size, self.size, mirrored), width, height)
-        return {"pixels": pixels, "index": self.first_index + position, "name": name, **sizes}
+        return {"pixels": pixels, "index": record.index, "name": record.name, **sizes}
+
+
+@dataclass(eq=False)
+class PhotographCrops(PixelDataset):
+    """Crops of the sample photographs, which take turns.
+
+    Attributes:
+        crops: makes them.
+        split: of which part of each photograph.
+        first_index: the ``index`` of the first crop.
+        count: crops an epoch.
+    """
+
+    crops: PhotographCrop
+    split: Literal["train", "val"]
+    first_index: int
+    count: int
+
+    def __len__(self) -> int:
+        """Crops an epoch."""
+        return self.count
+
+    def record(self, position: int) -> Record:
+        """The photograph of crop number ``position``."""
+        names = list(photographs(self.split))
+        name = names[position % len(names)]
+        return Record(name, self.first_index + position, photograph_hash(self.split, name))
+
+    def sample(self, position: int, epoch: int) -> Sample:
+        """Crop number ``position``, as `PhotographCrop` makes it."""
+        return self.crops(self.record(position), epoch)
 
 
 class SamplesData(PixelDataModule):
@@ -106,10 +131,21 @@ class SamplesData(PixelDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Load the photographs (once a process; workers inherit them) and set the datasets, whatever the stage."""
         photographs("train")
-        self.train_set = PhotographCrops("train", self.size, self.epoch_length, 0, self.seed)
+        self.train_set = self._crops("train", self.epoch_length)
         if self.val_length:
-            self.val_set = PhotographCrops("val", self.size, self.val_length, self.epoch_length, self.seed)
+            self.val_set = self._crops("val", self.val_length)
             self.test_set = self.predict_set = self.val_set
+
+    def _crops(self, split: Literal["train", "val"], count: int) -> PhotographCrops:
+        first = 0 if split == "train" else self.epoch_length
+        return PhotographCrops(PhotographCrop(split, self.size, first, self.seed), split, first, count)
+
+
+@cache
+def photograph_hash(split: Literal["train", "val"], name: str) -> bytes:
+    """What tells this part of a photograph from any other picture: 16 bytes."""
+    photograph = photographs(split)[name]
+    return blake2b(repr(photograph.shape).encode() + photograph.tobytes(), digest_size=16).digest()
 
 
 def _integer(low: int, high: int, generator: torch.Generator) -> int:

@@ -2,7 +2,7 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from latentdm.autoencoders.images import Images
 from latentdm.autoencoders.limits import POSTERIORS, check_clip
+from latentdm.autoencoders.posterior import Posterior
 from latentdm.autoencoders.vae import FrozenVAE
-from latentdm.batch import INDEX, LATENTS, PIXELS, SOURCE, sample_ids
+from latentdm.batch import INDEX, LATENTS, MASK, PIXELS, SOURCE, sample_ids
+from latentdm.cache.rows import CACHED, CachedRows, Sink
 from latentdm.containers import MAPPINGS, fields_of
 from latentdm.draws import Draws, FreshDraws
 from latentdm.errors import UserError, attributed
 from latentdm.stages import Stage
-from latentdm.tensors import check_pixels, crop, describe, how_to_convert
+from latentdm.tensors import check_pixels, crop, describe, how_to_convert, unit_mask
 from latentdm.validation import Check
 
 
@@ -40,7 +42,9 @@ class Encoder(Stage):
     """
 
     reads: tuple[str, ...] = (PIXELS,)
-    drops: tuple[str, ...] = (PIXELS, SOURCE)
+    drops: tuple[str, ...] = (PIXELS, SOURCE, CACHED)
+    cache: Sink | None = None
+    """Where the moments of samples with a key go; a data module with a cache sets it."""
 
     def __init__(
         self,
@@ -125,6 +129,9 @@ class Encoder(Stage):
                     advice = how_to_convert(batch)
                     raise UserError(f"expected a dict, as in {{'pixels': images}}, got {describe(batch)}{advice}")
                 batch = named
+            cached = batch.get(CACHED)
+            if isinstance(cached, CachedRows) and cached.masks is not None:
+                batch = {**batch, MASK: cached.with_masks(batch.get(MASK))}
             self._check(batch)
             if draws is not None:
                 return self._encode(batch, draws)
@@ -166,19 +173,42 @@ class Encoder(Stage):
     def _encode(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
         """Encode all images of a checked batch in one chunked pass; the output key is the purpose of their noise."""
         to_encode, ready = self._prepare(batch)
-        vae, b, keys = self.vae, len(draws.ids), list(to_encode)
-        moments = vae.moments(
-            list(to_encode.values()),
-            per_batch=self.per_batch,
-            progress=self.progress,
-            name=lambda row: f"sample {draws.ids[row % b]} ({keys[row // b]})",
-        )
+        vae, b, keys, cached = self.vae, len(draws.ids), list(to_encode), batch.get(CACHED)
+        if isinstance(cached, CachedRows):
+            posteriors = self._completed(cached, to_encode, batch, draws)
+            moments, keys = Posterior.cat(list(posteriors.values())), list(posteriors)
+        else:
+            moments = vae.moments(
+                list(to_encode.values()),
+                per_batch=self.per_batch,
+                progress=self.progress,
+                name=lambda row: f"sample {draws.ids[row % b]} ({keys[row // b]})",
+            )
         noise = None
         if self.posterior == "sample" and vae.has_posterior:
-            parts = [draws.normal(key, moments.mean.shape[1:], vae.device) for key in keys]
+            parts = [draws.normal(key, moments.mean.shape[1:], moments.mean.device) for key in keys]
             noise = parts[0] if len(parts) == 1 else torch.cat(parts)
         latents = vae.draw(moments, noise)
         return dict(zip(keys, torch.split(latents, b) if len(keys) > 1 else [latents], strict=True)) | ready
+
+    def _completed(
+        self, cached: CachedRows, to_encode: Mapping[str, Images], batch: Mapping[str, Any], draws: Draws
+    ) -> dict[str, Posterior]:
+        """The moments of all images, of which only those are encoded that the cache lacks."""
+
+        def encode(sets: Sequence[Images], order: Sequence[tuple[str, int]]) -> Posterior:
+            return self.vae.moments(
+                sets,
+                per_batch=self.per_batch,
+                progress=self.progress,
+                name=lambda row: f"sample {draws.ids[order[row][1]]} ({order[row][0]})",
+            )
+
+        def hidden() -> Tensor:
+            mask = unit_mask(batch[MASK], batch[PIXELS]).round() == 1
+            return mask.expand(len(cached), -1, -1, -1)
+
+        return cached.complete(to_encode, encode, self.cache, hidden)
 
 
 def _check_vae(vae: object, owner: str) -> FrozenVAE:

@@ -20,6 +20,7 @@ from latentdm.batch import (
     PIXELS,
     SOURCE,
 )
+from latentdm.cache.rows import CACHED
 from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError
 from latentdm.masks.morphology import check_grow_mask_by, check_mask_offset, grow_mask, offset_mask, round_mask
@@ -70,7 +71,7 @@ class InpaintEncoder(Encoder):
 
     reads = (PIXELS, MASK)
     writes = (LATENTS, MASKED_LATENTS, NOISE_MASK, LATENT_MASK)
-    drops = (PIXELS, MASK, SOURCE)
+    drops = (PIXELS, MASK, SOURCE, CACHED)
 
     def __init__(
         self,

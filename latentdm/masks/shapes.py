@@ -27,11 +27,11 @@ Size = tuple[int, int]
 
 
 class Shapes(ABC):
-    """One kind of shapes."""
+    """One kind of shapes: a subclass of `Upright`, which paints rectangles, or of `Freeform`, which paints a field."""
 
     @abstractmethod
     def draw(self, draws: Draws, extent: Tensor) -> Tensor:
-        """``b n k`` on the CPU."""
+        """What places the shapes of each mask: ``b n k`` on the CPU, the same ``n`` for all of them (`_keep`)."""
 
     @abstractmethod
     def paint(self, shapes: Tensor, share: Tensor, size: Size) -> Tensor:
@@ -96,7 +96,10 @@ class Freeform(Shapes):
 
     @abstractmethod
     def field(self, shapes: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """``b n k``, ``w`` and ``h 1`` → ``b h w``."""
+        """``b n k``, ``w`` and ``h 1`` → ``b h w``, in any unit: the lowest part is masked, as much as the share asks.
+
+        Pixels of the same value are masked together, so a field of few values misses its share, or masks nothing.
+        """
 
     def paint(self, shapes: Tensor, share: Tensor, size: Size) -> Tensor:
         """The coarse field, drawn out bilinearly, below its level."""

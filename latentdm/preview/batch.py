@@ -15,6 +15,7 @@ from torch import Tensor
 
 from latentdm.alarms import MASK_RANGE, STD_RANGE, latent_std_alarm, mask_alarm
 from latentdm.batch import LATENT_MASK, LATENTS, MASK, MASKED_LATENTS, NOISE_MASK, PIXELS, SOURCE, Key
+from latentdm.cache.rows import is_blank
 from latentdm.containers import is_batch, items_of
 from latentdm.datamodule import LatentDataModule
 from latentdm.encoders.base import Encoder
@@ -49,6 +50,7 @@ def preview(
     """
     b = min(samples or len(outputs[LATENTS]), len(outputs[LATENTS]))
     inputs, outputs = _first(inputs, b), _first(outputs, b)
+    inputs = _shown(encoder, inputs, outputs)
     columns = _columns(encoder, inputs, outputs)
     masked = [""] * b
     if NOISE_MASK in outputs:
@@ -82,6 +84,7 @@ def before_and_after(
     """
     b = len(sampled)
     inputs, outputs = _first(inputs, b), _first(outputs, b)
+    inputs = _shown(encoder, inputs, outputs)
     images = {key: _frame(image) for key, image in encoder.images(inputs).items()}
     is_latents = sampled.shape[1:] == outputs[LATENTS].shape[1:]
     made = _decoded(encoder, sampled) if is_latents else sampled
@@ -94,6 +97,13 @@ def before_and_after(
         hole = outputs[NOISE_MASK].to(made.device)
         columns["sampled,\nin the image"] = kept * (1 - hole) + made * hole
     return _sheet(columns, _titles(captions, b))
+
+
+def _shown(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """Inputs with pictures to show: where a cache had the latents and no image was read, those latents decoded."""
+    if not is_blank(inputs) or not encoder.vae.can_decode:
+        return inputs
+    return {**inputs, PIXELS: _decoded(encoder, outputs[LATENTS])}
 
 
 def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> list[str]:

@@ -68,6 +68,7 @@ class TextEncoder(Stage):
     ) -> None:
         check = Check("TextEncoder")
         check.choice("family", family, FAMILIES)
+        self.family = family
         self._family = FAMILIES[family]
         self._wanted = DTYPES[check.choice("dtype", dtype, DTYPES)]
         self.zero_empty = zero_empty
@@ -127,6 +128,11 @@ class TextEncoder(Stage):
         """What it computes in. ``"auto"`` is settled by the first device that it is put on, and stays."""
         dtype: torch.dtype = next(self._modules()[0].parameters()).dtype
         return dtype
+
+    @property
+    def encoders(self) -> list[Any]:
+        """The modules, made now if they were not yet."""
+        return self._modules()
 
     def setup(self, device: torch.device | str) -> None:
         """Load the weights, the first time, and move them to ``device``."""

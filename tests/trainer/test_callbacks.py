@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from PIL import Image
 
 import latentdm.demo_vae
-from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
+from latentdm import Cache, FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
 from latentdm.callbacks import EncodeCallback, EncodeMonitor, LatentPreview, LatentStats, PerBatchFinder, VAEOffload
 from latentdm.callbacks.base import LogSteps
 from latentdm.callbacks.per_batch_finder import fastest
@@ -646,6 +646,20 @@ def test_a_stage_that_failed_leaves_nothing_behind(offloaded):
     with pytest.raises(KeyError, match="prompt"):
         offloaded(["predict"], NotImages, Failing())
     offloaded(["predict"], Photos, LatentModel(), stage="test")  # warnings are errors
+
+
+def test_it_leaves_after_an_epoch_that_read_everything_and_comes_back_for_what_is_missing(tmp_path):
+    def run(epochs):
+        vae = Travelling(tiny_kl())
+        data = SamplesData(size=32, batch_size=2, epoch_length=4, val_length=0)
+        datamodule = LatentDataModule(data, PlainEncoder(vae), cache=Cache(tmp_path / "cache", variants=2))
+        settings = {"callbacks": [OnTheDevice(), VAEOffload()], "max_epochs": epochs, "limit_val_batches": 0}
+        quiet_trainer(**settings).fit(LatentModel(), datamodule=datamodule)
+        return vae.journeys
+
+    assert run(1) == ["meta", "cpu"]  # there, and the data module's teardown
+    # Away after an epoch of the first crops, which are there; back for the second ones; away after both were read.
+    assert run(4) == ["meta", "cpu", "meta", "cpu"]
 
 
 def test_on_the_cpu_it_warns_that_it_has_no_effect(vae):

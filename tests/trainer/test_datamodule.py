@@ -559,7 +559,7 @@ def test_latents_and_vae_are_on_the_device():
     assert vae.device.type == "cpu"
 
 
-def test_a_tuner_sets_what_it_found(vae):
+def test_a_tuner_sets_what_it_found(vae, tmp_path):
     from lightning.pytorch.tuner import Tuner
 
     class Sized(Photos):
@@ -573,7 +573,8 @@ def test_a_tuner_sets_what_it_found(vae):
     datamodule = LatentDataModule(pixels, PlainEncoder(vae))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        Tuner(quiet_trainer()).scale_batch_size(LatentModel(), datamodule=datamodule, max_trials=2, steps_per_trial=1)
+        tuner = Tuner(quiet_trainer(default_root_dir=tmp_path))  # it saves the model while it tries
+        tuner.scale_batch_size(LatentModel(), datamodule=datamodule, max_trials=2, steps_per_trial=1)
     assert {2, 4} <= set(sizes)
     assert pixels.batch_size == datamodule.batch_size == max(sizes)
     assert "batch_size" not in vars(datamodule)

@@ -114,11 +114,11 @@ def test_a_checkpoint_gives_each_its_own_settings_back(encoder, tmp_path):
     assert restored.seed == 0
 
 
-def test_a_tuner_reaches_settings_that_the_pixels_read(encoder):
+def test_a_tuner_reaches_settings_that_the_pixels_read(encoder, tmp_path):
     data = Data(batch_size=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tuner = Tuner(quiet_trainer())
+        tuner = Tuner(quiet_trainer(default_root_dir=tmp_path))  # it saves the model while it tries
         wrapped = LatentDataModule(data, encoder)
         size = tuner.scale_batch_size(LatentModel(), datamodule=wrapped, max_trials=2, steps_per_trial=1)
     assert data.hparams["batch_size"] == wrapped.hparams["batch_size"] == size > 2

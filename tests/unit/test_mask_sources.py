@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 
 from latentdm.draws import Draws
 from latentdm.errors import UserError
@@ -212,18 +213,9 @@ def count_islands(mask):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"kinds": []},
-            r"kinds must be a list of some of boxes, strokes, polygons, blobs, borders, each once, got \[\]",
-        ),
-        (
-            {"kinds": ["circles"]},
-            r"kinds must be a list of some of boxes, strokes, polygons, blobs, borders, each once, got \['circles'\]",
-        ),
-        (
-            {"kinds": "boxes"},
-            "kinds must be a list of some of boxes, strokes, polygons, blobs, borders, each once, got 'boxes'",
-        ),
+        ({"kinds": []}, rf"kinds must be a list of some of {', '.join(ALL)}, each once, got \[\]"),
+        ({"kinds": ["circles"]}, rf"kinds must be a list of some of {', '.join(ALL)}, each once, got \['circles'\]"),
+        ({"kinds": "boxes"}, f"kinds must be a list of some of {', '.join(ALL)}, each once, got 'boxes'"),
         ({"kinds": ["boxes", "boxes"]}, "kinds must be a list"),
         ({"share": [0.0, 0.5]}, r"share must be two numbers above 0 and below 1, in order, got \[0.0, 0.5\]; "),
         ({"share": (0.5, 0.1)}, r"share must be two numbers above 0 and below 1, in order, got \[0.5, 0.1\]; "),
@@ -243,6 +235,11 @@ def count_islands(mask):
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=f"^RandomMask: {message}"):
         RandomMask(**settings)
+
+
+def test_the_varied_masks_are_of_every_kind():
+    with initialize_config_module("latentdm.conf", version_base="1.3"):
+        assert set(compose("train", overrides=["masks=varied"]).masks.kinds) == set(ALL)
 
 
 def test_a_coarse_field_paints_what_a_fine_one_paints(monkeypatch):

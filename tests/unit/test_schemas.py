@@ -99,6 +99,22 @@ def test_lines_are_as_full_as_they_may_be():
     assert wrapped(["a" * 55, "b" * 54, "c" * 55]) == [f"        {'a' * 55}, {'b' * 54},", f"        {'c' * 55},"]
 
 
+def test_readme_names_every_choice():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What to plug in")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
+    named = {
+        group: set(re.findall(r"`(\w+)`", choices)) for groups, choices in rows for group in groups.split("`")[1::2]
+    }
+    assert {"pixels", "masks"} <= set(named)
+    missing = {
+        f"{group}={path.stem}"
+        for group in named
+        for path in (CONF / group).glob("*.yaml")
+        if path.stem not in named[group]
+    }
+    assert not missing, "they belong in README's table of what to plug in"
+
+
 # ---------------------------------------------------------------- an app of one's own
 
 

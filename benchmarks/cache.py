@@ -1,0 +1,254 @@
+"""An epoch from the cache against one that encodes, and reading a sample against the ways of others.
+
+Each epoch is a real ``Trainer.fit`` of a model that does next to nothing, in a process of its own that has opened
+nothing before; the files are in the page cache. Seconds are those between the first batch's start and the last one's
+end.
+"""
+
+import json
+import pickle
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.models import images, sd_size
+from benchmarks.rows import interleaved, row
+from latentdm import Cache, FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
+from latentdm.cache.index import Index
+from latentdm.cache.keys import key_of
+from latentdm.cache.store import Store
+from latentdm.cache.writer import Writer
+from latentdm.data import ImageFolderData
+from latentdm.masks import RandomMask
+
+SIDE, BATCH, PHOTOS = 256, 4, 8
+AGAINST = "an epoch that encodes: SD-size encoder in its defaults, 256², without a cache"
+
+
+@cache
+def _folder() -> TemporaryDirectory[str]:
+    """Photographs as JPEGs, and beside them the caches of all rows."""
+    from PIL import Image
+
+    folder = TemporaryDirectory()
+    photos = Path(folder.name, "photos")
+    photos.mkdir()
+    for number, pixels in enumerate(images(PHOTOS, 2 * SIDE)):
+        image = Image.fromarray(pixels.permute(1, 2, 0).roll(number, 1).numpy())
+        image.save(photos / f"{number:02}.jpg", quality=90)
+    return folder
+
+
+def _epochs(kind: str, name: str | None, epochs: int) -> list[float]:
+    """Seconds an image of each epoch, in a process of its own."""
+    command = [sys.executable, "-W", "ignore", __file__, _folder().name, kind, name or "", str(epochs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds: list[float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return seconds
+
+
+def _fit(folder: str, kind: str, name: str, epochs: int) -> list[float]:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    class Nothing(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+            return (batch["latents"].mean() * self.weight).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Clock(Callback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.began = perf_counter()
+
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            self.ended = perf_counter()
+
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.seconds.append((self.ended - self.began) / PHOTOS)
+
+    data = ImageFolderData(Path(folder, "photos"), SIDE, BATCH, val_share=0, random_crop=False)
+    vae, held = FrozenVAE(sd_size()), None
+    if name:
+        held = Cache(Path(folder, name), mask_variants=1 if kind == "variants" else None)
+    inpaints = kind != "plain"
+    encoder = InpaintEncoder(vae) if inpaints else PlainEncoder(vae)
+    datamodule = LatentDataModule(data, encoder, masks=RandomMask() if inpaints else None, cache=held)
+    clock = Clock()
+    Trainer(
+        max_epochs=epochs, callbacks=[clock], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, accelerator="auto", devices=1, default_root_dir=folder,
+    ).fit(Nothing(), datamodule=datamodule)  # fmt: skip
+    return clock.seconds
+
+
+def _ratio(kind: str, quick: bool) -> float:
+    """Seconds of an encoding epoch over those of one that reads."""
+    _epochs(kind, kind, 1)
+    encoded = median(_epochs(kind, None, 1 if quick else 3))
+    read = median(_epochs(kind, kind, (1 if quick else 3) if kind == "inpaint" else 20))
+    return encoded / read
+
+
+@row("cache_plain_ratio", "times", f"{AGAINST}; read from cache=disk; aim: at least 50")
+def plain(quick: bool) -> float:
+    """Latents alone."""
+    return _ratio("plain", quick)
+
+
+@row("cache_inpaint_ratio", "times", f"{AGAINST}; inpainting with new masks each time; aim: at least 1.8")
+def inpaint(quick: bool) -> float:
+    """The clean half is read, the masked one encoded."""
+    return _ratio("inpaint", quick)
+
+
+@row("cache_inpaint_variants_ratio", "times", f"{AGAINST}; inpainting with mask_variants; aim: at least 40")
+def variants(quick: bool) -> float:
+    """Both halves are read."""
+    return _ratio("variants", quick)
+
+
+@row("cache_write_overhead_pct", "%", "the first epoch without a cache; aim: at most 5")
+def overhead(quick: bool) -> float:
+    """What writing behind costs; the two take turns."""
+    rounds = 1 if quick else 5
+    ratios = []
+    for number in range(rounds):
+        without = _epochs("plain", None, 1)[0]
+        ratios.append(_epochs("plain", f"overhead{number}", 1)[0] / without)
+    return 100 * (median(ratios) - 1)
+
+
+# -------------------------------------------------------------------- a sample, against the ways of others
+
+COUNT = 2000
+
+
+@cache
+def _samples() -> dict[str, Any]:
+    """The same moments, 64 KiB a sample as SD has at 512², kept in three ways."""
+    folder = Path(_folder().name, "samples")
+    pickled = folder / "pickled"
+    pickled.mkdir(parents=True)
+    writer, store = Writer(), Store(folder / "space")
+    generator = torch.Generator().manual_seed(0)
+    held = []
+    for number in range(COUNT):
+        moments = torch.randn(1, 2, 4, 64, 64, generator=generator).to(torch.bfloat16)
+        writer.put(store, [key_of(number)], {"moments": moments}, wait=True)
+        with (pickled / f"{number}.pt").open("wb") as file:
+            pickle.dump(moments[0].float().numpy(), file)
+        held.append(moments[0].clone())
+    writer.close()
+    store.refresh()
+    return {"store": store, "pickled": pickled, "held": held}
+
+
+def _read_seconds(ways: Sequence[str], rounds: int) -> dict[str, float]:
+    ours = _samples()
+    order = np.random.default_rng(0).permutation(COUNT).tolist()
+
+    def store() -> None:
+        for number in order:
+            assert ours["store"].read(key_of(number)) is not None
+
+    def pickled() -> None:
+        for number in order:
+            with (ours["pickled"] / f"{number}.pt").open("rb") as file:
+                torch.from_numpy(pickle.load(file))
+
+    def held() -> None:
+        for number in order:
+            ours["held"][number].clone()
+
+    functions: dict[str, Callable[[], None]] = {"store": store, "pickled": pickled, "held": held}
+    seconds = interleaved({name: functions[name] for name in ways}, rounds)
+    return {name: median(times) / COUNT for name, times in seconds.items()}
+
+
+@row("cache_read_us", "µs", "one sample of 64 KiB in bfloat16, checksum included; page cache warm")
+def read_us(quick: bool) -> float:
+    """Reading one sample."""
+    return 1e6 * _read_seconds(["store"], 1 if quick else 5)["store"]
+
+
+@row("cache_read_vs_pickled_ratio", "times", "a pickled float32 file a sample, as SimpleTuner and OneTrainer keep them")
+def against_pickled(quick: bool) -> float:
+    """How many times faster than one file a sample."""
+    seconds = _read_seconds(["pickled", "store"], 1 if quick else 5)
+    return seconds["pickled"] / seconds["store"]
+
+
+@row("cache_read_vs_held_ratio", "times", "a list in memory, as the diffusers scripts have it; below 1: it is faster")
+def against_held(quick: bool) -> float:
+    """The list costs 64 KiB of memory a sample in each process; the cache 20 bytes, which all share."""
+    seconds = _read_seconds(["held", "store"], 1 if quick else 5)
+    return seconds["held"] / seconds["store"]
+
+
+# -------------------------------------------------------------------- ten million entries
+
+
+@cache
+def _large_index() -> tuple[Path, int]:
+    """An index of ten million entries, without the shards."""
+    count, folder = 10_000_000, Path(_folder().name, "index")
+    draw = np.random.default_rng(0)
+    index = Index(
+        [f"shard{number}" for number in range(5000)],
+        np.sort(draw.integers(0, 2**63, count, dtype=np.uint64)),
+        draw.integers(0, 5000, count, dtype=np.uint32),
+        draw.integers(0, 2000, count, dtype=np.uint32),
+        draw.integers(0, 2**32, count, dtype=np.uint32),
+    )
+    return index.save(folder, folder / "tmp"), count
+
+
+@row("cache_index_open_ms", "ms", "an index of ten million entries, mapped")
+def index_open(quick: bool) -> float:
+    """Opening it reads its head alone."""
+    path, _ = _large_index()
+    seconds = interleaved({"open": lambda: Index.open(path) and None}, 3 if quick else 20)
+    return 1e3 * median(seconds["open"])
+
+
+@row("cache_index_bytes_per_sample", "bytes", "memory of a process's own, after 10⁵ lookups among ten million; aim: 20")
+def index_bytes(quick: bool) -> float:
+    """What one more process takes, per entry."""
+    path, count = _large_index()
+    script = (
+        "import resource, sys\nfrom pathlib import Path\nfrom latentdm.cache.index import Index\n"
+        "def own():\n"
+        "    return sum(int(l.split()[1]) for l in open('/proc/self/smaps_rollup') if l.startswith('Private'))\n"
+        "index = Index.of([])\nlist(index.places(bytes(16)))\nbefore = own()\nindex = Index.open(Path(sys.argv[1]))\n"
+        "for n in range(100_000):\n    list(index.places(n.to_bytes(8, 'big') * 2))\n"
+        "print(1024 * (own() - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    return max(int(done.stdout), 0) / count
+
+
+if __name__ == "__main__":
+    _, where, which, chosen, times = sys.argv
+    print(json.dumps(_fit(where, which, chosen, int(times))))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)

@@ -1,0 +1,118 @@
+"""``latentdm cache``: what a cache holds, whether it is whole, and putting it in order."""
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, open_dict
+
+from latentdm.commands.config import compose_config, device_of, parse
+from latentdm.errors import UserError, plain_errors
+
+DOES = {
+    "info": "what it holds, and what of it the configuration finds, lacks and does not need",
+    "verify": "read every entry and compare its sum",
+    "prune": "remove all that the configuration does not need; --dry-run tells what that is",
+    "compact": "merge small files, and leave out what is broken or there twice",
+    "export": "write latents as files (--format, --output), which pixels=latents reads without images",
+}
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        arguments: its options and overrides.
+
+    Raises:
+        HydraException: the settings or the data are wrong.
+    """
+    parser = ArgumentParser(
+        prog="latentdm cache",
+        description="Look after a cache of latents. Takes the overrides of train_example.py, as in: latentdm cache "
+        "info cache=disk cache.dir=latents pixels=folder pixels.root=photos. "
+        + " ".join(f"{name}: {what}." for name, what in DOES.items()),
+    )
+    parser.add_argument("action", choices=list(DOES))
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--format", choices=["safetensors", "webdataset", "comfyui"], default="safetensors")
+    parser.add_argument("--output", type=Path, default=Path("exported"), help="folder (default: exported)")
+    parser.add_argument("--dry-run", action="store_true", help="of prune: remove nothing")
+    parser.add_argument("--device", help="where the encoder would compute (default: cuda if there is one, else cpu)")
+    settings = parse(parser, arguments)
+    cfg = compose_config(settings)
+    with open_dict(cfg):
+        hydra = cfg.pop("hydra")
+    with plain_errors(cfg):
+        print_found(_run(cfg, settings, str(hydra.runtime.output_dir)), settings.json)
+
+
+def print_found(found: dict[str, Any], as_json: bool) -> None:
+    """One line of JSON, or one line for each number."""
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        lines = value if isinstance(value, list) else [value]
+        for line in lines:
+            shown = f"{line / 2**20:.1f} MiB" if name == "bytes" else line
+            print(f"{name:>10}  {shown}")
+
+
+def _run(cfg: DictConfig, settings: Namespace, folder: str) -> dict[str, Any]:
+    from hydra.utils import instantiate  # late, as composing says sooner what is wrong
+
+    from latentdm.cache.upkeep import compact, spaces, verify
+
+    if cfg.get("cache") is None or cfg.cache.get("dir") is None:
+        raise UserError("latentdm cache: there is no folder to look into; add cache=disk cache.dir=…")
+    root = Path(cfg.cache.dir).expanduser()
+    if not root.is_dir():
+        raise UserError(f"latentdm cache: cache.dir={str(root)!r} is no folder; name the one that a run has filled")
+    if settings.action == "verify":
+        looks = [verify(space) for space in spaces(root)]
+        found = {name: sum(getattr(look, name) for look in looks) for name in ("entries", "bytes", "failures")}
+        return found | {"broken": [str(path) for look in looks for path in look.broken]}
+    if settings.action == "compact":
+        written = [compact(space) for space in spaces(root)]
+        return {name: sum(getattr(each, name) for each in written) for name in ("entries", "bytes", "failures")}
+    return _compared(instantiate(cfg.datamodule), root, settings)
+
+
+def _compared(datamodule: Any, root: Path, settings: Namespace) -> dict[str, Any]:
+    """What of a cache a configuration needs; for ``prune``, the rest is removed, for ``export`` it is written."""
+    from latentdm.cache.export import export
+    from latentdm.cache.fill import FillData, needed_keys
+    from latentdm.cache.upkeep import compact, remove, spaces, totals
+    from latentdm.data.module import PixelDataModule
+
+    if not isinstance(datamodule.pixels, PixelDataModule):
+        raise UserError("latentdm cache: which entries this data module needs is not known before its batches are")
+    datamodule.pixels = pixels = FillData(datamodule.pixels)
+    pixels.setup()
+    datamodule.line.setup(device_of(settings.device))
+    datamodule.cache.setup(datamodule)
+    if settings.action == "export":
+        return export(pixels.able(), settings.format, settings.output) | {"output": str(settings.output.resolve())}
+    store = datamodule.cache.store
+    counts = totals(store)
+    needed = set(needed_keys(pixels.able()))
+    hits = sum(key in store for key in needed)
+    others = [space for space in spaces(root) if space != store.folder]
+    sizes = {space.name: sum(path.stat().st_size for path in space.rglob("*.safetensors")) for space in others}
+    found: dict[str, Any] = {
+        **counts,
+        "hits": hits,
+        "misses": len(needed) - hits,
+        "failures": store.failures,
+        "stale": counts["entries"] - hits,
+        "space": str(store.folder),
+        "others": [f"{name} ({size / 2**20:.1f} MiB)" for name, size in sizes.items()],
+    }
+    if settings.action == "prune" and not settings.dry_run:
+        freed = sum(remove(space) for space in others)
+        compact(store.folder, keep=needed.__contains__, all_shards=True)
+        found["freed"] = freed + counts["bytes"] - totals(store)["bytes"]
+    return found
