@@ -294,7 +294,13 @@ def start(run):
 
 
 def rank_process(run, rank, port):
-    """What the process of a rank does: train as if Lightning had launched it."""
+    """What the process of a rank does: train as if Lightning had launched it.
+
+    Its loader forks its workers, as in any script: those of a server outlive a rank that is killed, as they look
+    whether the process that started them lives. Ctrl+C counts, where the tests run in the background of a shell too.
+    """
+    multiprocessing.set_start_method("fork", force=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     output = os.open(Path(run.folder) / f"output.{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

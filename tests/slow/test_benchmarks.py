@@ -90,17 +90,18 @@ def test_the_script_encodes_in_its_own_precision(dtype):
 
 
 @pytest.mark.parametrize(
-    ("side", "slower", "expected"),
+    ("side", "default", "others", "expected"),
     [
-        (128, {}, 1.0),  # the default is one of those that it is compared with
-        (128, {"8": 0.5}, 0.5),
-        (128, {"8": 2.0}, 1.0),
-        (96, {}, 1.5),  # seven at once: better than all of them
+        (128, "2", {}, 1.0),  # the default is one of those that it is compared with
+        (128, "2", {"8": 0.5}, 0.5),
+        (128, "2", {"8": 2.0}, 1.0),
+        (96, "3", {}, 1.0),  # and here it is none of them
+        (96, "3", {"8": 0.5}, 0.5),
     ],
 )
-def test_the_default_chunk_is_compared_with_the_best(side, slower, expected, monkeypatch):
+def test_the_default_chunk_is_compared_with_the_best(side, default, others, expected, monkeypatch):
     def made_up(ways, rounds):
-        seconds = {way: 1.0 if way == "None" else 1.5 for way in ways} | slower
+        seconds = {way: 1.0 if way == default else 1.5 for way in ways} | others
         return {way: [seconds[way]] * rounds for way in ways}
 
     monkeypatch.setattr("benchmarks.encoder.interleaved", made_up)
