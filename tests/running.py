@@ -32,6 +32,10 @@ def compose_example(overrides, output_dir):
     return cfg
 
 
+ABORTED_AT_EXIT = "terminated with signal SIGABRT"
+"""What torch says of a spawned process that gloo's threads end when all is done: in plain Lightning too, now and then."""
+
+
 def run_example(overrides, output_dir):
     """One step of train_example.py: in this process, or as a script where Lightning starts more processes."""
     if {"trainer=ddp", "trainer=fsdp2"} & set(overrides):

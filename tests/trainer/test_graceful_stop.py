@@ -12,6 +12,14 @@ from latentdm.callbacks import GracefulStop
 from latentdm.checkpoints import WholeCheckpoints
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl+C counts, where the tests run in the background of a shell too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Send(Callback):
     """Sends a signal to its own process in one of the hooks, once."""
 
