@@ -33,7 +33,7 @@ def compose_example(overrides, output_dir):
 
 
 ABORTED_AT_EXIT = "terminated with signal SIGABRT"
-"""What torch says of a spawned process that gloo's threads end when all is done: in plain Lightning too, now and then."""
+"""What torch says of a spawned process that gloo's threads end when all is done, as now and then in plain Lightning."""
 
 
 def run_example(overrides, output_dir):

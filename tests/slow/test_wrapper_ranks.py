@@ -51,4 +51,5 @@ def test_train_only_pixels_train_in_spawned_processes(tmp_path):
         [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 or ABORTED_AT_EXIT in done.stderr, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["rank 0: 2 steps", "rank 1: 2 steps"]
+    for rank in range(2):  # both write at once: where a line ends is chance
+        assert f"rank {rank}: 2 steps" in done.stdout
