@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from latentdm.data.decode import ImageFile
+from latentdm.data.files import open_file
 from latentdm.data.skips import SampleError
 from latentdm.errors import UserError
 
@@ -55,7 +56,11 @@ def identity(file: ImageFile, how: str) -> list[Any]:
             # Both times: some programs put the one back after they have written, and none can put the other back.
             status = os.stat(file)
             return [os.path.abspath(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-        content = file.read_bytes() if isinstance(file, Path) else file
+        if isinstance(file, Path):
+            with open_file(file) as opened:
+                content = opened.read()
+        else:
+            content = file
     except OSError as error:
         raise SampleError(f"cannot read {file!s}: {error}; repair or remove the file") from error
     return ["content", blake2b(content, digest_size=KEY_BYTES).hexdigest(), len(content)]

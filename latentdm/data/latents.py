@@ -16,6 +16,7 @@ from torch import Tensor
 from latentdm.batch import CROP_TOP_LEFT, LATENTS, ORIGINAL_SIZE, TARGET_SIZE
 from latentdm.cache.rows import CACHED, MOMENTS, NO_SIZES, SIZES, CachedSample, collate_cached
 from latentdm.data.dataset import PixelDataset, Sample, collate
+from latentdm.data.files import open_file
 from latentdm.data.index import unit_hash
 from latentdm.data.module import PixelDataModule
 from latentdm.data.pairing import check_val_share, split_hashes
@@ -53,7 +54,7 @@ class File:
 
     def read(self) -> bytes:
         """Its content."""
-        with self.path.open("rb") as file:
+        with open_file(self.path) as file:
             file.seek(self.offset)
             return file.read(self.size)
 
@@ -205,7 +206,7 @@ def _files(root: Path) -> Iterator[File]:
         if path.suffix in ENDINGS:
             yield File(path, path.relative_to(root).as_posix())
         elif path.suffix == ".tar":
-            with tarfile.open(path) as tar:
+            with open_file(path) as opened, tarfile.open(fileobj=opened) as tar:
                 for member in tar:
                     if member.isfile() and member.name.endswith(ENDINGS):
                         yield File(path, member.name, member.offset_data, member.size)
@@ -214,7 +215,7 @@ def _files(root: Path) -> Iterator[File]:
 def _shape(file: File) -> tuple[tuple[int, ...], int | None]:
     """``h w`` of the latents and the longer side of their image, from a file's head; () and None without one."""
     try:
-        with file.path.open("rb") as opened:
+        with open_file(file.path) as opened:
             opened.seek(file.offset)
             length = int.from_bytes(opened.read(8), "little")
             head = json.loads(opened.read(min(length, 1 << 20)))

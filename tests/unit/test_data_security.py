@@ -12,10 +12,13 @@ from threading import Event
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 from running import ROOT, add_file, quiet_datasets
+from safetensors.torch import save_file
 
-from latentdm.data import HuggingFaceData, ImageFolderData, SampleError, WebDatasetData, files
+from latentdm.cache.keys import IDENTITIES, identity
+from latentdm.data import HuggingFaceData, ImageFolderData, LatentsData, SampleError, WebDatasetData, files
 from latentdm.data.decode import FORMATS, read_image
 from latentdm.data.levels import mask_image
 
@@ -189,6 +192,29 @@ def test_a_pipe_as_metadata_or_as_a_shard_is_named(tmp_path):
         data.setup()
         with pytest.raises(SampleError, match=r"s\.tar: it is a pipe, not a file; remove it"):
             list(data.train_dataloader())
+
+
+@pytest.mark.parametrize("name", ["pipe.safetensors", "pipe.latent"])
+def test_a_pipe_among_exported_latents_is_named(tmp_path, name):
+    save_file({"latent_tensor": torch.ones(1, 4, 2, 2)}, tmp_path / "good.latent")
+    os.mkfifo(tmp_path / name)
+    data = LatentsData(tmp_path, batch_size=1, val_share=0)
+    data.setup()
+    with pytest.raises(SampleError, match=rf"{re.escape(name)}: it is a pipe, not a file"):
+        [data.predict_set.sample(position, 0) for position in range(len(data.predict_set))]
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(SampleError, match=r"pipe\.tar: it is a pipe, not a file"):
+        LatentsData(tmp_path, batch_size=1, val_share=0).setup()
+
+
+@pytest.mark.parametrize("how", IDENTITIES)
+def test_what_a_cached_picture_is_found_by_waits_for_no_pipe(tmp_path, how):
+    os.mkfifo(tmp_path / "1.png")
+    if how == "stat":  # nothing is opened
+        assert identity(tmp_path / "1.png", how)[1] == 0
+        return
+    with pytest.raises(SampleError, match=r"1\.png: it is a pipe, not a file; remove it"):
+        identity(tmp_path / "1.png", how)
 
 
 # Data sets and shards
