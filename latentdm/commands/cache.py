@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 from latentdm.commands.config import compose_config, device_of, parse
 from latentdm.errors import UserError, plain_errors
@@ -43,10 +43,8 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", help="where the encoder would compute (default: cuda if there is one, else cpu)")
     settings = parse(parser, arguments)
     cfg = compose_config(settings)
-    with open_dict(cfg):
-        hydra = cfg.pop("hydra")
     with plain_errors(cfg):
-        print_found(_run(cfg, settings, str(hydra.runtime.output_dir)), settings.json)
+        print_found(_run(cfg, settings), settings.json)
 
 
 def print_found(found: dict[str, Any], as_json: bool) -> None:
@@ -61,7 +59,7 @@ def print_found(found: dict[str, Any], as_json: bool) -> None:
             print(f"{name:>10}  {shown}")
 
 
-def _run(cfg: DictConfig, settings: Namespace, folder: str) -> dict[str, Any]:
+def _run(cfg: DictConfig, settings: Namespace) -> dict[str, Any]:
     from hydra.utils import instantiate  # late, as composing says sooner what is wrong
 
     from latentdm.cache.upkeep import compact, spaces, verify

@@ -33,8 +33,6 @@ def run(arguments: Sequence[str]) -> None:
         formatter_class=RawDescriptionHelpFormatter,
     )
     cfg = compose_config(parse(parser, arguments))
-    with open_dict(cfg):
-        del cfg["hydra"]
     print(OmegaConf.to_yaml(cfg), end="")
 
 
@@ -47,7 +45,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 
 
 def compose_config(settings: Namespace, output: Path | None = None) -> DictConfig:
-    """The config that the options and overrides of a command ask for.
+    """The config that the options and overrides of a command ask for, without Hydra's own part.
 
     Args:
         settings: from `parse`.
@@ -69,7 +67,9 @@ def compose_config(settings: Namespace, output: Path | None = None) -> DictConfi
             raise ConfigCompositionException(f"{error}; to leave a group out: ~masks instead of masks=null") from error
     with open_dict(cfg):
         cfg.hydra.runtime.output_dir = str(output or Path.cwd())
-    HydraConfig.instance().set_config(cfg)  # so that ${hydra:…} resolves
+    HydraConfig.instance().set_config(cfg)  # a copy of its own part, so that ${hydra:…} resolves
+    with open_dict(cfg):
+        del cfg["hydra"]
     if OmegaConf.is_missing(cfg, "datamodule") or cfg.get("datamodule") is None:
         raise ConfigCompositionException(
             f"the config {settings.config_name!r} has no datamodule; add '- datamodule: latent' to its defaults, with "

@@ -1,8 +1,9 @@
 """``latentdm encode``: fill the cache ahead of time."""
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -34,10 +35,8 @@ def run(arguments: Sequence[str]) -> None:
             settings.overrides.remove(override)
             part = _part(override.removeprefix("part="))
     cfg = compose_config(settings)
-    with open_dict(cfg):
-        hydra = cfg.pop("hydra")
     with plain_errors(cfg):
-        _encode(cfg, settings, part, str(hydra.runtime.output_dir))
+        _encode(cfg, part)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -47,7 +46,7 @@ def _part(text: str) -> tuple[int, int]:
     return int(first), int(count)
 
 
-def _encode(cfg: DictConfig, settings: Namespace, part: tuple[int, int], folder: str) -> None:
+def _encode(cfg: DictConfig, part: tuple[int, int]) -> None:
     """Fill the cache, and print what was done; the last line is JSON."""
     from hydra.utils import instantiate  # all of it late, as composing says sooner what is wrong
     from lightning.pytorch import Trainer, seed_everything
@@ -69,7 +68,7 @@ def _encode(cfg: DictConfig, settings: Namespace, part: tuple[int, int], folder:
     datamodule.pixels = pixels = FillData(datamodule.pixels, part)
     alone: dict[str, Any] = {"callbacks": [], "logger": False, "enable_checkpointing": False}
     with open_dict(cfg):
-        cfg.trainer.default_root_dir = folder
+        cfg.trainer.default_root_dir = str(Path.cwd())
         cfg.trainer.pop("fast_dev_run", None)
     trainer: Trainer = instantiate(cfg.trainer, **alone)
     model = Fill(cache)

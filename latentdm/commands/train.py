@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from latentdm.commands.config import compose_config, parse
 from latentdm.errors import RunError, plain_errors
@@ -29,8 +29,6 @@ def run(arguments: Sequence[str]) -> None:
     settings = parse(parser, arguments)
     output = settings.output or Path(f"{datetime.now():outputs/%Y-%m-%d/%H-%M-%S}")
     cfg = compose_config(settings, output.resolve())
-    with open_dict(cfg):
-        del cfg["hydra"]
     with plain_errors(cfg):
         _train(cfg, output.resolve())
 
