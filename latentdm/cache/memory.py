@@ -6,15 +6,14 @@ import re
 import tempfile
 from pathlib import Path
 from shutil import rmtree
-from time import time
 from uuid import uuid4
 
 from lightning.pytorch import Trainer
 
+from latentdm.cache.store import is_old
+
 SHARED = Path("/dev/shm")
 """Linux's file system in memory; elsewhere the folder for temporary files has to do."""
-
-DAY_S = 86400.0
 
 
 def memory_folder(trainer: Trainer | None) -> Path:
@@ -39,8 +38,7 @@ def _sweep(parent: Path) -> None:
     for folder in parent.glob("latentdm-*-*"):
         found = re.match(r"latentdm-(\d+)-", folder.name)
         try:
-            old = time() - folder.stat().st_mtime > DAY_S
-            if found and old and not Path(f"/proc/{found[1]}").exists():
+            if found and is_old(folder) and not Path(f"/proc/{found[1]}").exists():
                 rmtree(folder, ignore_errors=True)
         except OSError:
             continue

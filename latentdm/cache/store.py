@@ -39,6 +39,11 @@ DAY_S = 86400.0
 Entry = dict[str, Tensor]
 
 
+def is_old(path: Path) -> bool:
+    """Whether nobody has touched a file or folder for a day: whoever made it was killed, or does not need it."""
+    return time() - path.stat().st_mtime > DAY_S
+
+
 def open_space(root: Path, space: Mapping[str, Any]) -> "Store":
     """The entries of one space, which is described in a file for people to read.
 
@@ -236,14 +241,14 @@ class Store:
         kept = self.index.save(self.folder / "index", self.folder / "tmp")
         for path in (self.folder / "index").glob("*.safetensors"):
             # Others may have mapped the one before; on a network's file system it must not go away under them.
-            if path != kept and time() - path.stat().st_mtime > DAY_S:
+            if path != kept and is_old(path):
                 path.unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove what writers that were killed have left, after a day."""
         try:
             for path in (self.folder / "tmp").iterdir():
-                if time() - path.stat().st_mtime > DAY_S:
+                if is_old(path):
                     path.unlink(missing_ok=True)
         except OSError:
             return

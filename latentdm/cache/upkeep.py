@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
 from latentdm.cache.keys import KEY_BYTES
-from latentdm.cache.shards import BrokenShard, read_keys, read_layout, read_row, write_shard
+from latentdm.cache.shards import BrokenShard, read_keys, read_layout, read_row
 from latentdm.cache.store import Store
-from latentdm.cache.writer import SEAL_BYTES, sync_folder
+from latentdm.cache.writer import SEAL_BYTES, publish
 
 Keep = Callable[[bytes], bool]
 
@@ -48,11 +47,11 @@ def spaces(root: Path) -> list[Path]:
 def totals(store: Store) -> dict[str, int]:
     """``entries``, each counted once, and ``bytes`` of a store, as its shards say; none of them is read."""
     store.refresh(all_anew=True)
-    prefixes = np.concatenate([store.index.prefix, store.new.prefix])
-    gone = set(store.index.shards) - set(store.all_shards())
-    if gone:
-        prefixes = np.concatenate([store.index.without(gone).prefix, store.new.prefix])
-    return {"entries": len(np.unique(prefixes)), "bytes": sum(_size(store, shard) for shard in store.all_shards())}
+    shards = store.all_shards()
+    gone = set(store.index.shards).difference(shards)
+    index = store.index.without(gone) if gone else store.index
+    prefixes = np.concatenate([index.prefix, store.new.prefix])
+    return {"entries": len(np.unique(prefixes)), "bytes": sum(_size(store, shard) for shard in shards)}
 
 
 def _size(store: Store, shard: str) -> int:
@@ -164,15 +163,7 @@ def _publish(
     """Write a shard, and then remove those that it was made of."""
     if keys:
         target = store.shard_path(name, "compact", 0)
-        tmp = store.folder / "tmp"
-        tmp.mkdir(exist_ok=True)
-        new = tmp / uuid4().hex
-        try:
-            written.bytes += write_shard(new, keys, {field: [row[field] for row in rows] for field in rows[0]})
-            new.rename(target)
-            sync_folder(target.parent)
-        finally:
-            new.unlink(missing_ok=True)
+        written.bytes += publish(store, target, keys, {field: [row[field] for row in rows] for field in rows[0]})
         written.shards += 1
         written.entries += len(keys)
     for shard in merged:

@@ -214,20 +214,13 @@ class Writer:
             self._seal(grows)
 
     def _seal(self, grows: _Open) -> None:
-        """Write a shard: under another name first, so that nobody ever sees half of it."""
+        """Write a shard."""
         del self._open[grows.store.folder, grows.folder]
         target = grows.store.shard_path(grows.folder, self._host, self.rank)
-        tmp = grows.store.folder / "tmp"
-        tmp.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        new = tmp / uuid4().hex
         try:
             fields = {name: [part[name] for part in grows.parts] for name in grows.parts[0]}
-            size = write_shard(new, grows.keys, fields)
-            new.rename(target)
-            sync_folder(target.parent)
+            size = publish(grows.store, target, grows.keys, fields)
         finally:
-            new.unlink(missing_ok=True)
             self._pending.difference_update(grows.keys)
         self.entries += len(grows.keys)
         self.bytes += size
@@ -242,7 +235,22 @@ class Writer:
             )
 
 
-def sync_folder(folder: Path) -> None:
+def publish(store: Store, target: Path, keys: Sequence[bytes], fields: Mapping[str, Sequence[Tensor]]) -> int:
+    """Write a shard of a store: under another name first, so that nobody ever sees half of it; returns its bytes."""
+    tmp = store.folder / "tmp"
+    tmp.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = tmp / uuid4().hex
+    try:
+        size = write_shard(new, keys, fields)
+        new.rename(target)
+        _sync_folder(target.parent)
+    finally:
+        new.unlink(missing_ok=True)
+    return size
+
+
+def _sync_folder(folder: Path) -> None:
     """Make sure that the names of new files are on the disk, where the system can."""
     try:
         file = os.open(folder, os.O_RDONLY)
