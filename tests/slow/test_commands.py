@@ -281,15 +281,15 @@ def test_the_doctor_needs_no_settings(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["train", "preview"])
-def test_the_current_folder_is_on_the_path_of_each_command(command, workplace):
+def test_the_current_folder_is_on_the_path_of_the_command(workplace):
     (workplace / "of_mine.py").write_text("def fail():\n    raise SystemExit('found: of_mine')\n", encoding="utf-8")
     (workplace / "app.yaml").write_text(
         "defaults: [{pixels: folder}, {vae: tiny}, {encoder: plain}, {masks: batch}, {datamodule: latent}, _self_]\n"
         "pixels: {root: photos}\ncaptions: {_target_: of_mine.fail}\nmodel: {_target_: torch.nn.Identity}\n",
         encoding="utf-8",
     )
-    program = [str(Path(sys.executable).with_name("latentdm")), command, "--config-dir=.", "--config-name=app"]
+    app = ["preview", "--config-dir=.", "--config-name=app"]
+    program = [str(Path(sys.executable).with_name("latentdm")), *app]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.stderr.endswith("found: of_mine\n")
     safe = {**os.environ, "PYTHONSAFEPATH": "1"}

@@ -13,7 +13,6 @@ from bucket_ranks import BATCH, PLAN, SIZES
 from data_helpers import NumbersData, Recorder, trainer
 from helpers import LatentModel, quiet_trainer
 from PIL import Image
-from running import run_example
 
 from latentdm.data import Buckets, GlobalOrder, ImageFolderData
 from latentdm.data.order import InOrder
@@ -147,15 +146,3 @@ def test_two_ranks_go_on_in_the_middle_of_an_epoch(tmp_path):
     seen = [[batch for batch in of_rank if batch[0] == "train"] for of_rank in lightning(tmp_path, 2)]
     for rank in range(2):
         assert [batch[3] for batch in seen[rank]] == planned(rank) + planned(rank, epoch=1)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        ["pixels=webdataset", "pixels.shards='shards/train-{0000..0002}.tar'", "pixels.val_shards=shards/val.tar"],
-        ["pixels=huggingface", "pixels.path=dataset", "pixels.columns={caption: prompt}"],
-    ],
-    ids=["webdataset", "huggingface"],
-)
-def test_the_example_trains_on_two_ranks(source, workplace):
-    run_example([*source, "pixels.size=64", "pixels.batch_size=1", "masks=batch", "trainer=ddp"], workplace)
