@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import ROOT, run_example, run_ranks
+from running import ROOT, run_ranks
 
 from latentdm.cache import writer as writing
 from latentdm.cache.keys import key_of
 from latentdm.cache.store import Store
 from latentdm.cache.upkeep import compact, spaces, verify
 from latentdm.cache.writer import Writer
-from latentdm.cli import main
 
 COUNT = 24
 
@@ -162,34 +161,19 @@ def test_two_ranks_with_workers_fill_and_read_one_cache(tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path):
     write_photos(tmp_path / "photos", 10)
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-@pytest.fixture
-def command(capsys):
-    """Runs a command in this process; what it printed."""
-
-    def run(*arguments):
-        status = main(arguments)
-        printed = capsys.readouterr()
-        assert status == 0, printed.out + printed.err
-        return printed.out
-
-    return run
-
-
-def encode_on_two_ranks(folder, *arguments):
-    """The same with a process for each rank, as the command starts them."""
-    ranks = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": paths}
-    program = [sys.executable, "-m", "latentdm", "encode", *arguments, *ranks]
-    done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def command(folder, *arguments, check=True):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-m", "latentdm", *arguments],
+        cwd=folder, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 def overrides(cache="cache", *more):
@@ -200,8 +184,8 @@ def overrides(cache="cache", *more):
     ]  # fmt: skip
 
 
-def last_line(printed):
-    return json.loads(printed.strip().splitlines()[-1])
+def last_line(done):
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def contents(root) -> Iterator[bytes]:
@@ -214,25 +198,22 @@ def contents(root) -> Iterator[bytes]:
         yield from np.unique(index.prefix).tolist()
 
 
-def test_encode_resumes_divides_and_agrees(folder, command):
-    whole = last_line(command("encode", *overrides("whole")))
+def test_encode_resumes_divides_and_agrees(folder):
+    whole = last_line(command(folder, "encode", *overrides("whole")))
     assert whole["failures"] == 0
     assert whole["entries"] == whole["written"] == whole["misses"] == whole["images"]
     assert whole["hits"] == 0
-    again = last_line(command("encode", *overrides("whole")))
+    again = last_line(command(folder, "encode", *overrides("whole")))
     assert (again["images"], again["misses"], again["hits"]) == (0, 0, whole["entries"])
-    halves = [last_line(command("encode", *overrides("parts", f"part={i}/2"))) for i in range(2)]
+    halves = [last_line(command(folder, "encode", *overrides("parts", f"part={i}/2"))) for i in range(2)]
     assert sum(half["images"] for half in halves) == whole["images"]
     assert halves[1]["entries"] == whole["entries"]
-    both = last_line(encode_on_two_ranks(folder, *overrides("ranks")))
+    ranks = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
+    both = last_line(command(folder, "encode", *overrides("ranks", *ranks)))
     assert both["entries"] == whole["entries"]
     expected_keys = sorted(contents(folder / "whole"))
     assert sorted(contents(folder / "parts")) == sorted(contents(folder / "ranks")) == expected_keys
-
-    def look(action):
-        return json.loads(command("cache", action, "--json", *overrides("whole")))
-
-    info = look("info")
+    info = json.loads(command(folder, "cache", "info", "--json", *overrides("whole")).stdout)
     assert (info["entries"], info["hits"], info["misses"]) == (whole["entries"], whole["entries"], 0)
     assert info["bytes"] == whole["bytes"] > 0
     (folder / "photos" / "03.png").unlink()
@@ -240,34 +221,41 @@ def test_encode_resumes_divides_and_agrees(folder, command):
     write_photos(folder / "more", 1)
     (folder / "more" / "00.png").rename(folder / "photos" / "99.png")
     (folder / "more" / "00.txt").rename(folder / "photos" / "99.txt")
-    info = look("info")
+    info = json.loads(command(folder, "cache", "info", "--json", *overrides("whole")).stdout)
     assert info["stale"] > 0
     assert info["misses"] > 0
-    assert look("prune")["freed"] > 0
-    info = look("info")
+    pruned = json.loads(command(folder, "cache", "prune", "--json", *overrides("whole")).stdout)
+    assert pruned["freed"] > 0
+    info = json.loads(command(folder, "cache", "info", "--json", *overrides("whole")).stdout)
     assert info["stale"] == 0
     assert info["entries"] == info["hits"] > 0
-    assert look("verify")["failures"] == 0
+    assert json.loads(command(folder, "cache", "verify", "--json", *overrides("whole")).stdout)["failures"] == 0
 
 
-def test_broken_images_are_reported_by_name(folder, command):
+def test_broken_images_are_reported_by_name(folder):
     (folder / "photos" / "04.png").write_bytes(b"no image")
-    printed = command("encode", *overrides())
-    assert "04.png" in printed
-    assert last_line(printed)["failures"] == 1
+    done = command(folder, "encode", *overrides())
+    assert "04.png" in done.stdout
+    assert last_line(done)["failures"] == 1
 
 
-def test_encode_without_a_folder_says_what_to_add(folder, capsys):
-    assert main(["encode", "pixels=folder", "pixels.root=photos"]) == 1
-    assert "add cache=disk" in capsys.readouterr().err
+def test_encode_without_a_folder_says_what_to_add(folder):
+    done = command(folder, "encode", "pixels=folder", "pixels.root=photos", check=False)
+    assert done.returncode == 1
+    assert "add cache=disk" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "webdataset", "comfyui"])
-def test_each_export_trains(folder, command, kind):
+def test_each_export_trains(folder, kind):
     size = "pixels.size=64"  # that of debug=step
-    command("encode", *overrides("cache", size))
-    exporting = ["cache", "export", "--format", kind, "--output", kind, "--json"]
-    found = json.loads(command(*exporting, *overrides("cache", size)))
+    command(folder, "encode", *overrides("cache", size))
+    found = json.loads(
+        command(
+            folder, "cache", "export", "--format", kind, "--output", kind, "--json", *overrides("cache", size)
+        ).stdout
+    )
     assert found["misses"] == 0 < found["entries"]
-    latents = ["pixels=latents", f"pixels.root={kind}", "encoder=plain", "~masks"]
-    run_example([*latents, "pixels.batch_size=4", "vae.dtype=float32"], folder)
+    script = [sys.executable, str(ROOT / "train_example.py"), "pixels=latents", f"pixels.root={kind}", "encoder=plain"]
+    run = [*script, "~masks", "pixels.batch_size=4", "debug=step", "vae.dtype=float32"]
+    done = subprocess.run(run, cwd=folder, capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, done.stderr
