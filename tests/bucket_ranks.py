@@ -1,10 +1,6 @@
-"""Trains on buckets and writes down what each rank saw: ``python bucket_ranks.py FOLDER DEVICES SAMPLER STOP``.
-
-``STOP`` saves a checkpoint after that many batches in all and stops; an existing checkpoint is gone on from.
-"""
+"""Trains on buckets and writes down what each rank saw."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,18 +65,27 @@ class Witness(LightningModule):
 
     def predict_step(self, batch, batch_idx):
         self.note("predict", batch)
+        return batch["index"]
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def run(folder, devices, use_distributed_sampler, stop):
+def run(folder, devices, use_distributed_sampler=True, stop=0):
+    """Train, and predict where nothing stops it; rank → what it saw.
+
+    Args:
+        folder: in which an existing checkpoint is gone on from.
+        devices: ranks, each a fork of this process.
+        use_distributed_sampler: of the trainer.
+        stop: after how many batches in all a checkpoint is saved, and the run ends; 0: it runs to its end.
+    """
     model, saved = Witness(f"{folder}/seen"), Path(folder) / "saved.ckpt"
     checkpoint = ModelCheckpoint(folder, filename="saved", every_n_train_steps=stop, save_top_k=1, monitor=None)
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        strategy="ddp_fork" if devices > 1 else "auto",
         use_distributed_sampler=use_distributed_sampler,
         max_epochs=EPOCHS,
         max_steps=stop or -1,
@@ -94,7 +99,5 @@ def run(folder, devices, use_distributed_sampler, stop):
     trainer.fit(model, data, ckpt_path=str(saved) if saved.exists() else None)
     if not stop:
         trainer.predict(model, data)
-
-
-if __name__ == "__main__":
-    run(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "true", int(sys.argv[4]))
+    files = [Path(f"{folder}/seen.rank{rank}") for rank in range(devices)]
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]

@@ -207,14 +207,6 @@ def test_samples_are_counted_from_one(samples, capsys):
     assert "--samples" in capsys.readouterr().err
 
 
-def test_the_module_runs_as_a_script(tmp_path):
-    command = [sys.executable, "-m", "latentdm", "preview", *SMALL, "encoder=plain", "--samples=1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "preview.png").exists()
-    assert done.stdout.splitlines()[0] == str(tmp_path / "preview.png")
-
-
 def shell(name, script, *arguments):
     """What a shell prints for a script, with this environment's latentdm on its path."""
     if shutil.which(name) is None:
