@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from latentdm import hooks
 from latentdm.batch import EPOCH, PIXELS, BatchKeys, Key, Path
 from latentdm.cache.cache import Cache
-from latentdm.containers import is_batch, is_frozen, rebuild
+from latentdm.containers import is_batch
 from latentdm.data.module import PixelDataModule
 from latentdm.draws import Draws
 from latentdm.encoders.base import Encoder
@@ -200,13 +199,8 @@ class LatentDataModule(Wrapper):
         self._passage.move(device)
         if self._is_example:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return self.pixels.transfer_batch_to_device(self.keys.each(batch, self._movable), device, dataloader_idx)
-
-    def _movable(self, batch: Any, path: Path) -> Any:
-        """A part in a form that Lightning moves to a device, unless the pixels have a hook that does."""
-        if is_frozen(batch) and not is_overridden("transfer_batch_to_device", self.pixels):
-            return rebuild(batch, {})
-        return batch
+        batch = self.keys.each(batch, lambda part, path: hooks.movable(part, self.pixels))
+        return self.pixels.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """On the device: pixels → latents.

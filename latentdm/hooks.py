@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from latentdm.batch import CAPTION, EPOCH, INDEX, MASK, PIXELS, BatchKeys, Key, sample_ids
+from latentdm.containers import is_frozen, rebuild
 from latentdm.data.module import PixelDataModule
 from latentdm.draws import Draws, FreshDraws
 from latentdm.encoders.base import Encoder
@@ -95,6 +96,13 @@ def is_example_input(batch: Any, trainer: Trainer | None) -> bool:
     """Whether it is the model's ``example_input_array``, which Lightning sends through the hooks as well."""
     model = None if trainer is None else trainer.lightning_module
     return model is not None and batch is not None and batch is model.example_input_array
+
+
+def movable(batch: Any, pixels: LightningDataModule) -> Any:
+    """A batch in a form that Lightning moves to a device, unless the data module of the pixels has a hook that does."""
+    if is_frozen(batch) and not is_overridden("transfer_batch_to_device", pixels):
+        return rebuild(batch, {})
+    return batch
 
 
 def check_bare(batch: Any, keys: BatchKeys, multiple: int) -> None:
