@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from latentdm.data import Buckets, PixelDataset
 from latentdm.data.loader import PixelLoader
@@ -71,33 +70,21 @@ class Witness(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def run(folder, devices, use_distributed_sampler=True, stop=0):
-    """Train, and predict where nothing stops it; rank → what it saw.
-
-    Args:
-        folder: in which an existing checkpoint is gone on from.
-        devices: ranks, each a fork of this process.
-        use_distributed_sampler: of the trainer.
-        stop: after how many batches in all a checkpoint is saved, and the run ends; 0: it runs to its end.
-    """
-    model, saved = Witness(f"{folder}/seen"), Path(folder) / "saved.ckpt"
-    checkpoint = ModelCheckpoint(folder, filename="saved", every_n_train_steps=stop, save_top_k=1, monitor=None)
+def run(folder, devices, use_distributed_sampler):
+    """Train and predict on ranks that are forks of this process; rank → what it saw."""
+    model, data = Witness(f"{folder}/seen"), Data()
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
         strategy="ddp_fork" if devices > 1 else "auto",
         use_distributed_sampler=use_distributed_sampler,
         max_epochs=EPOCHS,
-        max_steps=stop or -1,
-        callbacks=[checkpoint] if stop else [],
-        enable_checkpointing=bool(stop),
+        enable_checkpointing=False,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = Data()
-    trainer.fit(model, data, ckpt_path=str(saved) if saved.exists() else None)
-    if not stop:
-        trainer.predict(model, data)
+    trainer.fit(model, data)
+    trainer.predict(model, data)
     files = [Path(f"{folder}/seen.rank{rank}") for rank in range(devices)]
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]

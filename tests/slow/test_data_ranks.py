@@ -125,13 +125,3 @@ def test_two_ranks_under_lightning_see_what_was_planned(tmp_path, use_distribute
                 width, height = PLAN.shape(*SIZES[positions[0]].tolist())
                 expected.append([stage, height, width, positions, epoch])
         assert seen[rank] == expected
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")  # the second saves none
-def test_two_ranks_go_on_in_the_middle_of_an_epoch(tmp_path):
-    steps = len(planned(0))
-    bucket_ranks.run(tmp_path, 2, stop=steps + 3)
-    seen = [[batch for batch in of_rank if batch[0] == "train"] for of_rank in bucket_ranks.run(tmp_path, 2)]
-    for rank in range(2):
-        assert [batch[3] for batch in seen[rank]] == planned(rank) + planned(rank, epoch=1)

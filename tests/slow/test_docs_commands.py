@@ -30,7 +30,8 @@ def test_its_commands_run(page, tmp_path, monkeypatch, capsys):
             if program == "latentdm":
                 with forgotten(tmp_path):
                     assert main(arguments) == 0, f"{arguments}\n{capsys.readouterr().err}"
-                assert Path("preview.png").stat().st_size > 10_000
+                written = {"preview": "preview.png", "report": "report.html"}[arguments[0]]
+                assert Path(written).stat().st_size > 10_000
             else:
                 assert program == "python"
                 run_script(arguments, tmp_path)
