@@ -13,6 +13,13 @@ hypothesis.settings.register_profile("any machine", deadline=None, database=None
 hypothesis.settings.load_profile("any machine")
 torch.set_num_threads(1)  # pytest-xdist gives each test a core
 
+LONG = ("test_torture", "test_first_command_trains", "test_no_small_file_takes_more", "test_clean[mypy]")
+
+
+def pytest_collection_modifyitems(items):
+    """What takes a minute begins first: at the end the other worker would wait for it."""
+    items.sort(key=lambda item: not item.name.startswith(LONG))
+
 
 @pytest.fixture(scope="session")
 def vae():
