@@ -28,6 +28,7 @@ def header_command(yaml: Path) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:VAEOffload. has no effect:UserWarning")  # there is no device to free here
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers and numpy
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow and SQLAlchemy
 @pytest.mark.parametrize("yaml", YAMLS, ids=lambda path: str(path.relative_to(ROOT / "conf")))
 def test_header_command_runs_a_step(yaml, workplace):
     overrides = header_command(yaml)
