@@ -36,7 +36,7 @@ class LatentDiffusion(LightningModule):
         learning_rate: float,
         warmup_steps: int = 0,
         noises: int = 1,
-        sampling_steps: int = 4,
+        sampling_steps: int = 1,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
