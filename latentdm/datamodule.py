@@ -90,6 +90,7 @@ class LatentDataModule(Wrapper):
         self.keep_pixels = keep_pixels
         self.seed = seed
         self.cache = cache
+        encoder.cache = cache
         steps: dict[str, Any] = {"masks": masks, "augment": augment, "text": text, "stages": stages}
         steps = steps if cache is None else cache.stages(**steps)
         self.line = Line.arrange(encoder, captions=captions, **steps)
