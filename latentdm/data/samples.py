@@ -36,6 +36,11 @@ class PhotographCrop:
     first_index: int
     seed: int
 
+    def again(self, record: Record) -> tuple[int, int]:
+        """How many crops of the photograph an epoch has before this one; and the index of the first of them."""
+        number, photograph = divmod(record.index - self.first_index, len(photographs(self.split)))
+        return number, self.first_index + photograph
+
     def __call__(self, record: Record, epoch: int) -> Sample:
         """``pixels`` uint8 ``3 size size``, ``index``, ``name``, and its `size_columns`."""
         photograph = photographs(self.split)[record.name]
