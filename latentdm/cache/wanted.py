@@ -96,7 +96,7 @@ def _keys(crops: Any, record: Record, epochs: Iterator[int]) -> Iterator[bytes]:
 
 
 def possible_captions(stage: Stage | None, caption: Any) -> list[str]:
-    """All that training may make of a caption; of shuffled tags their own order, of a foreign stage what it gives first.
+    """All that training may make of a caption; of shuffled tags their own order, of foreign stages what comes first.
 
     Args:
         stage: of the data module.
