@@ -231,6 +231,10 @@ class Writer:
         try:
             fields = {name: [part[name] for part in grows.parts] for name in grows.parts[0]}
             size = publish(grows.store, target, grows.keys, fields)
+        except FileNotFoundError:
+            # Somebody has removed the cache, or swept it by a clock of tomorrow: what was lost is encoded again.
+            self.failures += 1
+            return
         finally:
             self._pending.difference_update(grows.keys)
         self.entries += len(grows.keys)

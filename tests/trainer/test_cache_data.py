@@ -1,7 +1,9 @@
 """The cache with every source of images: buckets, data sets, shards, exports, and data modules of somebody else."""
 
 import json
+import os
 import tarfile
+from shutil import rmtree
 
 import numpy as np
 import pytest
@@ -186,6 +188,38 @@ def test_a_folder_that_cannot_be_written_to_trains_on(photos, tmp_path):  # noqa
         model = run(photos, cache, epochs=2)
     assert len([warning for warning in said if "cache" in str(warning.message).lower()]) == 1
     assert len(rows(model)) == 2 * COUNT
+
+
+def test_a_folder_that_is_a_pipe_trains_on(photos, tmp_path):  # noqa: F811
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.warns(UserWarning, match="cannot write to dir"):
+        model = run(photos, Cache(tmp_path / "pipe"), epochs=2)
+    assert len(rows(model)) == 2 * COUNT
+
+
+def test_a_cache_among_the_images_is_none_of_them(photos):  # noqa: F811
+    for expected in (COUNT, 0):
+        vae, encoded = counted_vae()
+        model = run(photos, Cache(photos / "latents"), PlainEncoder(vae))
+        assert encoded.take() == expected
+        assert len(rows(model)) == COUNT
+    assert list((photos / "latents").rglob("*.safetensors"))
+
+
+class Removing(LatentModel):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            rmtree(self.trainer.datamodule.cache.dir)
+
+
+def test_a_cache_that_is_removed_in_the_middle_is_filled_again(photos, tmp_path):  # noqa: F811
+    vae, encoded = counted_vae("bfloat16")
+    without = run(photos, None, PlainEncoder(vae, per_batch=1), 4)
+    encoded.take()
+    cache = Cache(tmp_path / "cache")
+    model = run(photos, cache, PlainEncoder(vae, per_batch=1), 4, model=Removing())
+    assert encoded.take() in (COUNT, 2 * COUNT)  # files that are open are there until they are closed
+    assert all(torch.equal(value, rows(without)[at]) for at, value in rows(model).items())
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path:UserWarning")
