@@ -26,7 +26,10 @@ SEAL_S = 30.0
 """A shard is written when its first entry is so old: what a killed process loses."""
 
 FIRST_SEAL_S = 1.0
-"""The first of a process is written so soon, and each later one after twice as long: an image may come again soon."""
+"""The first of a process is written so soon, and each later one after a longer while: an image may come again soon."""
+
+LONGER = 1.25
+"""How much longer: half a minute is reached after two."""
 
 HELD_BYTES = 256 * 2**20
 """What all shards that are not yet written may hold; beyond, the largest is written."""
@@ -218,7 +221,7 @@ class Writer:
         for grows in old:
             self._seal(grows)
         if old:
-            self._seal_s = min(2 * self._seal_s, SEAL_S)
+            self._seal_s = min(LONGER * self._seal_s, SEAL_S)
 
     def _seal_all(self) -> None:
         for grows in list(self._open.values()):

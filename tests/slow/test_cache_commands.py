@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -126,7 +126,8 @@ def test_ranks_that_are_killed_and_started_again_equal_one_process(folder, comma
     first = start()
     while not list((folder / "killed").glob("*/shards/*/*.safetensors")):
         assert first.poll() is None, first.communicate()[1]
-        time.sleep(0.02)
+        with suppress(subprocess.TimeoutExpired):
+            first.wait(timeout=0.02)
     os.killpg(first.pid, signal.SIGKILL)  # both ranks
     first.communicate()
     there = len(contents(folder / "killed"))

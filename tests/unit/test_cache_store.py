@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
-from time import sleep, time
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from latentdm.cache.index import Index, newest
 from latentdm.cache.keys import identity, key_of
 from latentdm.cache.rows import packed, unpacked
-from latentdm.cache.store import LOOK_AGAIN_S, Store, open_space
+from latentdm.cache.store import Store, open_space
 from latentdm.cache.writer import Writer
 
 COUNT = 10
@@ -310,7 +309,7 @@ def test_a_network_that_fails_for_a_moment_is_a_miss_for_that_moment(tmp_path, m
         for row in range(2 * COUNT):
             store.read(key(row))
         store.refresh()
-    sleep(LOOK_AGAIN_S)
+    store.refresh()
     assert found(store, 2 * COUNT) == list(range(2 * COUNT))
 
 
@@ -358,11 +357,12 @@ def test_clocks_may_differ_and_be_set_back(tmp_path, monkeypatch, hours):
     """Of a server, whose times of change these are, and of this machine."""
     write(tmp_path)
     [folder] = (tmp_path / "shards").iterdir()
-    monkeypatch.setattr("latentdm.cache.store.time", lambda: time() + 3600 * hours)
+    now = folder.stat().st_mtime
+    monkeypatch.setattr("latentdm.cache.store.time", lambda: now + 3600 * hours)
     store = opened(tmp_path)
     for turn in range(1, 4):
         write(tmp_path, first=turn * COUNT)
-        os.utime(folder, (time() - 50 * turn,) * 2)
+        os.utime(folder, (now - 50 * turn,) * 2)
         store.refresh()
         assert found(store, (turn + 1) * COUNT) == list(range((turn + 1) * COUNT))
     store.keep_index(least=1)
