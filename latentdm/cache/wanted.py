@@ -31,9 +31,8 @@ def wanted_epochs(crops: CachedCrops, record: Record, last: bool = True) -> Iter
         record: of the image.
         last: no more of it comes in the same epoch.
     """
-    plan = crops.plan
-    turns = lcm(plan.variants or 1, plan.mask_variants if plan.masked == VARIANTS else 1)
-    if plan.variants is not None:
+    turns = _turns(crops)
+    if crops.plan.variants is not None:
         left = turns - crops.turn(record, 0)
         yield from range(left if last else min(left, 1))
         return
@@ -51,15 +50,24 @@ def wanted_epochs(crops: CachedCrops, record: Record, last: bool = True) -> Iter
                 break
 
 
+def _turns(crops: CachedCrops) -> int:
+    plan = crops.plan
+    return lcm(plan.variants or 1, plan.mask_variants if plan.masked == VARIANTS else 1)
+
+
 def epochs_of(dataset: Any, position: int, part: Part = (0, 1)) -> Iterator[int]:
     """The same of a sample at a position, and of a part of all."""
     crops: CachedCrops = dataset.crops
+    photograph = isinstance(crops.crops, PhotographCrop)
+    flips = crops.plan.variants is None and getattr(crops.crops, "flip", False)
+    if part[1] == 1 and not photograph and not flips:  # whatever the record, which may take long to read
+        yield from range(_turns(crops))
+        return
     try:
         record = dataset.record(position)
     except SampleError:
         yield from [0] if part[0] == 0 else []  # somebody must say so
         return
-    photograph = isinstance(crops.crops, PhotographCrop)
     last = not photograph or position + len(photographs(crops.crops.split)) >= len(dataset)
     yield from (epoch for epoch in wanted_epochs(crops, record, last) if is_in(part, crops, record, epoch))
 

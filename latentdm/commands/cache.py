@@ -99,6 +99,7 @@ def _compared(datamodule: Any, root: Path, settings: Namespace) -> dict[str, Any
     counts = totals(store)
     needed = set(needed_keys(pixels.able()))
     hits = sum(key in store for key in needed)
+    texts = [each for each in datamodule.cache.stores if each is not store]
     own = {each.folder for each in datamodule.cache.stores}  # which captions are needed is not known
     others = [space for space in spaces(root) if space not in own]
     sizes = {space.name: sum(path.stat().st_size for path in space.rglob("*.safetensors")) for space in others}
@@ -108,6 +109,7 @@ def _compared(datamodule: Any, root: Path, settings: Namespace) -> dict[str, Any
         "misses": len(needed) - hits,
         "failures": store.failures,
         "stale": counts["entries"] - hits,
+        **({"captions": totals(texts[0])["entries"]} if texts else {}),
         "space": str(store.folder),
         "others": [f"{name} ({size / 2**20:.1f} MiB)" for name, size in sizes.items()],
     }

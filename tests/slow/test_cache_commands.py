@@ -161,7 +161,8 @@ def test_captions_are_encoded_ahead_and_kept_by_prune(folder, command):
     first = command("encode", *overrides("cache", *text))
     # One image each, one caption each, and the empty one.
     assert first["entries"] == first["written"] == 2 * COUNT + 1
-    command("cache", "prune", "--json", *overrides("cache", *text))
+    pruned = command("cache", "prune", "--json", *overrides("cache", *text))
+    assert (pruned["captions"], pruned["others"]) == (COUNT + 1, [])
     again = command("encode", *overrides("cache", *text))
     assert again["entries"] == 2 * COUNT + 1
     assert again["written"] == 0
