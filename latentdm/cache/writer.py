@@ -25,7 +25,7 @@ SEAL_BYTES = 64 * 2**20
 SEAL_S = 30.0
 """A shard is written when its first entry is so old: what a killed process loses."""
 
-FIRST_SEAL_S = 1.0
+FIRST_SEAL_S = 0.5
 """The first of a process is written so soon, and each later one after a longer while: an image may come again soon."""
 
 LONGER = 1.25
