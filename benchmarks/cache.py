@@ -7,6 +7,7 @@ end.
 
 import json
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -138,6 +139,41 @@ def overhead(quick: bool) -> float:
         without = _epochs("plain", None, 1)[0]
         ratios.append(_epochs("plain", f"overhead{number}", 1)[0] / without)
     return 100 * (median(ratios) - 1)
+
+
+# -------------------------------------------------------------------- README's example
+
+
+@cache
+def _example_rates() -> dict[str, float]:
+    """Images a second, as its table says, without a cache, with one that is empty, and with one that is full."""
+    folder = Path(_folder().name, "example")
+    held = ["cache=disk", f"cache.dir={folder / 'latents'}"]
+    runs = {"without": [], "empty": held, "full": held}
+    return {name: _example_rate(folder / name, overrides) for name, overrides in runs.items()}
+
+
+def _example_rate(folder: Path, overrides: Sequence[str]) -> float:
+    script = Path(__file__).parents[1] / "train_example.py"
+    command = [sys.executable, "-W", "ignore", str(script), f"hydra.run.dir={folder}", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"images/s[^0-9]+([0-9.]+)", done.stdout)
+    assert found is not None, done.stdout
+    return float(found[1])
+
+
+@row(
+    "cache_example_ratio", "times", "images a second of README's example without a cache; a first run; aim: at least 2"
+)
+def example(quick: bool) -> float | None:
+    """With ``cache=disk``, whose folder is empty at first."""
+    return None if quick else _example_rates()["empty"] / _example_rates()["without"]
+
+
+@row("cache_example_full_ratio", "times", "the same of a second run, which finds everything")
+def example_full(quick: bool) -> float | None:
+    """Nothing is left but the model."""
+    return None if quick else _example_rates()["full"] / _example_rates()["without"]
 
 
 # -------------------------------------------------------------------- a sample, against the ways of others
