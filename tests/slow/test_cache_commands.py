@@ -112,11 +112,11 @@ def test_info_prune_and_verify(folder, command):
 
 
 def test_ranks_that_are_killed_and_started_again_equal_one_process(folder, command):
-    write_noise_photos(folder / "many", 60)
+    write_noise_photos(folder / "many", 80)
     settings = ["pixels.root=many"]
-    alone = command("encode", *overrides("alone", *settings, size=192))
+    alone = command("encode", *overrides("alone", *settings, size=256))
     ranks = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
-    run = [sys.executable, "-m", "latentdm", "encode", *overrides("killed", *settings, *ranks, size=192)]
+    run = [sys.executable, "-m", "latentdm", "encode", *overrides("killed", *settings, *ranks, size=256)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
 
     def start():

@@ -405,12 +405,13 @@ def test_what_others_index_is_taken_over(tmp_path, monkeypatch):
 
 
 def test_the_first_shards_of_a_run_come_soon(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentdm.cache.writer.FIRST_SEAL_S", 0.05)
-    writer, store = Writer(), Store(tmp_path)
-    writer.put(store, [key(0)], entries(1))
-    while not found(store, 1):  # nothing is flushed
-        store.refresh()
-    writer.close()
+    for first, shards in ((0.0, 3), (1000.0, 1)):
+        monkeypatch.setattr("latentdm.cache.writer.FIRST_SEAL_S", first)
+        writer, store = Writer(), Store(tmp_path / str(shards))
+        for row in range(3):
+            writer.put(store, [key(row)], entries(1), wait=True)
+        writer.close()
+        assert len(store.all_shards()) == shards
 
 
 def test_shards_are_sealed_by_size(tmp_path, monkeypatch):
