@@ -160,8 +160,9 @@ class CachedCrops:
 
     def turn(self, record: Record, epoch: int) -> int:
         """Which variant it is the turn of: how often an image has come before, as of a photograph in one epoch."""
-        drawn = self.plan.variants is not None and isinstance(self.crops, PhotographCrop)
-        return epoch + self.crops.again(record)[0] if drawn else epoch
+        if self.plan.variants is None or not isinstance(self.crops, PhotographCrop):
+            return epoch
+        return epoch * self.crops.an_epoch + self.crops.again(record)[0]
 
     def keys(self, record: Record, epoch: int) -> tuple[dict[str, bytes], Record, int]:
         """Output → the key of its entry; and the record and the epoch that the crop is drawn from.

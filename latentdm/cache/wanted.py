@@ -9,7 +9,6 @@ from latentdm.batch import CAPTION, LATENTS
 from latentdm.cache.samples import VARIANTS, CachedCrops
 from latentdm.captions import Captions
 from latentdm.data.geometry import Record
-from latentdm.data.photographs import photographs
 from latentdm.data.samples import PhotographCrop
 from latentdm.data.skips import SampleError
 from latentdm.data.stream import StreamImages
@@ -23,18 +22,13 @@ Part = tuple[int, int]
 """Which part of all, and of how many: by key, so that parts of different runs fit together."""
 
 
-def wanted_epochs(crops: CachedCrops, record: Record, last: bool = True) -> Iterator[int]:
-    """Epochs that together show an image in all of its variants, mirrored and not, and under all of its masks.
-
-    Args:
-        crops: of its data set.
-        record: of the image.
-        last: no more of it comes in the same epoch.
-    """
+def wanted_epochs(crops: CachedCrops, record: Record) -> Iterator[int]:
+    """Epochs that together show an image in all of its variants, mirrored and not, and under all of its masks."""
     turns = _turns(crops)
     if crops.plan.variants is not None:
-        left = turns - crops.turn(record, 0)
-        yield from range(left if last else min(left, 1))
+        first, an_epoch = crops.turn(record, 0), crops.turn(record, 1) - crops.turn(record, 0)
+        if first < an_epoch:  # one more of a photograph in an epoch has the first turn of the next
+            yield from range(-(-(turns - first) // an_epoch))
         return
     for mask in range(turns):
         if not getattr(crops.crops, "flip", False):
@@ -68,8 +62,7 @@ def epochs_of(dataset: Any, position: int, part: Part = (0, 1)) -> Iterator[int]
     except SampleError:
         yield from [0] if part[0] == 0 else []  # somebody must say so
         return
-    last = not photograph or position + len(photographs(crops.crops.split)) >= len(dataset)
-    yield from (epoch for epoch in wanted_epochs(crops, record, last) if is_in(part, crops, record, epoch))
+    yield from (epoch for epoch in wanted_epochs(crops, record) if is_in(part, crops, record, epoch))
 
 
 def is_in(part: Part, crops: CachedCrops, record: Record, epoch: int) -> bool:

@@ -228,9 +228,10 @@ def test_the_example_needs_no_setting(tmp_path):
     assert encoded.take() == 2 * COUNT
 
 
-def test_the_example_meets_its_crops_again(tmp_path):
-    """With what it takes with a cache: in two epochs and a half, each crop fourteen times."""
-    pixels = SamplesData(size=SIZE, batch_size=16, epoch_length=1024, val_length=0)
+@pytest.mark.parametrize(("count", "epochs"), [(1024, 2), (100, 3), (5, 40)])
+def test_the_example_meets_its_crops_again(tmp_path, count, epochs):
+    """With what it takes with a cache: twenty crops of each photograph, in however many epochs."""
+    pixels = SamplesData(size=SIZE, batch_size=16, epoch_length=count, val_length=0)
     cache = Cache(tmp_path / "cache", variants=20, mask_variants=1)
     datamodule = LatentDataModule(pixels, inpainting()[0], masks=RandomMask(), cache=cache)
     datamodule.pixels = FillData(pixels)
@@ -241,7 +242,7 @@ def test_the_example_meets_its_crops_again(tmp_path):
     photographs = len({crops.record(position).name for position in range(len(crops))})
     seen = [
         key
-        for epoch, count in enumerate((1024, 1024, 512))
+        for epoch in range(epochs)
         for position in range(count)
         for key in crops.crops.keys(crops.record(position), epoch)[0].values()
     ]
