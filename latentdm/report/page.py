@@ -128,8 +128,9 @@ def _template() -> Template:
 
 def _lead(found: Findings) -> str:
     of = "" if found.total is None else f" of the {found.total:,} of an epoch"
-    few = "" if found.samples >= found.wanted or found.ended else "; there were no more"
-    return f"What a model would be shown, from {found.samples:,} samples{of} ({found.wanted:,} were asked for{few})."
+    few = "; an epoch has no more, or drops the incomplete batch at its end"
+    asked = f"{found.wanted:,} were asked for{'' if found.samples >= found.wanted or found.ended else few}"
+    return f"What a model would be shown, from {found.samples:,} samples{of} ({asked})."
 
 
 # ---------------------------------------------------------------- pictures

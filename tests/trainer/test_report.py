@@ -44,7 +44,7 @@ def test_a_folder_with_masks(workplace, capsys):
     assert notes == []
     text = page.sections
     assert page.tags.count("img") == 4 * 7
-    assert "from 4 samples of the 4 of an epoch (64 were asked for; there were no more)" in page.text
+    assert "from 4 samples of the 4 of an epoch (64 were asked for; an epoch has no more" in page.text
     assert "Nothing looks wrong in these samples." in text["check"]
     assert "64 by 64 pixels become 8 by 8 latents of 4 channels, by AutoencoderKL" in text["samples"]
     summaries = page.values("aria-label", "svg")
