@@ -144,7 +144,8 @@ def look(datamodule: LatentDataModule, samples: int, device: torch.device, stage
             found.skipped = _skipped(pixels)
             found.summary, found.notes = pixels.summary(), pixels.notes()
         datamodule.teardown("fit")
-    found.said = list(dict.fromkeys(str(each.message) for each in said if issubclass(each.category, UserWarning)))
+    texts = [str(each.message) for each in said if issubclass(each.category, UserWarning)]
+    found.said = list(dict.fromkeys(text for text in texts if "deprecated" not in text))  # no matter of data
     if not found.samples and not found.skipped:
         raise UserError(f"no batch: the {stage} data is empty; choose another stage, or look at the data")
     if isinstance(pixels, PixelDataModule):
@@ -196,6 +197,8 @@ class _Look:
                     if batch is None:
                         break
                     bar.update(self.take(batch, started))
+                bar.total = found.samples  # an epoch may have fewer than were asked for
+                bar.refresh()
         except RunError as error:
             if not getattr(getattr(self.datamodule.pixels, "skips", None), "read", dict)():
                 raise

@@ -6,16 +6,18 @@ from tempfile import gettempdir
 
 import pytest
 import torch
-from helpers import Photos, no_warnings, photo_columns
+from helpers import Photos, fit, no_warnings, photo_columns
 from lightning.pytorch import LightningDataModule
+from PIL import Image
 from report_pages import SMALL, check_form, write_hostile_photos
 from running import write_shards
+from tiny_models import frozen
 from torch.utils.data import DataLoader, IterableDataset
 
 from latentdm import InpaintEncoder, LatentDataModule, PlainEncoder
 from latentdm.cli import main
 from latentdm.data import ImageFolderData
-from latentdm.report import look
+from latentdm.report import look, page
 
 CPU = torch.device("cpu")
 
@@ -39,15 +41,15 @@ def test_a_folder_with_masks(workplace, capsys):
     (workplace / "photos" / "notes.docx").touch()
     (workplace / "photos" / "one.txt").touch()
     before = set(os.listdir(gettempdir()))
-    page, notes = run(capsys, *SMALL, "masks=batch", "pixels.val_share=0", "pixels.random_crop=false")
+    made, notes = run(capsys, *SMALL, "masks=batch", "pixels.val_share=0", "pixels.random_crop=false")
     assert {name for name in set(os.listdir(gettempdir())) - before if name.startswith("latentdm")} == set()
     assert notes == []
-    text = page.sections
-    assert page.tags.count("img") == 4 * 7
-    assert "from 4 samples of the 4 of an epoch (64 were asked for; an epoch has no more" in page.text
+    text = made.sections
+    assert made.tags.count("img") == 4 * 7
+    assert "from 4 samples of the 4 of an epoch (64 were asked for; an epoch has no more" in made.text
     assert "Nothing looks wrong in these samples." in text["check"]
     assert "64 by 64 pixels become 8 by 8 latents of 4 channels, by AutoencoderKL" in text["samples"]
-    summaries = page.values("aria-label", "svg")
+    summaries = made.values("aria-label", "svg")
     assert any(each.startswith("Shorter side of the image files: 4 values from 150 to 150 px") for each in summaries)
     assert any(
         each.startswith("Size that the model is given: 1 of them, most in 64 × 64 (4 of 4)") for each in summaries
@@ -70,14 +72,14 @@ def test_what_means_harm_is_shown_and_does_nothing(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     write_hostile_photos(tmp_path / "photos")
     options = ["masks=random", "pixels.val_share=0", "pixels.seed=1", "+evil='</pre><script>'", "--output=sub/a.html"]
-    page, notes = run(capsys, *SMALL, *options, "--samples=20")
-    assert "<script>alert(1)<.png" in page.sections["samples"] + page.sections["left-out"]
-    assert "⟨U+202E⟩gnp.exe.png" in page.sections["samples"] + page.sections["left-out"]
-    assert "cannot read broken <b>.png" in page.sections["left-out"] or "broken <b>.png" in page.sections["left-out"]
-    assert "</pre><script>" in page.sections["configuration"]
-    assert "Training ends at the first of them, as on_error is raise" in page.sections["left-out"]
+    made, notes = run(capsys, *SMALL, *options, "--samples=20")
+    assert "<script>alert(1)<.png" in made.sections["samples"] + made.sections["left-out"]
+    assert "⟨U+202E⟩gnp.exe.png" in made.sections["samples"] + made.sections["left-out"]
+    assert "cannot read broken <b>.png" in made.sections["left-out"] or "broken <b>.png" in made.sections["left-out"]
+    assert "</pre><script>" in made.sections["configuration"]
+    assert "Training ends at the first of them, as on_error is raise" in made.sections["left-out"]
     assert [note for note in notes if "on_error is raise" in note]
-    assert "are longer than 350 characters" in page.sections["captions"]
+    assert "are longer than 350 characters" in made.sections["captions"]
     assert (tmp_path / "sub" / "a.html").stat().st_size < 2_000_000
     assert os.listdir(tmp_path / "sub") == ["a.html"]
 
@@ -87,10 +89,10 @@ def test_nothing_but_broken_images_is_told_kindly(tmp_path, monkeypatch, capsys)
     (tmp_path / "photos").mkdir()
     for number in range(5):
         (tmp_path / "photos" / f"{number}.png").write_bytes(b"no picture")
-    page, notes = run(capsys, *SMALL, "masks=random", "pixels.val_share=0")
-    assert "none could be read" in page.sections["samples"]
-    assert "5 of the samples that were asked for" in page.sections["left-out"]
-    assert all(f"{number}.png" in page.sections["left-out"] for number in range(5))
+    made, notes = run(capsys, *SMALL, "masks=random", "pixels.val_share=0")
+    assert "none could be read" in made.sections["samples"]
+    assert "5 of the samples that were asked for" in made.sections["left-out"]
+    assert all(f"{number}.png" in made.sections["left-out"] for number in range(5))
     assert any("looking ended early" in note for note in notes)
 
 
@@ -99,40 +101,38 @@ def test_some_broken_images_beside_a_limit(workplace, capsys):
         (workplace / "photos" / f"broken{number}.png").write_bytes(b"no picture")
         (workplace / "photos" / f"broken{number}-mask.png").write_bytes(b"no picture")
     options = ["masks=batch", "pixels.val_share=0", "pixels.on_error=skip", "--samples=8"]
-    page, _ = run(capsys, *SMALL, *options)
-    assert "more than max_skipped_share=0.05: training would end" in page.sections["check"]
-    assert "Others take their place." in page.sections["left-out"]
+    made, _ = run(capsys, *SMALL, *options)
+    assert "more than max_skipped_share=0.05: training would end" in made.sections["check"]
+    assert "Others take their place." in made.sections["left-out"]
 
 
 def test_buckets_are_counted_over_all_images(workplace, capsys):
     folder = ["pixels=folder_buckets", "pixels.root=photos", "pixels.buckets.area=4096", "pixels.buckets.step=16"]
     for number, path in enumerate(sorted((workplace / "photos").glob("*[!k].png"))[:2]):
-        from PIL import Image
-
         with Image.open(path) as image:
             wide = image.crop((0, 0, 150, 75))
         wide.save(workplace / "photos" / f"wide{number}.png")
         wide.convert("L").point(lambda level: 255 * (level > 128)).save(workplace / "photos" / f"wide{number}-mask.png")
-    page, _ = run(capsys, *folder, "pixels.batch_size=2", "pixels.val_share=0", "masks=batch", "--device=cpu")
-    summaries = page.values("aria-label", "svg")
+    made, _ = run(capsys, *folder, "pixels.batch_size=2", "pixels.val_share=0", "masks=batch", "--device=cpu")
+    summaries = made.values("aria-label", "svg")
     assert any(each.startswith("Bucket, of all images: 2 of them, most in 64 × 64 (4 of 6)") for each in summaries)
     assert any(each.startswith("Size that the model is given: 2 of them") for each in summaries)
-    assert page.sections["samples"].count("pixels become") == 2
+    assert made.sections["samples"].count("pixels become") == 2
 
 
 def test_validation_data_without_masks(workplace, capsys):
-    page, _ = run(capsys, *SMALL, "encoder=plain", "--stage=val", "--samples=1")
-    assert "Report on the validation data" in page.text
-    assert "No masks" in page.sections["masks"]
-    assert page.tags.count("img") == 3
+    made, _ = run(capsys, *SMALL, "encoder=plain", "--stage=val", "--samples=1")
+    assert "Report on the validation data" in made.text
+    assert "No masks" in made.sections["masks"]
+    assert made.tags.count("img") == 3
 
 
 def test_a_cache_of_drawn_crops(workplace, capsys):
-    page, _ = run(capsys, *SMALL, "encoder=plain", "cache=memory", "cache.variants=4", "--samples=2")
-    assert f"about {4 * (2 * 256 * 2 + 44) / 1024:.1f} KiB in" in page.sections["costs"]
-    assert "cache.variants=4 crops an image" in page.sections["costs"]
-    page, _ = run(capsys, *SMALL, "encoder=plain", "--samples=2")
-    assert "nothing is kept unless cache.variants says how many" in page.sections["costs"]
+    made, _ = run(capsys, *SMALL, "encoder=plain", "cache=memory", "cache.variants=4", "--samples=2")
+    assert f"about {4 * (2 * 256 * 2 + 44) / 1024:.1f} KiB in" in made.sections["costs"]
+    assert "cache.variants=4 crops an image" in made.sections["costs"]
+    made, _ = run(capsys, *SMALL, "encoder=plain", "--samples=2")
+    assert "nothing is kept unless cache.variants says how many" in made.sections["costs"]
 
 
 def test_what_is_wrong_is_said_in_a_line_and_no_page_is_written(workplace, capsys):
@@ -159,8 +159,8 @@ def test_what_lets_somebody_in_is_left_out(workplace, capsys):
         "+logger.mine.api_key=sesame", "+hub={token: sesame, tokenizer: clip}", "+a='https://me:sesame@host/x'",
         "+b='https://host/x.tar?X-Amz-Signature=sesame&part=1'", "+c=['s3://key:sesame@bucket']",
     ]  # fmt: skip
-    page, _ = run(capsys, *SMALL, *secrets, "--samples=1")
-    assert "sesame" not in page.text
+    made, _ = run(capsys, *SMALL, *secrets, "--samples=1")
+    assert "sesame" not in made.text
     for kept in (
         "api_key: (left out)",
         "tokenizer: clip",
@@ -168,7 +168,23 @@ def test_what_lets_somebody_in_is_left_out(workplace, capsys):
         "X-Amz-Signature=…&part=1",
         "s3://…@bucket",
     ):
-        assert kept in page.sections["configuration"]
+        assert kept in made.sections["configuration"]
+
+
+def test_workers_read_and_skip_alike(workplace, capsys):
+    (workplace / "photos" / "broken.png").write_bytes(b"no picture")
+    (workplace / "photos" / "broken-mask.png").write_bytes(b"no picture")
+    before = set(os.listdir(gettempdir()))
+    made, _ = run(capsys, *SMALL, "masks=batch", "pixels.val_share=0", "pixels.num_workers=2", "--samples=4")
+    assert "broken.png" in made.sections["left-out"]
+    assert not [name for name in set(os.listdir(gettempdir())) - before if name.startswith("latentdm-")]
+
+
+def test_exported_latents_have_pictures_though_no_image_is_read(workplace, capsys):
+    latents = ["pixels=latents", "pixels.root=exported", "encoder=plain", "pixels.batch_size=2", "--device=cpu"]
+    made, _ = run(capsys, *latents, "--samples=2")
+    assert made.tags.count("img") == 2 * 3
+    assert "Latent channels: 4 channels" in " ".join(made.values("aria-label", "svg"))
 
 
 # -------------------------------------------------------------------- data modules of other kinds
@@ -187,14 +203,28 @@ class Endless(LightningDataModule):
 
 
 def test_a_stream_without_a_length_is_looked_at_as_far_as_asked(vae, monkeypatch, tmp_path):
-    from latentdm.report import page
-
     found = look(LatentDataModule(Endless(), PlainEncoder(vae)), 6, CPU)
     assert (found.total, found.samples, found.counts, found.captions) == (None, 6, [4, 4], [7] * 6)
     assert found.drawn[0].columns["image"].shape == (6, 3, 32, 32)
     parts = check_form(page(found, "", ""))
     assert "unknown: the data have no length" in parts.sections["costs"]
     assert "only it can tell" in parts.sections["left-out"]
+
+
+def test_clips_are_shown_by_their_first_frame():
+    vae = frozen("wan")
+    clips = {"pixels": torch.randint(256, (2, 3, 5, 32, 32), dtype=torch.uint8), "index": torch.arange(2)}
+    found = look(LatentDataModule(Photos(clips), PlainEncoder(vae)), 2, CPU)
+    assert found.drawn[0].columns["image"].shape[1:] == (3, 32, 32)
+    assert found.given == {(32, 32): 2}
+
+
+def test_names_of_ones_own_and_batches_as_tuples(vae):
+    columns = {"image": photo_columns(4)["pixels"], "caption": ["a", "bb", "", "dddd"]}
+    datamodule = LatentDataModule(Photos(columns, as_tuple=True), PlainEncoder(vae), keys={"pixels": 0, "latents": 0})
+    assert look(datamodule, 4, CPU).samples == 4
+    datamodule = LatentDataModule(Photos(columns), PlainEncoder(vae), keys={"pixels": "image"})
+    assert look(datamodule, 4, CPU).captions == [1, 2, 0, 4]
 
 
 def test_shards_have_epochs_of_a_set_length(tmp_path, monkeypatch, capsys):
@@ -206,9 +236,9 @@ def test_shards_have_epochs_of_a_set_length(tmp_path, monkeypatch, capsys):
         "pixels.epoch_length=1000",
         "pixels.size=64",
     ]
-    page, _ = run(capsys, *shards, "pixels.batch_size=2", "masks=batch", "--samples=4", "--device=cpu")
-    assert "from 4 samples of the 1,000 of an epoch" in page.text
-    assert "Characters a caption" in page.sections["captions"]
+    made, _ = run(capsys, *shards, "pixels.batch_size=2", "masks=batch", "--samples=4", "--device=cpu")
+    assert "from 4 samples of the 1,000 of an epoch" in made.text
+    assert "Characters a caption" in made.sections["captions"]
 
 
 def test_alarms_are_those_of_training(vae):
@@ -219,8 +249,6 @@ def test_alarms_are_those_of_training(vae):
 
 
 def test_what_was_looked_at_can_be_trained_on(vae, workplace):
-    from helpers import fit
-
     def module():
         pixels = ImageFolderData("photos", size=64, batch_size=2, random_crop=False)
         return LatentDataModule(pixels, InpaintEncoder(vae))
