@@ -79,7 +79,10 @@ def page(found: Findings, config: str = "", versions: str = "") -> str:
         channel_rows=[
             (n, f"{mean:.3f}", f"{std:.3f}") for n, (mean, std) in enumerate(zip(found.mean, found.std, strict=True))
         ],
-        skipped_rows=[(shortened(name, 300), shortened(why, 600)) for name, why in skipped[:MAX_SKIPPED]],
+        skipped_rows=[
+            ("(what describes samples)" if name == why else shortened(name, 300), shortened(why, 600))
+            for name, why in skipped[:MAX_SKIPPED]
+        ],
         more_skipped=max(0, len(skipped) - MAX_SKIPPED),
         cost_rows=list(_costs(found)),
         config=config,
