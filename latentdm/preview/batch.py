@@ -43,12 +43,13 @@ def preview(
         An RGB picture.
     """
     b = min(samples or len(outputs[LATENTS]), len(outputs[LATENTS]))
-    columns, titles = rows(encoder, first(inputs, b), first(outputs, b), captions)
+    columns, figures = rows(encoder, first(inputs, b), first(outputs, b))
+    titles = [f"{title} · {told}" for title, told in zip(titles_of(captions, b), figures, strict=True)]
     return _sheet(columns, titles, notes)
 
 
 def rows(
-    encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor], captions: Sequence[str] | None = None
+    encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """What `preview` draws, before it is one picture.
 
@@ -56,22 +57,22 @@ def rows(
         encoder: as for `preview`.
         inputs: as for `preview`.
         outputs: as for `preview`.
-        captions: as for `preview`.
 
     Returns:
-        Header → ``b 3 h w`` or ``b 1 h w`` in 0…1 (those at latent resolution are smaller), and a title a sample.
+        Header → ``b 3 h w`` or ``b 1 h w`` in 0…1 (those at latent resolution are smaller), and what goes behind the
+        title of each sample.
     """
     b = len(outputs[LATENTS])
     inputs = _shown(encoder, inputs, outputs)
     masked = [""] * b
     if NOISE_MASK in outputs:
         shares = (part.tolist() for part in mask_shares(encoder, inputs, outputs))
-        masked = [f" · mask {mask:.0%}, noise_mask {moved:.0%}" for mask, moved in zip(*shares, strict=True)]
-    titles = [
-        f"{title}{masks} · latents' std {float(latents.std()):.2f}"
-        for title, masks, latents in zip(_titles(captions, b), masked, outputs[LATENTS], strict=True)
+        masked = [f"mask {mask:.0%}, noise_mask {moved:.0%} · " for mask, moved in zip(*shares, strict=True)]
+    figures = [
+        f"{masks}latents' std {float(latents.std()):.2f}"
+        for masks, latents in zip(masked, outputs[LATENTS], strict=True)
     ]
-    return _columns(encoder, inputs, outputs), titles
+    return _columns(encoder, inputs, outputs), figures
 
 
 def before_and_after(
@@ -107,7 +108,7 @@ def before_and_after(
     if MASKED_LATENTS in images:
         hole = outputs[NOISE_MASK].to(made.device)
         columns["sampled,\nin the image"] = kept * (1 - hole) + made * hole
-    return _sheet(columns, _titles(captions, b))
+    return _sheet(columns, titles_of(captions, b))
 
 
 def _shown(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
@@ -220,7 +221,8 @@ def _spread(shares: Tensor) -> str:
     return f"{float(shares.mean()):.0%} ({float(shares.min()):.0%} to {float(shares.max()):.0%})"
 
 
-def _titles(captions: Sequence[str] | None, b: int) -> list[str]:
+def titles_of(captions: Sequence[str] | None, b: int) -> list[str]:
+    """A title a sample: its caption, or else its number."""
     if captions is None:
         return [f"sample {row}" for row in range(b)]
     return [caption or "(no caption)" for caption in captions[:b]]

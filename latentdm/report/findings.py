@@ -27,7 +27,7 @@ from latentdm.data.buckets import Size
 from latentdm.data.module import PixelDataModule
 from latentdm.datamodule import LatentDataModule
 from latentdm.errors import RunError, UserError
-from latentdm.preview.batch import describe_sizes, mask_shares, rows
+from latentdm.preview.batch import describe_sizes, mask_shares, rows, titles_of
 from latentdm.preview.samples import CAPTIONS, batches, captions_of, encoded, first, joined
 from latentdm.report.costs import Kept, kept
 
@@ -43,11 +43,13 @@ class Drawn:
         size: what images become of which latents, in a sentence.
         columns: header → ``b 3 h w`` or ``b 1 h w`` in 0…1.
         titles: one a sample.
+        figures: what goes behind each.
     """
 
     size: str
     columns: dict[str, Tensor]
     titles: list[str]
+    figures: list[str]
 
 
 @dataclass
@@ -256,8 +258,9 @@ class _Look:
             count = min(len(outputs[LATENTS]), max(1, ROWS // len(self.parts)))
             inputs, outputs = first(inputs, count), first(outputs, count)
             titles = [title for part in parts for title in part[2]]
-            columns, titles = rows(encoder, inputs, outputs, titles if len(titles) >= count else None)
-            found.drawn.append(Drawn(describe_sizes(encoder, inputs, outputs), columns, titles))
+            columns, figures = rows(encoder, inputs, outputs)
+            titles = titles_of(titles if len(titles) >= count else None, count)
+            found.drawn.append(Drawn(describe_sizes(encoder, inputs, outputs), columns, titles, figures))
         mean, std, _ = self.window.read()
         found.mean, found.std = mean.tolist(), std.tolist()
         low, high = MASK_RANGE

@@ -139,9 +139,9 @@ def _lead(found: Findings) -> str:
 # ---------------------------------------------------------------- pictures
 
 
-def _tiles(drawn: Drawn) -> Iterator[tuple[str, list[Tile]]]:
-    """A title, and the pictures beside each other: header, source, width, height, and whether pixels stay sharp."""
-    for row, title in enumerate(drawn.titles):
+def _tiles(drawn: Drawn) -> Iterator[tuple[str, str, list[Tile]]]:
+    """A title, what goes behind it, and pictures: header, source, width, height, and whether pixels stay sharp."""
+    for row, (title, figures) in enumerate(zip(drawn.titles, drawn.figures, strict=True)):
         tiles = []
         for header, images in drawn.columns.items():
             image = to_image(images[row])
@@ -149,7 +149,7 @@ def _tiles(drawn: Drawn) -> Iterator[tuple[str, list[Tile]]]:
             if max(image.size) > MAX_TILE:
                 image.thumbnail((MAX_TILE, MAX_TILE), Image.Resampling.LANCZOS)
             tiles.append((" ".join(header.split()), data_uri(image), *image.size, small))
-        yield title, tiles
+        yield title, figures, tiles
 
 
 def data_uri(image: Image.Image) -> str:

@@ -90,7 +90,7 @@ def found(**settings):
 
 
 def test_no_text_of_the_data_does_anything():
-    drawn = Drawn(EVIL, {"image": torch.rand(1, 3, 8, 8)}, [EVIL])
+    drawn = Drawn(EVIL, {"image": torch.rand(1, 3, 8, 8)}, [EVIL], ["std 1"])
     texts = dict.fromkeys(("device", "ended", "summary", "notes"), EVIL)
     everything = found(
         **texts, drawn=[drawn], skipped={EVIL: EVIL}, said=[EVIL], alarms=[EVIL], on_error="raise", samples=1
@@ -105,9 +105,14 @@ def test_no_text_of_the_data_does_anything():
         assert "<script>" in parts.sections[name] or name == "costs", name
 
 
+def test_a_name_that_is_written_from_the_right_does_not_turn_its_figures():
+    drawn = Drawn("", {"image": torch.rand(1, 3, 8, 8)}, ["\u05d0\u05d1.png"], ["mask 20%"])
+    assert "<h3><bdi>\u05d0\u05d1.png</bdi> · mask 20%</h3>" in page(found(drawn=[drawn], samples=1))
+
+
 def test_a_text_of_any_length_is_cut():
     long = "x" * 1_000_000
-    drawn = Drawn("", {"image": torch.rand(1, 3, 8, 8)}, [long])
+    drawn = Drawn("", {"image": torch.rand(1, 3, 8, 8)}, [long], ["std 1"])
     assert len(page(found(drawn=[drawn], skipped={long: long}, said=[long], samples=1), "", "")) < 30_000
 
 
