@@ -126,16 +126,11 @@ def check(value: object, what: object) -> None:
     raise SampleError(f"cannot read {what}: it is nested more than {MAX_DEPTH} levels deep")
 
 
-def shortened(value: object) -> str:
+def quoted(value: object) -> str:
     """A value as an error quotes it: its beginning and its end where it is long."""
-    quoted = Repr()
-    quoted.maxstring = quoted.maxother = 80
-    return quoted.repr(value)
-
-
-def cut(text: str) -> str:
-    """A name as an error gives it: without its middle where it is long."""
-    return text if len(text) <= 200 else f"{text[:100]}…{text[-60:]}"
+    short = Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
 
 
 def _check_text(text: str, what: object) -> None:
@@ -152,7 +147,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"{shortened(twice)} is there twice")
+        raise ValueError(f"{quoted(twice)} is there twice")
     return found
 
 
@@ -163,4 +158,4 @@ def _integer(text: str) -> int:
 
 
 def _too_large(digits: str) -> str:
-    return f"the integer {shortened(digits).strip(chr(39))} has more than 64 bits; write it as a text"
+    return f"the integer {quoted(digits).strip(chr(39))} has more than 64 bits; write it as a text"
