@@ -275,7 +275,8 @@ def _kept(root: Path, file: Path) -> FolderIndex | None:
     """The index in a file that still is true; None if there is none, whatever is wrong with it."""
     try:
         index = FolderIndex(root, *read_table(file, SCHEMA), file)
-        whole = all(isinstance(problem, str) for problem in index.problems)
+        texts = [*index.problems, *index.notes, *index.folders, *index.folders.values()]
+        whole = all(isinstance(text, str) for text in texts) and isinstance(index.captioned, int)
         return index if whole and _is_true(index) else None
     except NoAnswerError:  # of the folder, which nobody could list either
         raise
