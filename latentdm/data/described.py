@@ -146,13 +146,16 @@ class Describer:
             UserError: unless lenient: what is wrong with a file or a row, with its line.
         """
         for path in sorted(self.listing.metadata):
-            known, strangers = len(self.found.images), []
+            known, strangers, rows = len(self.found.images), [], 0
             try:
                 for row in read_metadata(self.root / path, self.columns):
+                    rows += 1
                     if row.anywhere and self._image(path, row) is None:
                         strangers.append(row.name)
                     else:
                         self._add(path, row)
+                if not rows:
+                    self.found.notes.append(f"{path} has no rows")
             except NoMetadataError:
                 self.listing.others.append(path)
             except SampleError as error:

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
-from latentdm.batch import CAPTION, NAMES
+from latentdm.batch import CAPTION, EPOCH, NAMES
+from latentdm.cache.rows import CACHED
 from latentdm.data.names import ending_of
 from latentdm.data.skips import SampleError
 from latentdm.data.texts import check, decode, parse_csv, parse_json, quoted, read_bytes
@@ -26,7 +27,7 @@ FILE_COLUMNS = ("file_name", "image_file_name")
 CAPTION_COLUMNS = ("caption", "text")
 """The columns that hold the caption unless a user names another one: the first that is there."""
 
-RESERVED = frozenset({*NAMES, "name", ""}) - {CAPTION}
+RESERVED = frozenset({*NAMES, EPOCH, CACHED, "name", ""}) - {CAPTION}
 """Columns that a text cannot bring, because a batch has these names for something else."""
 
 OPAQUE = re.compile(r"\b(?:large_|fixed_size_)?(?:binary|timestamp|date|time|decimal|duration|interval|extension)\d*\b")

@@ -25,6 +25,9 @@ MAX_DEPTH = 32
 INTEGER_DIGITS = 19
 """Of the largest integer of 64 bits."""
 
+MAX_LOOKED_AT = 1000
+"""Bytes of a file by which its encoding is told."""
+
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 """How a file begins that Windows calls Unicode."""
 
@@ -52,7 +55,7 @@ def decode(content: bytes, what: object, errors: str = "strict") -> str:
     Raises:
         SampleError: it is not UTF-8.
     """
-    if content.startswith(UTF_16):
+    if content.startswith(UTF_16) or _alternates(content):
         raise SampleError(f"cannot read {what}: it is UTF-16; save it as UTF-8")
     try:
         return content.decode("utf-8-sig", errors)
@@ -131,6 +134,16 @@ def quoted(value: object) -> str:
     short = Repr()
     short.maxstring = short.maxother = 80
     return short.repr(value)
+
+
+def _alternates(content: bytes) -> bool:
+    """Whether every other byte is zero, as in UTF-16 without a mark: each of them would be a character of UTF-8."""
+    halves = content[:MAX_LOOKED_AT:2], content[1:MAX_LOOKED_AT:2]
+    return len(content) >= 4 and {0 in half for half in halves} == {True, False} and any(map(_is_zero, halves))
+
+
+def _is_zero(content: bytes) -> bool:
+    return not content.strip(b"\0")
 
 
 def _check_text(text: str, what: object) -> None:
