@@ -159,8 +159,8 @@ def _deep_mask(image: Image.Image, layout: str) -> Image.Image:
         return in_blocks(image, lambda levels: levels * 255)
     if top == 65535 and high in SENSORS:
         raise UserError(
-            f"its highest level, {high}, is white in {SENSORS[high]} bits and black in 16; save it with 8 bits, white to "
-            "repaint"
+            f"its highest level, {high}, is white in {SENSORS[high]} bits and black in 16; save it with 8 bits, white "
+            "to repaint"
         )
     if high * 255 < 1.5 * top:
         raise UserError(
