@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentdm.data.decode import image_to_tensor, read_image
+from latentdm.data.decode import image_to_tensor, read_image, read_size
 from latentdm.data.levels import read_mask, resize_mask
 
 RNG = np.random.default_rng(0)
@@ -95,6 +95,7 @@ def test_exif_orientation(tmp_path, orientation):
     exif[0x0112] = orientation
     path = saved(tmp_path, Image.fromarray(np.ascontiguousarray(stored[orientation])), exif=exif)
     assert np.array_equal(read(path), RGB)
+    assert read_size(path) == RGB.shape[1::-1]  # by which its bucket is chosen
 
 
 def test_masks_keep_their_gray_levels(tmp_path):
