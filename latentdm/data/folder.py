@@ -150,8 +150,8 @@ class ImageFolderData(PictureDataModule):
         batch_size: images a batch, on each device.
         val_share: share of the images that validate, in 0…1; 0: no validation. A hash of its name decides for each
             image, so that it stays on its side when images are added. Without effect where ``val_root`` is given.
-        val_root: a folder of validation images; all of ``root`` then trains, apart from ``val_root`` inside it, to which
-            metadata and masks further up belong as well.
+        val_root: a folder of validation images; all of ``root`` then trains, apart from ``val_root`` inside it, for
+            which metadata and masks further up count too.
         masks: ``"auto"`` takes the masks if there are any, ``"require"`` insists on them, ``"ignore"`` leaves them out.
         sources: the same for sources.
         segmentations: the same for label maps.
