@@ -179,6 +179,16 @@ def test_what_is_no_mask_is_refused_by_name(content, why):
         mask_image(content, "the mask of 7")
 
 
+def test_a_sample_s_labels_are_those_of_its_map(tmp_path):
+    """Between 0 and 10 nothing lies, however its image is resized."""
+    Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
+    labels = np.where(np.arange(40) < 17, 0, 10)[None].repeat(40, 0).astype(np.uint8)
+    Image.fromarray(labels).save(tmp_path / "1-segmentation.png")
+    data = ImageFolderData(tmp_path, size=15, val_share=0)
+    data.setup()
+    assert set(data.train_set[0]["segmentation"].flatten().tolist()) == {0, 10}
+
+
 def test_a_label_map_in_a_jpeg_is_refused():
     """Its numbers would be those that the JPEG has made of them: 0 and 7 became 0, 1, 7 and 8."""
     file = io.BytesIO()
