@@ -5,10 +5,10 @@ import struct
 import zlib
 
 import pytest
+from pictures import read_image
 from PIL import Image, ImageCms
 
 from latentdm.data import SampleError
-from latentdm.data.decode import read_image
 from latentdm.data.effort import MAX_COMMENTS, MAX_SCANS
 from latentdm.data.levels import mask_image
 
@@ -166,3 +166,11 @@ def test_a_profile_of_thousands_of_steps_is_passed_over(monkeypatch):
     assert not near(colour(saved(picture, "TIFF", icc_profile=profile(5))), (200, 90, 30))  # it is converted
     monkeypatch.delattr(ImageCms, "buildTransform")
     assert colour(saved(picture, "TIFF", icc_profile=profile(20_000))) == (200, 90, 30)
+
+
+def test_a_profile_leaves_transparency_as_it_is():
+    pixels = Image.new("RGBA", (2, 1), (200, 90, 30, 0))
+    pixels.putpixel((1, 0), (200, 90, 30, 77))
+    image, _ = read_image(saved(pixels, "PNG", icc_profile=profile(5)))
+    assert [image.getpixel((x, 0))[3] for x in range(2)] == [0, 77]
+    assert not near(image.getpixel((1, 0))[:3], (200, 90, 30))  # it is converted
