@@ -83,6 +83,15 @@ def test_what_is_no_regular_file_is_named_and_not_opened(tmp_path, monkeypatch, 
         open_file(Path("x.png"))
 
 
+def test_what_lies_there_by_now_is_looked_at_again(tmp_path, monkeypatch):
+    (tmp_path / "x.png").symlink_to("/dev/zero")
+    (tmp_path / "regular").touch()
+    before = os.stat(tmp_path / "regular")
+    monkeypatch.setattr(os, "stat", lambda path: before)  # as it was a moment ago
+    with pytest.raises(SampleError, match=r"x\.png: it is a device, not a file; remove it"):
+        open_file(tmp_path / "x.png")
+
+
 def test_a_call_that_hangs_is_given_up_with_its_name_and_the_next_one_answers(stuck):
     for _ in range(2):
         with pytest.raises(
