@@ -87,9 +87,10 @@ def test_what_lies_there_by_now_is_looked_at_again(tmp_path, monkeypatch):
     (tmp_path / "x.png").symlink_to("/dev/zero")
     (tmp_path / "regular").touch()
     before = os.stat(tmp_path / "regular")
-    monkeypatch.setattr(os, "stat", lambda path: before)  # as it was a moment ago
-    with pytest.raises(SampleError, match=r"x\.png: it is a device, not a file; remove it"):
-        open_file(tmp_path / "x.png")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", lambda path: before)  # as it was a moment ago
+        with pytest.raises(SampleError, match=r"x\.png: it is a device, not a file; remove it"):
+            open_file(tmp_path / "x.png")
 
 
 def test_a_call_that_hangs_is_given_up_with_its_name_and_the_next_one_answers(stuck):
