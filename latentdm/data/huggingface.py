@@ -22,6 +22,7 @@ from latentdm.data.metadata import CAPTION_COLUMNS, RESERVED, rows_of_image
 from latentdm.data.pairing import check_val_share, split_hashes
 from latentdm.data.skips import SampleError
 from latentdm.data.stream import Item, StreamDataModule, stable_index
+from latentdm.data.watch import working
 from latentdm.errors import UserError, attributed
 from latentdm.extras import require
 from latentdm.validation import Check
@@ -63,11 +64,10 @@ class Rows:
         """A part's records, of files of its own."""
         dataset = self.dataset if parts == 1 else self.dataset.shard(parts, part, contiguous=False)
         if shuffle:
-            dataset = dataset.shuffle(
-                seed=turn % 2**32, buffer_size=1
-            )  # files alone: samples are drawn from our buffer
+            # Files alone: samples are drawn from our buffer.
+            dataset = dataset.shuffle(seed=turn % 2**32, buffer_size=1)
         # Not by iterating over it: within a worker that would split it once more.
-        for number, batch in enumerate(dataset.iter(batch_size=1)):
+        for number, batch in enumerate(working(dataset.iter(batch_size=1))):
             row = {column: values[0] for column, values in batch.items()}
             try:
                 yield self.record(row, f"{self.split}/part {part} of {parts}/{number}")

@@ -20,7 +20,7 @@ from latentdm.data.metadata import read_sidecar, rows_of_image
 from latentdm.data.names import MARKS, SIDECARS, guesses
 from latentdm.data.skips import SampleError
 from latentdm.data.stream import Item, StreamDataModule, StreamImages, own_share, stable_index
-from latentdm.data.texts import check, decode, shortened
+from latentdm.data.texts import check, decode, quoted
 from latentdm.errors import UserError, attributed
 from latentdm.extras import require
 
@@ -119,7 +119,7 @@ class ShardRecords:
         for ending in files:
             if ending not in KNOWN and ending not in self.columns.values() and ending not in self.told:
                 if len(self.told) < MAX_TOLD:
-                    rank_zero_info(f"{OWNER}: left out of shards: files ending in .{shortened(ending)[1:-1]}")
+                    rank_zero_info(f"{OWNER}: left out of shards: files ending in .{quoted(ending)[1:-1]}")
                 self.told.add(ending)
 
     def _check_name(self, key: str, name: str, beside: Collection[str]) -> None:

@@ -174,7 +174,7 @@ def test_latents_that_are_none_name_their_file(tmp_path):
     (tmp_path / "latents" / "a.safetensors").write_bytes(b"nothing")
     with complains("LatentsData: cannot read a.safetensors"):
         run(None, None, pixels=LatentsData(tmp_path / "latents", val_share=0))
-    with complains("LatentsData: root", "is no folder"):
+    with complains("LatentsData: root", "does not exist; give a folder of what latentdm cache export wrote"):
         LatentsData(tmp_path / "none")
 
 
