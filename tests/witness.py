@@ -5,6 +5,7 @@ checkpoint. What it writes can be compared: one line of JSON a step and rank wit
 from the data module, and one with a digest of the final weights.
 """
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -45,6 +46,8 @@ IMAGES, SHARDS, EPOCH_LENGTH, SIZE = 27, 3, 24, 32
 END_OF_STEP = ("exception", "disk", "SIGTERM", "SIGINT", "SIGKILL", "SIGSTOP")
 WATCH_EVERY = 20
 """Steps from one look at memory and descriptors to the next."""
+SHOW_STACKS = signal.SIGUSR1
+"""Lets a process print what each of its threads is doing."""
 FULL_AT = 12_000
 """Bytes of a file on a disk that is full: more than what the witness writes, less than a checkpoint."""
 
@@ -304,6 +307,7 @@ def rank_process(run, rank, port):
     output = os.open(Path(run.folder) / f"output.{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.register(SHOW_STACKS, all_threads=True)
     warnings.simplefilter("ignore")
     if run.ranks > 1:
         os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(run.ranks)}
