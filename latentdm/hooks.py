@@ -136,11 +136,18 @@ class BatchDraws:
 
 
 def repeated_batches(trainer: Trainer) -> str | None:
-    """What a fit that goes on within an epoch sees twice, at its first batch; None where all loaders keep a state."""
+    """What a fit that goes on sees twice or not at all, at its first batch; None where all that follows is right."""
     seen = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-    loaders = CombinedLoader(trainer.train_dataloader).flattened if seen else []
+    loaders = CombinedLoader(trainer.train_dataloader).flattened
+    within = 0 < seen < trainer.num_training_batches
+    if not within and training_epoch(trainer) != trainer.current_epoch:
+        return (
+            "the fit goes on from the end of an epoch, and in a run of max_steps Lightning counts the next one as over "
+            f"before it begins, or after one batch, as it does not know where {type(loaders[0]).__name__} is: the "
+            "samples of a whole epoch are not seen. Set max_epochs instead, or use a loader of latentdm.data"
+        )
     stateless = [type(loader).__name__ for loader in loaders if not hasattr(loader, "load_state_dict")]
-    if not stateless:
+    if not stateless or not seen:
         return None
     return (
         f"the fit goes on after {seen} batches of this epoch, but {stateless[0]} keeps no state and begins the epoch "
