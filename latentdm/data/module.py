@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from latentdm.data.dataset import PixelDataset, Sample
 from latentdm.data.files import READ_TIMEOUT_S
 from latentdm.data.geometry import ResizeCrop, Target, square
-from latentdm.data.loader import PixelLoader, explanation
+from latentdm.data.loader import PixelLoader, explanation, process_ranks
 from latentdm.data.order import GlobalOrder, InOrder, RankBatches
 from latentdm.data.reading import Reading
 from latentdm.data.skips import SampleError, Skips
@@ -203,7 +203,8 @@ class PixelDataModule(LightningDataModule):
 
     def _loader(self, dataset: PixelDataset, training: bool) -> DataLoader[Sample]:
         # The strategy knows which ranks share the data: under tensor parallelism that is not every rank.
-        ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        shared = process_ranks() if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        ranks = shared or {"num_replicas": 1, "rank": 0}
         dataset.skips = self._skips(ranks["num_replicas"], ranks["rank"])
         dataset.owner = type(self).__name__
         dataset.read_timeout = self.read_timeout
@@ -221,8 +222,11 @@ class PixelDataModule(LightningDataModule):
         make = GlobalOrder if training and not overfits else InOrder
         drop_last = training and dataset.bucket_of is None
         order = make(dataset, self.batch_size, training, drop_last, seed=self.seed, **ranks)
-        loader = PixelLoader(dataset, batch_sampler=RankBatches(order, self.batch_size), **settings)
+        batches = RankBatches(order, self.batch_size)
+        loader = PixelLoader(dataset, batch_sampler=batches, **settings)
         loader.owner = type(self).__name__
+        loader.by_hand = self.trainer is None
+        batches.locked = loader.by_hand and order.num_replicas > 1
         if training:
             loader.progress = Progress(self.trainer) if isinstance(self.trainer, Trainer) else None
         return loader
