@@ -1,15 +1,16 @@
-"""Kills training runs and lets them go on: ``python -m tests.torture --minutes 20``.
+"""Kills training runs and lets them go on: ``python -m tests.torture --minutes 20``, or ``--kills 60``.
 
-For each source a run is recorded that nothing disturbs. Then runs of the same settings are ended by SIGKILL at random
-moments, of all ranks or of one, and started again, until they come to their end: what every step saw must be the same,
-and on one rank the final weights as well, to the bit. The rest of the time runs that are long show whether memory and
-descriptors grow; they are told to stop. One row of JSON a source, and one of all, goes to the standard output:
+For each source, on one rank and on two, a run is recorded that nothing disturbs. Then runs with 0 and 2 workers that
+save by steps and by epochs are ended by SIGKILL at random moments, of all ranks or of one, and started again, until
+they come to their end: what every step saw must be the same, and on one rank the final weights as well, to the bit. The
+rest of the time runs that are long show whether memory and descriptors grow; they are told to stop. One row of JSON a
+source, and one of all, goes to the standard output:
 
-``kills``, ``resumes``: of runs. ``digest_mismatches``: samples that a step saw and ought not to have seen, or that were
-never seen in a run that came to its end. ``weight_mismatches``: runs that came to other weights. ``hangs``: processes
-that took no step and did not end within ``PATIENCE_S`` seconds; their stacks are printed. ``failures``: processes that
-ended otherwise than they should. ``leaked_descriptors``: open at the end of a long run and not at its beginning.
-``memory_slope_kib_per_1000_steps``: of resident memory, least squares.
+``settings``: tried, of 16. ``kills``, ``resumes``: of runs. ``digest_mismatches``: samples that a step saw and ought
+not to have seen, or that were never seen in a run that came to its end. ``weight_mismatches``: runs that came to other
+weights. ``hangs``: processes that took no step and did not end within ``PATIENCE_S`` seconds; their stacks are printed.
+``failures``: processes that ended otherwise than they should. ``leaked_descriptors``: open at the end of a long run and
+not at its beginning. ``memory_slope_kib_per_1000_steps``: of resident memory, least squares.
 
 The exit status is 0 where nothing of this went wrong; memory is left to the reader. The folders of runs that went wrong
 stay, with what each rank printed and saw, and in ``faults.jsonl`` what it was.
@@ -38,8 +39,6 @@ from witness import EPOCH_LENGTH, SHOW_STACKS, SOURCES, Run, rows, start, steps_
 
 PATIENCE_S = 120
 LOOK_EVERY_S = 0.005
-TRIES = 2
-"""Runs that are killed for one that is not."""
 SOAK_SHARE = 0.3
 """Of the time, for the long runs."""
 COUNTS = ("kills", "resumes", "digest_mismatches", "weight_mismatches", "hangs", "failures", "leaked_descriptors")
@@ -73,44 +72,50 @@ class Torture:
     """A campaign.
 
     Args:
-        minutes: that it takes, about.
         folder: for data and runs.
+        minutes: that it takes, about.
+        kills: that there are at the least, however long it takes.
         seed: of the moments of the kills.
     """
 
-    def __init__(self, minutes, folder, seed=0):
+    def __init__(self, folder, minutes=0.0, kills=0, seed=0):
         self.folder = Path(folder)
+        self.kills = kills
         self.random = random.Random(seed)
-        self.killed_enough = threading.Event()
-        timer = threading.Timer(60 * minutes * (1 - SOAK_SHARE), self.killed_enough.set)
+        self.time_is_over = threading.Event()
+        timer = threading.Timer(60 * minutes * (1 - SOAK_SHARE), self.time_is_over.set)
         timer.daemon = True
         timer.start()
         self.soak_s = 60 * minutes * SOAK_SHARE / len(SOURCES)
         self.counts = {source: Counter(dict.fromkeys(COUNTS, 0)) for source in SOURCES}
+        self.tried = {source: set() for source in SOURCES}
         self.slopes = dict.fromkeys(SOURCES)
-        self.expected = {}  # (source, variant) → as of `undisturbed`
+        self.expected = {}  # (source, ranks, by epochs) → as of `undisturbed`
         self.numbers = itertools.count()
 
     def torture(self):
         """Run it; the rows."""
         write_data(self.folder / "data")
-        variants = self.random.sample(VARIANTS, len(VARIANTS))
-        rounds = itertools.product(variants, SOURCES)
-        for variant, source in itertools.cycle(rounds):
-            if self.killed_enough.is_set():
+        rounds = list(itertools.product(SOURCES, VARIANTS))
+        for source, variant in itertools.cycle(self.random.sample(rounds, len(rounds))):
+            if self.time_is_over.is_set() and self.total()["kills"] >= self.kills:
                 break
-            for _ in range(TRIES):
-                if not self.killed_enough.is_set():
-                    self.try_one(source, variant)
-        for source in SOURCES:
+            self.try_one(source, variant)
+        for source in SOURCES if self.soak_s else ():
             self.soak(source)
-        total = sum(self.counts.values(), Counter(dict.fromkeys(COUNTS, 0)))
         slopes = [slope for slope in self.slopes.values() if slope is not None]
-        each = [self.row(source, self.counts[source], self.slopes[source]) for source in SOURCES]
-        return [*each, self.row("all", total, max(slopes, default=None))]
+        each = [
+            self.row(source, len(self.tried[source]), self.counts[source], self.slopes[source]) for source in SOURCES
+        ]
+        tried = len(set.union(*self.tried.values()))
+        return [*each, self.row("all", tried, self.total(), max(slopes, default=None))]
 
-    def row(self, source, counts, slope):
-        return {"source": source} | {name: counts[name] for name in COUNTS} | {
+    def total(self):
+        """The counts of all sources."""
+        return sum(self.counts.values(), Counter(dict.fromkeys(COUNTS, 0)))
+
+    def row(self, source, settings, counts, slope):
+        return {"source": source, "settings": settings} | {name: counts[name] for name in COUNTS} | {
             "memory_slope_kib_per_1000_steps": None if slope is None else round(slope, 1)
         }  # fmt: skip
 
@@ -119,12 +124,13 @@ class Torture:
 
     def try_one(self, source, variant):
         """One run that is killed up to three times."""
-        counts = self.counts[source]
-        if not self.expected.get((source, variant), [None])[0]:
-            self.expected[source, variant] = self.undisturbed(source, variant)
-        seen, final = self.expected[source, variant]
+        counts, kind = self.counts[source], (source, variant.ranks, variant.by_epochs)
+        if not self.expected.get(kind, [None])[0]:
+            self.expected[kind] = self.undisturbed(source, replace(variant, workers=0, save_every=0))
+        seen, final = self.expected[kind]
         if not seen:
             return
+        self.tried[source].add(variant)
         run = self.new_run(source, variant)
         before = sum(counts[name] for name in FAULTS)
         for _ in range(self.random.randint(1, 3)):
@@ -236,13 +242,14 @@ def show_stacks(processes):
 def main():
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, required=True, help="how long, about")
+    parser.add_argument("--minutes", type=float, default=0, help="how long, about")
+    parser.add_argument("--kills", type=int, default=0, help="how many at the least, however long it takes")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--keep", action="store_true", help="keep the folder of the runs")
     settings = parser.parse_args()
     folder = mkdtemp(prefix="torture-")
     print(f"the runs lie in {folder}", file=sys.stderr, flush=True)
-    torture = Torture(settings.minutes, folder, settings.seed)
+    torture = Torture(folder, settings.minutes, settings.kills, settings.seed)
     table = torture.torture()
     for row in table:
         print(json.dumps(row))
