@@ -130,7 +130,7 @@ def test_a_rank_that_is_told_to_stop_stops_all_with_a_checkpoint(trouble, rank, 
         ("SIGKILL", -signal.SIGKILL, 1, None),
         ("SIGSTOP", None, 0, None),
         ("SIGSTOP", None, 1, None),
-        ("SIGSTOP", None, 1, "fsdp2"),
+        ("SIGSTOP within", None, 1, "fsdp2"),  # where the mesh's own group waits
         ("exception", 1, 1, None),
     ],
 )
