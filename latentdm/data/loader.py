@@ -10,13 +10,13 @@ from time import sleep
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import distributed
 from torch.utils.data import DataLoader
 
 from latentdm.data.order import GlobalOrder, RankBatches, Taken
 from latentdm.data.watch import watched
 from latentdm.errors import RunError, UserError
 from latentdm.progress import Progress
+from latentdm.ranks import process_ranks
 
 WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 """How PyTorch's error begins."""
@@ -147,17 +147,6 @@ class PixelLoader(DataLoader[Any]):
         )
         if self.progress:
             self.progress.move(len(order) - rest - self.progress.batches)
-
-
-def process_ranks() -> dict[str, int]:
-    """How many ranks share the data, and which of them this is, as torch's process group knows it; alone without one.
-
-    Returns:
-        ``num_replicas`` and ``rank``, as samplers call them.
-    """
-    if distributed.is_available() and distributed.is_initialized():
-        return {"num_replicas": distributed.get_world_size(), "rank": distributed.get_rank()}
-    return {"num_replicas": 1, "rank": 0}
 
 
 def explained(batches: Iterator[Any], dataset: Any) -> Iterator[Any]:

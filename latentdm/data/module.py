@@ -16,13 +16,14 @@ from torch.utils.data import DataLoader
 from latentdm.data.dataset import PixelDataset, Sample
 from latentdm.data.files import READ_TIMEOUT_S
 from latentdm.data.geometry import ResizeCrop, Target, square
-from latentdm.data.loader import PixelLoader, explanation, process_ranks
+from latentdm.data.loader import PixelLoader, explanation
 from latentdm.data.order import GlobalOrder, InOrder, RankBatches
 from latentdm.data.reading import Reading
 from latentdm.data.skips import SampleError, Skips
 from latentdm.draws import sample_seed
 from latentdm.errors import UserError, attributed
 from latentdm.progress import Progress
+from latentdm.ranks import process_ranks
 from latentdm.shown import one_line
 from latentdm.validation import Check
 

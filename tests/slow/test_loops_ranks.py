@@ -48,6 +48,8 @@ for name, batches in {"early": early, "prepared": accelerator.prepare(data.train
         next(iter(batches))
     except UserError as error:
         seen[name] = str(error)
+without_index = data.encoder({"pixels": torch.zeros(1, 3, 32, 32), "mask": torch.ones(1, 1, 32, 32)})
+seen["noise"] = without_index["latents"].flatten().tolist()
 (folder / f"rank{fabric.global_rank}.json").write_text(json.dumps(seen))
 fabric.barrier()
 """
@@ -77,3 +79,4 @@ def test_loops_without_a_trainer_share_the_data(folder):
     for seen in of_ranks:
         assert seen["early"].startswith("ImageFolderData: the loader was made for 1 of the 2 processes")
         assert seen["prepared"].endswith("without accelerator.prepare")
+    assert of_ranks[0]["noise"] != of_ranks[1]["noise"]

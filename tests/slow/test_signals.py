@@ -129,7 +129,6 @@ def test_a_rank_that_is_told_to_stop_stops_all_with_a_checkpoint(trouble, rank, 
         ("SIGKILL", -signal.SIGKILL, 0, None),
         ("SIGKILL", -signal.SIGKILL, 1, None),
         ("SIGSTOP", None, 0, None),
-        ("SIGSTOP", None, 1, None),
         ("SIGSTOP within", None, 1, "fsdp2"),  # where the mesh's own group waits
         ("exception", 1, 1, None),
     ],
