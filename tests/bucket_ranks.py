@@ -1,7 +1,4 @@
-"""Trains on buckets and writes down what each rank saw: ``python bucket_ranks.py FOLDER DEVICES SAMPLER STOP``.
-
-``STOP`` saves a checkpoint after that many batches in all and stops; an existing checkpoint is gone on from.
-"""
+"""Trains on buckets and writes down what each rank saw: ``python bucket_ranks.py FOLDER DEVICES SAMPLER``."""
 
 import json
 import sys
@@ -10,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from latentdm.data import Buckets, PixelDataset
 from latentdm.data.loader import PixelLoader
@@ -74,27 +70,22 @@ class Witness(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def run(folder, devices, use_distributed_sampler, stop):
-    model, saved = Witness(f"{folder}/seen"), Path(folder) / "saved.ckpt"
-    checkpoint = ModelCheckpoint(folder, filename="saved", every_n_train_steps=stop, save_top_k=1, monitor=None)
+def run(folder, devices, use_distributed_sampler):
+    model, data = Witness(f"{folder}/seen"), Data()
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         use_distributed_sampler=use_distributed_sampler,
         max_epochs=EPOCHS,
-        max_steps=stop or -1,
-        callbacks=[checkpoint] if stop else [],
-        enable_checkpointing=bool(stop),
+        enable_checkpointing=False,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = Data()
-    trainer.fit(model, data, ckpt_path=str(saved) if saved.exists() else None)
-    if not stop:
-        trainer.predict(model, data)
+    trainer.fit(model, data)
+    trainer.predict(model, data)
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "true", int(sys.argv[4]))
+    run(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "true")
