@@ -93,8 +93,8 @@ def latent_data(folder, source, autoencoder=None, cache=None, **settings):
 
 
 def cache_in(folder, variants=None):
-    """A cache that loses nothing; with None in memory."""
-    return Cache(folder, dtype="float32", variants=variants)
+    """A cache that loses nothing, with None in memory; with variants of masks too, so that no image is opened again."""
+    return Cache(folder, dtype="float32", variants=variants, mask_variants=variants)
 
 
 def digests(batch):

@@ -92,3 +92,4 @@ def test_nor_do_ranks_workers_and_a_kill_where_crops_are_variants_of_a_cache(fol
     first = fit(folder, source, tmp_path / "run", 2, status=1, kill=9, workers=2, save="each", **data("two"))
     rest = fit(folder, source, tmp_path / "run", resume=True, **data("two"))
     assert first | rest == whole
+    assert fit(folder, source, tmp_path / "read", 2, **data("one")) == whole  # where all was encoded before
