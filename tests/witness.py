@@ -6,6 +6,7 @@ from the data module, and one with a digest of the final weights.
 """
 
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -205,6 +206,9 @@ class Witness(Callback):
         with (Path(self.run.folder) / f"seen.{trainer.global_rank}.jsonl").open("a") as file:
             file.write(json.dumps({"step": trainer.global_step} | row) + "\n")
 
+    def on_train_start(self, trainer, pl_module):
+        gc.freeze()  # so that collecting what came since takes no time, and memory shows what is held
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         exact = sorted(batch.keys() - {"latents", "masked_latents"})  # whose bits depend on the batch's shape
         samples, drawn = (
@@ -215,6 +219,7 @@ class Witness(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step % WATCH_EVERY == 0:
+            gc.collect()
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
             self.write(trainer, resident_kib=resident, descriptors=len(os.listdir("/proc/self/fd")))
         self.make_trouble(trainer, END_OF_STEP)
