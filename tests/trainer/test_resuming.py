@@ -11,7 +11,7 @@ from four_sources import digests
 from helpers import LatentModel, Samples, noise_vae, photo_columns, quiet_trainer
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from latentdm import LatentDataModule, PlainEncoder
 from latentdm.data import PixelDataModule, PixelDataset
@@ -230,6 +230,19 @@ class Foreign(LightningDataModule):
         return DataLoader(Samples(photo_columns(2)))
 
 
+class ForeignStream(Foreign):
+    """Has no length."""
+
+    def train_dataloader(self):
+        return DataLoader(Stream(), BATCH)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        tiles = Samples(photo_columns(STEPS * BATCH))
+        return (tiles[number] for number in range(STEPS * BATCH))
+
+
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable:UserWarning")  # Lightning's
 @pytest.mark.parametrize(
     ("kind", "run", "validations", "told"),
@@ -253,6 +266,13 @@ def test_a_foreign_loader_without_a_state_is_told_of_once_and_keeps_one_clock(ki
     ours = [text for text in map(str, (each.message for each in caught)) if text.startswith("LatentDataModule")]
     assert len(ours) == (told is not None)
     assert told is None or re.search(told, ours[0])
+
+
+def test_of_a_foreign_stream_nothing_is_lost_and_nothing_told(tmp_path):
+    settings = {"pixels": ForeignStream(), "limit_val_batches": 0, **RUNS["steps"]}
+    straight = fit(**settings)
+    fit(tmp_path, saving("epochs", tmp_path), fail_at=STEPS + 2, **settings)
+    assert fit(ckpt_path=tmp_path / "saved.ckpt", **settings).trained == straight.trained[STEPS:]
 
 
 def test_a_state_holds_plain_values(tmp_path):
