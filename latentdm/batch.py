@@ -227,20 +227,21 @@ class BatchKeys:
             )
         return rebuild(batch, placed)
 
-    def missing(self, batch: Any, name: str) -> str:
-        """What to tell a user whose batch lacks what a stage reads."""
+    def missing(self, batch: Any, name: str, reader: str | None = None) -> str:
+        """What to tell a user whose batch lacks what a stage reads; ``reader`` is that stage."""
         key, named = self.key(name), self._named(batch)
         if named is not None:
             held, example = f"only {', '.join(map(repr, named)) or 'nothing'}", _USUAL.get(name, "…")
         else:
             held, example = f"being a {type(batch).__name__} of {len(batch)}", "0" if name == PIXELS else "1"
+        reads = f" ({reader} reads it)" if reader else ""
         what = "images" if name == PIXELS else f"{name}s" if name in _ELSE else name
         hint = f"name the {what} with keys, as in keys={{{name}: {example}}}{_ELSE.get(name, '')}"
         if name == PIXELS and named is None:
             if isinstance(key, int):
-                return f"LatentDataModule: the batch has no position {key} for the pixels, {held}; count from 0"
-            return f"LatentDataModule: the batch has no {key!r}, {held}; {hint[:-1]}, latents: 0}}"
-        return f"LatentDataModule: the batch has no {key!r}, {held}; {hint}"
+                return f"LatentDataModule: the batch has no position {key} for the pixels, {held}; count from 0{reads}"
+            hint = f"{hint[:-1]}, latents: 0}}"
+        return f"LatentDataModule: the batch has no {key!r}, {held}; {hint}{reads}"
 
     def key(self, name: str) -> Key:
         """The user's key of our name."""

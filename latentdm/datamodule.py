@@ -4,22 +4,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from latentdm import hooks
 from latentdm.batch import EPOCH, PIXELS, BatchKeys, Key, Path
 from latentdm.cache.cache import Cache
-from latentdm.cache.rows import CACHED, CachedRows
-from latentdm.containers import MAPPINGS, is_batch, is_frozen, rebuild
+from latentdm.containers import is_batch
 from latentdm.data.module import PixelDataModule
 from latentdm.draws import Draws
 from latentdm.encoders.base import Encoder
-from latentdm.errors import UserError, UserTypeError
-from latentdm.hooks import HOOKS, BatchDraws, check_bare, check_model, has_own, notify, rounded_pixels, unused_masks
+from latentdm.errors import UserTypeError
+from latentdm.passage import Passage
 from latentdm.shown import one_line
-from latentdm.stages import Line, MissingKeyError, Stage
+from latentdm.stages import Line, Stage
 from latentdm.wrapper import Wrapper
 
 
@@ -87,6 +85,7 @@ class LatentDataModule(Wrapper):
         self.augment = augment
         self.captions = captions
         self.text = text
+        self.stages = list(stages)
         self.keep_pixels = keep_pixels
         self.seed = seed
         self.cache = cache
@@ -94,24 +93,15 @@ class LatentDataModule(Wrapper):
         steps = steps if cache is None else cache.stages(**steps)
         self.line = Line.arrange(encoder, captions=captions, **steps)
         self.keys = BatchKeys(keys, layout, pixel_range, self.line.names)
-        self._batch_draws = BatchDraws()
+        self._batch_draws = hooks.BatchDraws()
         self._warned = False
         self._is_example = False
-        self._prepared: dict[Path, tuple[Draws | None, dict[str, Any]]] = {}  # of the parts on their way to the device
+        self._passage = Passage(self.line, self.keys, self._draws)
 
     def __repr__(self) -> str:
-        named = (
-            self.captions,
-            self.augment,
-            self.masks,
-            self.encoder,
-            self.text,
-            getattr(self.text, "tokenizer", None),
-        )
-        own = [stage for stage in self.line.stages if not any(stage is each for each in named)]
         keys = self.keys.keys | dict.fromkeys(self.keys.left_out)
         pixel_range = [-1 if self.keys.signed else 0, 1]
-        return one_line(self, stages=own, keys=keys, layout=self.keys.layout, pixel_range=pixel_range)
+        return one_line(self, keys=keys, layout=self.keys.layout, pixel_range=pixel_range)
 
     @property
     def channels(self) -> dict[str, int]:
@@ -133,17 +123,8 @@ class LatentDataModule(Wrapper):
             self._check_sample()
 
     def _check_sample(self) -> None:
-        if (
-            has_own(self, ("train_dataloader",), PixelDataModule)
-            or has_own(self, HOOKS, LatentDataModule)
-            or has_own(self.pixels, HOOKS, LightningDataModule)
-        ):
-            return  # which may add what samples lack
-        sample = self.pixels.example()
-        found = {} if sample is None else self.keys.find(sample)
-        for name, stage in self.line.needs.items() if found else ():
-            if name != PIXELS and found.get(name) is None:
-                raise UserError(self._lacks(sample, name, type(stage).__name__))
+        if not hooks.has_own(self, hooks.HOOKS, LatentDataModule):  # which may add what samples lack
+            hooks.check_sample(self)
 
     def setup(self, stage: str) -> None:
         """Delegates; makes the frozen networks and puts them on this rank's device.
@@ -152,11 +133,11 @@ class LatentDataModule(Wrapper):
             UserError: the model goes past the hooks, or the data lack what a stage reads: see `check`.
         """
         if hasattr(self.pixels, "masks_unused"):  # our own data modules say it when they are set up
-            self.pixels.masks_unused = unused_masks(self.line.device, self.keys.keys)
+            self.pixels.masks_unused = hooks.unused_masks(self.line.device, self.keys.keys)
         self.pixels.setup(stage)
         self._check_sample()
         if self.trainer is not None:
-            check_model(self.trainer.lightning_module)
+            hooks.check_model(self.trainer.lightning_module)
             self.line.setup(self.trainer.strategy.root_device)
         if self.cache is not None and self.trainer is not None:
             self.cache.setup(self)
@@ -194,7 +175,7 @@ class LatentDataModule(Wrapper):
 
         def run(part: Any, path: Path) -> Any:
             if not encoded:
-                encoded.append(self._run(part, path, 0))
+                encoded.append(self._passage.run(part, (0, *path), self.trainer))
             return part
 
         self.keys.each(self.pixels.on_after_batch_transfer(self._transferred(batch, device), 0), run)
@@ -206,45 +187,20 @@ class LatentDataModule(Wrapper):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """On the host: settles the samples' draws, so that none waits for the device, and runs the host's stages."""
-        trainer = self.trainer
-        model = trainer.lightning_module if trainer is not None else None
-        self._is_example = model is not None and batch is not None and batch is model.example_input_array
-        self._prepared = {}
+        self._is_example = hooks.is_example_input(batch, self.trainer)
+        self._passage.begin()
         if self._is_example:
             return batch
         batch = self.pixels.on_before_batch_transfer(batch, dataloader_idx)
-        return self.keys.each(batch, lambda part, path: self._prepare(part, path, dataloader_idx))
-
-    def _prepare(self, batch: Any, path: Path, dataloader_idx: int) -> Any:
-        """Run the host's stages on a part."""
-        if not is_batch(batch):
-            return batch
-        found = self.keys.find(batch)
-        if (lost := rounded_pixels(found, self.trainer)) is not None:
-            self._warn_once(lost)
-        draws = self._draws(found, path, dataloader_idx)
-        self._prepared[path] = draws, {}
-        if draws is None or not self.line.host:
-            return batch
-        written = self._stages(batch, found, draws, on_host=True)
-        changed = {name: value for name, value in written.items() if name in found}
-        self._prepared[path] = draws, {name: value for name, value in written.items() if name not in changed}
-        return self.keys.replace(batch, changed) if changed else batch
+        return self.keys.each(batch, lambda part, path: self._passage.prepare(part, (dataloader_idx, *path)))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Delegates; Lightning's own copies pinned memory without blocking."""
-        for path, (draws, written) in self._prepared.items():
-            if written:
-                self._prepared[path] = draws, move_data_to_device(written, device)
+        self._passage.move(device)
         if self._is_example:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return self.pixels.transfer_batch_to_device(self.keys.each(batch, self._movable), device, dataloader_idx)
-
-    def _movable(self, batch: Any, path: Path) -> Any:
-        """A part in a form that Lightning moves to a device, unless the pixels have a hook that does."""
-        if is_frozen(batch) and not is_overridden("transfer_batch_to_device", self.pixels):
-            return rebuild(batch, {})
-        return batch
+        batch = self.keys.each(batch, lambda part, path: hooks.movable(part, self.pixels))
+        return self.pixels.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """On the device: pixels → latents.
@@ -265,13 +221,13 @@ class LatentDataModule(Wrapper):
             return batch
         batch = self.pixels.on_after_batch_transfer(batch, dataloader_idx)
         if not is_batch(batch):
-            check_bare(batch, self.keys, self.encoder.vae.spatial_compression)
+            hooks.check_bare(batch, self.keys, self.encoder.vae.spatial_compression)
             return batch
-        return self.keys.each(batch, lambda part, path: self._encoded(part, path, dataloader_idx))
+        return self.keys.each(batch, lambda part, path: self._encoded(part, (dataloader_idx, *path)))
 
-    def _encoded(self, batch: Any, path: Path, dataloader_idx: int) -> Any:
+    def _encoded(self, batch: Any, path: Path) -> Any:
         """A part as the step receives it."""
-        inputs, outputs = self._run(batch, path, dataloader_idx)
+        inputs, outputs = self._passage.run(batch, path, self.trainer)
         drops = self.line.drops
         results = {name: value for name, value in outputs.items() if name not in drops}
         if self.keep_pixels:
@@ -279,36 +235,12 @@ class LatentDataModule(Wrapper):
         batch = self.keys.write(batch, results, drop=(*drops, EPOCH))
         if self.trainer is not None:
             batch = self.trainer.precision_plugin.convert_input(batch)
-        notify(self.trainer, "on_encode_end", inputs, outputs, batch)
+        hooks.notify(self.trainer, "on_encode_end", inputs, outputs, batch)
         return batch
 
-    def _run(self, batch: Any, path: Path, dataloader_idx: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Run the device's stages on a part of a user's batch."""
-        draws, prepared = self._prepared.pop(path, (None, {}))
-        cached = batch.get(CACHED) if isinstance(batch, MAPPINGS) else None
-        blank = cached.images() if isinstance(cached, CachedRows) else {}
-        inputs = self.keys.read({**batch, **blank} if blank else batch) | prepared
-        if draws is None or len(draws.ids) != inputs[PIXELS].shape[0]:  # len of a tensor is slow
-            draws = self._draws(inputs, path, dataloader_idx)
-            assert draws is not None
-        notify(self.trainer, "on_encode_start", inputs)
-        outputs = prepared | self._stages(batch, inputs, draws, on_host=False)
-        return inputs | {name: outputs[name] for name in self.line.drops if name in outputs}, outputs
-
-    def _stages(self, batch: Any, found: Mapping[str, Any], draws: Draws, on_host: bool) -> dict[str, Any]:
-        try:
-            return self.line.run(found, draws, on_host)
-        except MissingKeyError as error:
-            raise UserError(self._lacks(batch, error.name, error.stage)) from None
-
-    def _lacks(self, batch: Any, name: str, stage: str) -> str:
-        return f"{self.keys.missing(batch, name)} ({stage} reads it)"
-
-    def _draws(self, found: Mapping[str, Any], path: Path, dataloader_idx: int) -> Draws | None:
-        loader = ".".join(map(str, (dataloader_idx, *path)))
-        return self._batch_draws(found, self.seed, self.trainer, loader)
-
-    def _warn_once(self, text: str) -> None:
-        if self.trainer is not None and not self._warned:
+    def _draws(self, found: Mapping[str, Any], path: Path) -> Draws | None:
+        """The draws of a part's samples, which is where it is first looked at."""
+        if not self._warned and (lost := hooks.rounded_pixels(found, self.trainer)) is not None:
             self._warned = True
-            rank_zero_warn(f"LatentDataModule: {text}")
+            rank_zero_warn(f"LatentDataModule: {lost}")
+        return self._batch_draws(found, self.seed, self.trainer, loader=".".join(map(str, path)))

@@ -5,13 +5,15 @@ from math import inf
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from latentdm.batch import CAPTION, EPOCH, INDEX, MASK, PIXELS, BatchKeys, Key, sample_ids
+from latentdm.containers import is_frozen, rebuild
+from latentdm.data.module import PixelDataModule
 from latentdm.draws import Draws, FreshDraws
 from latentdm.encoders.base import Encoder
 from latentdm.errors import UserError, attributed
@@ -70,6 +72,38 @@ def _choice(stage: Stage, kind: str) -> str:
 def has_own(module: Any, names: Sequence[str], base: type) -> bool:
     """Whether a module has methods of its own, by its class or set on it, where ``base`` has some of these names."""
     return any(getattr(getattr(module, name), "__func__", None) is not getattr(base, name) for name in names)
+
+
+def check_sample(datamodule: Any) -> None:
+    """Look into a sample for what the stages read, where batches hold what samples hold.
+
+    Args:
+        datamodule: a `latentdm.LatentDataModule` whose pixels are set up.
+
+    Raises:
+        UserError: something is missing; naming the stage and the remedies.
+    """
+    pixels, keys = datamodule.pixels, datamodule.keys
+    if has_own(datamodule, ("train_dataloader",), PixelDataModule) or has_own(pixels, HOOKS, LightningDataModule):
+        return  # which may add what samples lack
+    sample = pixels.example()
+    found = {} if sample is None else keys.find(sample)
+    for name, stage in datamodule.line.needs.items() if found else ():
+        if name != PIXELS and found.get(name) is None:
+            raise UserError(keys.missing(sample, name, type(stage).__name__))
+
+
+def is_example_input(batch: Any, trainer: Trainer | None) -> bool:
+    """Whether it is the model's ``example_input_array``, which Lightning sends through the hooks as well."""
+    model = None if trainer is None else trainer.lightning_module
+    return model is not None and batch is not None and batch is model.example_input_array
+
+
+def movable(batch: Any, pixels: LightningDataModule) -> Any:
+    """A batch in a form that Lightning moves to a device, unless the data module of the pixels has a hook that does."""
+    if is_frozen(batch) and not is_overridden("transfer_batch_to_device", pixels):
+        return rebuild(batch, {})
+    return batch
 
 
 def check_bare(batch: Any, keys: BatchKeys, multiple: int) -> None:

@@ -1,7 +1,6 @@
-"""Trains on buckets and writes down what each rank saw: ``python bucket_ranks.py FOLDER DEVICES SAMPLER``."""
+"""Trains on buckets and writes down what each rank saw."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,17 +64,19 @@ class Witness(LightningModule):
 
     def predict_step(self, batch, batch_idx):
         self.note("predict", batch)
+        return batch["index"]
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def run(folder, devices, use_distributed_sampler):
+    """Train and predict on ranks that are forks of this process; rank → what it saw."""
     model, data = Witness(f"{folder}/seen"), Data()
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        strategy="ddp_fork" if devices > 1 else "auto",
         use_distributed_sampler=use_distributed_sampler,
         max_epochs=EPOCHS,
         enable_checkpointing=False,
@@ -85,7 +86,5 @@ def run(folder, devices, use_distributed_sampler):
     )
     trainer.fit(model, data)
     trainer.predict(model, data)
-
-
-if __name__ == "__main__":
-    run(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "true")
+    files = [Path(f"{folder}/seen.rank{rank}") for rank in range(devices)]
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]

@@ -1,5 +1,7 @@
 """Fixtures that the tests share; the classes behind them are in helpers.py."""
 
+import shutil
+
 import hypothesis
 import pytest
 import torch
@@ -10,6 +12,13 @@ from latentdm import FrozenVAE
 hypothesis.settings.register_profile("any machine", deadline=None, database=None)  # no test measures time
 hypothesis.settings.load_profile("any machine")
 torch.set_num_threads(1)  # pytest-xdist gives each test a core
+
+LONG = ("test_torture", "test_first_command_trains", "test_no_small_file_takes_more", "test_clean[mypy]")
+
+
+def pytest_collection_modifyitems(items):
+    """What takes a minute begins first: at the end the other worker would wait for it."""
+    items.sort(key=lambda item: not item.name.startswith(LONG))
 
 
 @pytest.fixture(scope="session")
@@ -30,15 +39,22 @@ def recording_vae(recorder):
     return FrozenVAE(recorder)
 
 
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """A folder with ``photos/`` with masks, ``cutouts/`` with transparency, a ``dataset/`` and ``shards/``."""
+@pytest.fixture(scope="session")
+def written_workplace(tmp_path_factory):
     from running import write_cutouts, write_dataset, write_latents, write_photos, write_shards
 
-    write_photos(tmp_path / "photos")
-    write_cutouts(tmp_path / "cutouts")
-    write_dataset(tmp_path / "dataset")
-    write_latents(tmp_path / "exported")
-    write_shards(tmp_path / "shards")
+    folder = tmp_path_factory.mktemp("workplace")
+    write_photos(folder / "photos")
+    write_cutouts(folder / "cutouts")
+    write_dataset(folder / "dataset")
+    write_latents(folder / "exported")
+    write_shards(folder / "shards")
+    return folder
+
+
+@pytest.fixture
+def workplace(written_workplace, tmp_path, monkeypatch):
+    """A folder with ``photos/`` with masks, ``cutouts/`` with transparency, a ``dataset/`` and ``shards/``."""
+    shutil.copytree(written_workplace, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path

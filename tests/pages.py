@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +63,16 @@ def write_captioned_photos(folder):
         photo.save(folder / f"{name}.jpg")
         box_mask(photo.size).save(folder / f"{name}-mask.png")
         (folder / f"{name}.txt").write_text(f"a photo of {name}", encoding="utf-8")
+
+
+@contextmanager
+def forgotten(folder):
+    """What is imported from a folder in this block is imported anew by the next one."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(folder)):
+            del sys.modules[name]
 
 
 def configs(folder: Path):

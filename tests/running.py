@@ -2,10 +2,13 @@
 
 import io
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tarfile
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -161,3 +164,31 @@ def run_ranks(script, folder):
     command = [sys.executable, "-W", "ignore", str(folder / "ranks.py"), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def fork_ranks(script, folder):
+    """Run a script on two ranks, each a fork of this process, as if Lightning had started them; it gets the folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")  # all is imported already
+    ranks = [context.Process(target=rank_process, args=(script, str(folder), rank, port)) for rank in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forks where there are threads
+        for rank in ranks:
+            rank.start()
+    for number, rank in enumerate(ranks):
+        rank.join(180)
+        rank.kill()
+        assert rank.exitcode == 0, (Path(folder) / f"output.{number}.txt").read_text(encoding="utf-8")
+
+
+def rank_process(script, folder, rank, port):
+    output = os.open(f"{folder}/output.{rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.argv = ["ranks.py", folder]
+    warnings.simplefilter("ignore")
+    exec(compile(script, "ranks.py", "exec"), {"__name__": "__main__"})

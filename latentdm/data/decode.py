@@ -99,15 +99,6 @@ def decode(
         return _in_colour(image, profile), size
 
 
-def read_image(
-    file: ImageFile, name: str = "", resized: Resized | None = None, max_pixels: int = MAX_PIXELS
-) -> tuple[Image.Image, tuple[int, int]]:
-    """As `decode`, and gray as three equal channels: 8-bit RGB, or RGBA where the file has transparency."""
-    image, size = decode(file, name, resized, max_pixels)
-    colours = {"L": "RGB", "LA": "RGBA"}
-    return (image.convert(colours[image.mode]) if image.mode in colours else image), size
-
-
 def load(file: ImageFile, name: str, max_pixels: int) -> tuple[Image.Image, str]:
     """An image with the levels that its file holds, upright, and Pillow's name of the layout that they have there.
 

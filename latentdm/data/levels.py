@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageChops
-from torch import Tensor
 
 from latentdm.data.budget import MAX_PIXELS
-from latentdm.data.decode import BLOCK, ImageFile, extremes, image_to_tensor, in_blocks, load, parts
+from latentdm.data.decode import BLOCK, ImageFile, extremes, in_blocks, load, parts
 from latentdm.data.skips import SampleError
 from latentdm.errors import UserError
 
@@ -34,15 +32,6 @@ LUMINANCE = (0.299, 0.587, 0.114)
 
 MAX_PARTS = 1 << 26
 """The parts of which weights are counted: a level times two weights fits into 64 bits."""
-
-
-def read_mask(file: ImageFile, name: str = "", max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Read a mask as gray levels, upright; see `mask_image`.
-
-    Returns:
-        ``1 H W`` uint8, 255 = repaint.
-    """
-    return image_to_tensor(mask_image(file, name, max_pixels))
 
 
 def mask_image(file: ImageFile, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -95,24 +84,6 @@ def resized(pick: Pick, size: tuple[int, int], new: tuple[int, int]) -> Pick:
 def nearest(pick: Pick, size: tuple[int, int], new: tuple[int, int]) -> Pick:
     """Resize labels: each pixel takes the one that its centre falls into, as Pillow does it."""
     return pick if size == new else partial(_nearest, pick, size, new)
-
-
-def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """Resize a mask as `resized` does.
-
-    Args:
-        mask: ``1 H W`` uint8.
-        height: of the result.
-        width: of the result.
-
-    Returns:
-        ``1 height width`` uint8.
-    """
-    if mask.shape[-2:] == (height, width):
-        return mask
-    levels = mask[0].numpy()
-    pick = resized(lambda rows, columns: levels[np.ix_(rows, columns)], levels.shape[::-1], (width, height))
-    return torch.from_numpy(pick(np.arange(height), np.arange(width)))[None]
 
 
 def _read(

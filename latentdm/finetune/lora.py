@@ -86,10 +86,9 @@ class Lora:
                     f"{target!r}; names of layers are {', '.join(ends)}"
                 )
         network.requires_grad_(False)
-        # alpha may be a whole number in peft's annotation, and scales as a float all the same
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
+            lora_alpha=self.rank if self.alpha is None else self.alpha,
             target_modules=wanted,
             init_lora_weights="gaussian",
         )

@@ -1,35 +1,46 @@
 """The benchmarks' runner: rows found in every module, and how they are printed. What they measure takes minutes."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
-from running import ROOT
 
+import benchmarks.gpu
+import benchmarks.run
 from benchmarks import encoder, models
 from benchmarks.peers import InpaintScript
 from benchmarks.rows import ROWS, Row, interleaved, row
 from latentdm.frozen.weights import computes_bfloat16
 
 
-def run(*arguments, script="run"):
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a script of the benchmarks in this process; its exit status, what it printed and what it complained of."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
+        status = 0
+        try:
+            script.main()
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
-def test_rows_of_all_modules_are_found():
-    done = run("--list")
-    assert done.returncode == 0, done.stderr
-    assert "callbacks_overhead_pct" in done.stdout.splitlines()
+def test_rows_of_all_modules_are_found(command):
+    status, printed, _ = command(benchmarks.run, "--list")
+    assert status == 0
+    assert "callbacks_overhead_pct" in printed.splitlines()
 
 
-def test_an_unknown_row_is_answered_with_those_there_are():
-    done = run("--only", "speed")
-    assert done.returncode == 2
-    assert "no row 'speed'" in done.stderr
-    assert "callbacks_overhead_pct" in done.stderr
+def test_an_unknown_row_is_answered_with_those_there_are(command):
+    status, _, complaint = command(benchmarks.run, "--only", "speed")
+    assert status == 2
+    assert "no row 'speed'" in complaint
+    assert "callbacks_overhead_pct" in complaint
 
 
 def test_a_row_is_a_line_of_json():
@@ -108,8 +119,8 @@ def test_the_default_chunk_is_compared_with_the_best(side, default, others, expe
     assert encoder.chunk_ratio.__wrapped__("inpaint", "float32", side, 3) == pytest.approx(expected)
 
 
-def test_the_gpu_script_runs_dry():
-    done = run("--dry", script="gpu")
-    assert done.returncode == 0, done.stderr
-    rows = {row["name"]: row["value"] for row in map(json.loads, done.stdout.splitlines())}
+def test_the_gpu_script_runs_dry(command):
+    status, printed, complaint = command(benchmarks.gpu, "--dry")
+    assert status == 0, complaint
+    rows = {row["name"]: row["value"] for row in map(json.loads, printed.splitlines())}
     assert 0 < rows["accuracy_eager_64"] < 0.02 or not computes_bfloat16(torch.device("cpu"))

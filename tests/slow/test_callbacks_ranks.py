@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import torch
-from running import run_ranks
+from running import fork_ranks
 
 SCRIPT = """
 import sys
@@ -85,7 +85,7 @@ fit_and_validate("others")
 def ranks(tmp_path_factory):
     """The folder that two ranks wrote to."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(SCRIPT, folder)
+    fork_ranks(SCRIPT, folder)
     return folder
 
 

@@ -207,14 +207,6 @@ def test_samples_are_counted_from_one(samples, capsys):
     assert "--samples" in capsys.readouterr().err
 
 
-def test_the_module_runs_as_a_script(tmp_path):
-    command = [sys.executable, "-m", "latentdm", "preview", *SMALL, "encoder=plain", "--samples=1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "preview.png").exists()
-    assert done.stdout.splitlines()[0] == str(tmp_path / "preview.png")
-
-
 def shell(name, script, *arguments):
     """What a shell prints for a script, with this environment's latentdm on its path."""
     if shutil.which(name) is None:
@@ -281,15 +273,15 @@ def test_the_doctor_needs_no_settings(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["train", "preview"])
-def test_the_current_folder_is_on_the_path_of_each_command(command, workplace):
+def test_the_current_folder_is_on_the_path_of_the_command(workplace):
     (workplace / "of_mine.py").write_text("def fail():\n    raise SystemExit('found: of_mine')\n", encoding="utf-8")
     (workplace / "app.yaml").write_text(
         "defaults: [{pixels: folder}, {vae: tiny}, {encoder: plain}, {masks: batch}, {datamodule: latent}, _self_]\n"
         "pixels: {root: photos}\ncaptions: {_target_: of_mine.fail}\nmodel: {_target_: torch.nn.Identity}\n",
         encoding="utf-8",
     )
-    program = [str(Path(sys.executable).with_name("latentdm")), command, "--config-dir=.", "--config-name=app"]
+    app = ["preview", "--config-dir=.", "--config-name=app"]
+    program = [str(Path(sys.executable).with_name("latentdm")), *app]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.stderr.endswith("found: of_mine\n")
     safe = {**os.environ, "PYTHONSAFEPATH": "1"}

@@ -5,10 +5,10 @@ import io
 import numpy as np
 import pytest
 import torch
+from pictures import read_image
 from PIL import Image
 
 from latentdm.data import ImageFolderData, SampleError
-from latentdm.data.decode import read_image
 
 SIZE = 8
 COLOUR = (200, 90, 30)

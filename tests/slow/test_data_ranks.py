@@ -1,11 +1,7 @@
 """Two ranks under Lightning: every sample once, all in step, whatever Lightning is told."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import bucket_ranks
 import pytest
@@ -13,7 +9,6 @@ from bucket_ranks import BATCH, PLAN, SIZES
 from data_helpers import NumbersData, Recorder, trainer
 from helpers import LatentModel, quiet_trainer
 from PIL import Image
-from running import run_example
 
 from latentdm.data import Buckets, GlobalOrder, ImageFolderData
 from latentdm.data.order import InOrder
@@ -119,19 +114,10 @@ def planned(rank, epoch=0, training=True):
     return [[position for position, _ in batch] for batch in order.batches(epoch)]
 
 
-def lightning(folder, devices, use_distributed_sampler):
-    """Train in other processes; rank → what it saw."""
-    command = [sys.executable, bucket_ranks.__file__, folder, devices, use_distributed_sampler]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(bucket_ranks.__file__).parent)}
-    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    files = [Path(f"{folder}/seen.rank{rank}") for rank in range(devices)]
-    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-
-
-@pytest.mark.parametrize("use_distributed_sampler", ["true", "false"])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("use_distributed_sampler", [True, False])
 def test_two_ranks_under_lightning_see_what_was_planned(tmp_path, use_distributed_sampler):
-    seen = lightning(tmp_path, 2, use_distributed_sampler)
+    seen = bucket_ranks.run(tmp_path, 2, use_distributed_sampler)
     for rank in range(2):
         expected = []
         for stage, epoch in (("train", 0), ("train", 1), ("predict", 0)):
@@ -139,15 +125,3 @@ def test_two_ranks_under_lightning_see_what_was_planned(tmp_path, use_distribute
                 width, height = PLAN.shape(*SIZES[positions[0]].tolist())
                 expected.append([stage, height, width, positions, epoch])
         assert seen[rank] == expected
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        ["pixels=webdataset", "pixels.shards='shards/train-{0000..0002}.tar'", "pixels.val_shards=shards/val.tar"],
-        ["pixels=huggingface", "pixels.path=dataset", "pixels.columns={caption: prompt}"],
-    ],
-    ids=["webdataset", "huggingface"],
-)
-def test_the_example_trains_on_two_ranks(source, workplace):
-    run_example([*source, "pixels.size=64", "pixels.batch_size=1", "masks=batch", "trainer=ddp"], workplace)

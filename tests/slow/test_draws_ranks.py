@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import Photos, by_index, fit, photo_columns, tiny_kl
-from running import run_ranks
+from running import fork_ranks
 
 from latentdm import FrozenVAE, LatentDataModule, PlainEncoder
 
@@ -34,7 +34,7 @@ trainer.strategy.barrier()
 def two_ranks(tmp_path_factory):
     """What each of two CPU ranks saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(RANK_SCRIPT, folder)
+    fork_ranks(RANK_SCRIPT, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 

@@ -60,6 +60,7 @@ def test_recipe_runs(command, workplace):
         ["encoder=inpaint", "encoder.latent_mask=unshuffle"],
         ["trainer.precision=bf16-true"],
         ["trainer.precision=16-true"],
+        ["pixels=huggingface", "pixels.path=dataset", "pixels.streaming=true", "pixels.val_split=train"],
     ],
     ids=" ".join,
 )

@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 from hydra import compose, initialize_config_dir
-from pages import PAGES, blocks, commands, name_of, write_captioned_photos, write_files
+from pages import PAGES, blocks, commands, forgotten, name_of, write_captioned_photos, write_files
 from running import ROOT, compose_example
 
 from latentdm.cli import COMMANDS
@@ -39,11 +39,8 @@ def place(tmp_path, monkeypatch, photos):
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
-            del sys.modules[name]
+    with forgotten(tmp_path):
+        yield tmp_path
 
 
 @pytest.fixture

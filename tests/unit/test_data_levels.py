@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from pictures import read_mask, resize_mask
 from PIL import Image
 
 from latentdm.data import ImageFolderData, SampleError
 from latentdm.data.geometry import Record, ResizeCrop, square
-from latentdm.data.levels import label_image, mask_image, nearest, of_image, read_mask, resize_mask, resized
+from latentdm.data.levels import label_image, mask_image, nearest, of_image, resized
 
 VOC = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
 """The first colours of the palette in which PASCAL VOC and DAVIS have their label maps."""

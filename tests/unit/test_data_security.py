@@ -13,13 +13,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from pictures import read_image
 from PIL import Image, ImageCms
 from running import ROOT, add_file, quiet_datasets
 from safetensors.torch import save_file
 
 from latentdm.cache.keys import IDENTITIES, identity
 from latentdm.data import HuggingFaceData, ImageFolderData, LatentsData, SampleError, WebDatasetData, files
-from latentdm.data.decode import FORMATS, read_image
+from latentdm.data.decode import FORMATS
 from latentdm.data.levels import mask_image
 
 ROWS = re.findall(r"\| `(tests/\S+\.py)::(\w+)` \|", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
