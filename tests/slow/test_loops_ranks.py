@@ -4,7 +4,7 @@ import json
 
 import pytest
 from four_sources import GLOBAL_BATCH, digests, latent_data, write_sources
-from running import run_ranks
+from running import fork_ranks
 
 SCRIPT = """
 import json
@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
 
 
 def test_loops_without_a_trainer_share_the_data(folder):
-    run_ranks(SCRIPT, folder)
+    fork_ranks(SCRIPT, folder)
     of_ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     data = latent_data(folder, "buckets", batch_size=GLOBAL_BATCH)
     data.setup("fit")
