@@ -304,7 +304,8 @@ def _is_id(value: object) -> bool:
 _LAYOUTS = {"CHW": "b c H W", "HWC": "b H W c"}
 _USUAL = {PIXELS: "image", MASK: "masks", CAPTION: "text"}
 _ELSE = {
-    MASK: ", or choose a source (masks=random, masks=alpha)",
+    MASK: ", give each image a mask (name-mask.png beside name.png, a column), or choose a source (masks=random, "
+    "masks=alpha)",
     CAPTION: ", give each image a text (name.txt beside name.png, a column), or leave out what reads them "
     "(captions=null, text=null)",
 }

@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": "print versions, devices, what dtype=auto chooses and what is missing, for a bug report",
     "encode": "fill a cache of latents ahead of time, on any number of machines",
     "preview": "draw what a model would see of your data, without training one",
+    "report": "write a page about your data and what a model would see of it, before anything trains",
     "train": "fine-tune a model of diffusers, as an experiment has it",
 }
 """Command → summary; the module ``latentdm.commands.<command>`` runs it."""

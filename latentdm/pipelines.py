@@ -105,9 +105,13 @@ class PipelineSource:
         try:
             return found.from_pretrained(self.source, subfolder=component, revision=self.revision, **settings)
         except OSError as error:
-            raise self._missing(
-                component, f"{_one_line(error)} If its files are named as in model.fp16.safetensors, set variant: fp16"
-            ) from error
+            given = settings.get("variant")
+            advice = (
+                "If its files are named as in model.fp16.safetensors, set variant: fp16"
+                if given is None
+                else f"It may have no files of variant={given!r}: leave variant out"
+            )
+            raise self._missing(component, f"{_one_line(error)} {advice}") from error
 
     def _read_index(self) -> Mapping[str, Any]:
         from diffusers import DiffusionPipeline

@@ -148,13 +148,17 @@ def _refuse_pickles(folder: Path, use_safetensors: bool) -> None:
         )
 
 
-def _no_weights(source: object, subfolder: str | None, variant: str | None, error: OSError) -> ValueError:
+def _no_weights(source: object, subfolder: str | None, variant: str | None, error: OSError) -> UserError:
     place = f"{source}/{subfolder}" if subfolder else f"{source}"
     wanted = "" if variant is None else f" with variant={variant!r}"
-    return ValueError(
-        f"{_OWNER}: {place!r} has a config but no weights that can be loaded{wanted}: {_one_line(error)} "
-        "If its file is named as in diffusion_pytorch_model.fp16.safetensors, set variant: fp16; if it has only a .bin "
-        "file and you trust it, use_safetensors: false"
+    advice = (
+        "If its file is named as in diffusion_pytorch_model.fp16.safetensors, set variant: fp16"
+        if variant is None
+        else "It may have no such file: leave variant out"
+    )
+    return UserError(
+        f"{_OWNER}: {place!r} has a config but no weights that can be loaded{wanted}: {_one_line(error)} {advice}; if "
+        "it has only a .bin file and you trust it, use_safetensors: false"
     )
 
 

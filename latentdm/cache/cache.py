@@ -141,10 +141,7 @@ class Cache:
         root = self.dir
         if root is None:
             root = self.dir = memory_folder(trainer)
-        wanted = DTYPES[self.dtype]
-        if wanted is None:
-            wanted = torch.float16 if vae.dtype == torch.float32 else vae.dtype
-        self._kept = wanted
+        self._kept = wanted = self.dtype_of(vae)
         space = {
             "format": FORMAT, "store": dtype_name(wanted), "decoder": decoder(), "encoder": vae.fingerprint(),
         }  # fmt: skip
@@ -152,6 +149,14 @@ class Cache:
         if not self.store.folder.exists():  # which was said
             self.writer.stopped, self.writer.warned = "the folder cannot be made", True
         return self.store
+
+    def dtype_of(self, vae: Any) -> torch.dtype:
+        """What is kept of an encoder's moments."""
+        wanted = DTYPES[self.dtype]
+        if wanted is not None:
+            return wanted
+        kept: torch.dtype = torch.float16 if vae.dtype == torch.float32 else vae.dtype
+        return kept
 
     # ---------------------------------------------------------------- while it runs
 

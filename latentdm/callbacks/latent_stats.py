@@ -66,14 +66,14 @@ class LatentStats(EncodeCallback):
         self.std_range = check.numbers("std_range", std_range, order, lambda low, high: 0 <= low < high)
         self.mask_range = check.numbers("mask_range", mask_range, order, lambda low, high: 0 <= low < high)
         self.per_channel = per_channel
-        self._window = _Window()
+        self._window = Window()
         self._steps = LogSteps()
         self._checked = False
         self._warned: set[str] = set()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget earlier fits."""
-        self._window, self._steps, self._checked, self._warned = _Window(), LogSteps(), False, set()
+        self._window, self._steps, self._checked, self._warned = Window(), LogSteps(), False, set()
 
     def on_encode_end(
         self, trainer: Trainer, pl_module: LightningModule, inputs: Inputs, outputs: Outputs, batch: Any
@@ -96,7 +96,7 @@ class LatentStats(EncodeCallback):
         if not enough:
             return
         self._checked = True
-        self._warn("std", latent_std_alarm(_overall(std), self.std_range))
+        self._warn("std", latent_std_alarm(overall(std), self.std_range))
         if len(shares):
             low, high = self.mask_range
             empty, full = float((shares < low).float().mean()), float((shares > high).float().mean())
@@ -106,10 +106,10 @@ class LatentStats(EncodeCallback):
             heads = trainer.strategy.all_gather(torch.stack(self._window.heads))
             self._warn("ranks", repeated_ranks_alarm(_repeats_across_ranks(heads)))
         if logs:
-            self._window = _Window()
+            self._window = Window()
 
     def _metrics(self, mean: Tensor, std: Tensor, shares: Tensor) -> dict[str, float]:
-        metrics = {"latents/mean": float(mean.mean()), "latents/std": _overall(std)}
+        metrics = {"latents/mean": float(mean.mean()), "latents/std": overall(std)}
         if len(shares):
             metrics["masks/share_pct"] = 100 * float(shares.mean())
         for channel in range(len(mean) if self.per_channel else 0):
@@ -123,7 +123,7 @@ class LatentStats(EncodeCallback):
             rank_zero_warn(f"LatentStats: {alarm}")
 
 
-class _Window:
+class Window:
     """Figures of some batches, on the device until they are read."""
 
     def __init__(self) -> None:
@@ -187,5 +187,6 @@ def _ranks_read_their_own(trainer: Trainer) -> bool:
     return trainer.world_size > 1 and ranks == trainer.world_size
 
 
-def _overall(std: Tensor) -> float:
+def overall(std: Tensor) -> float:
+    """The root of the channels' mean variance, given the standard deviation of each: ``z``."""
     return float(std.square().mean().sqrt())

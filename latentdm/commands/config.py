@@ -1,7 +1,7 @@
-"""``latentdm config``; and what commands share: Hydra's options and overrides, their config, and a device."""
+"""``latentdm config``; and what commands share: Hydra's options and overrides, their config, counts and a device."""
 
 import json
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,14 @@ def _overrides(settings: Namespace) -> list[str]:
     own = OmegaConf.select(OmegaConf.load(file), "hydra.searchpath") if file.is_file() else None
     paths = dict.fromkeys([*(own or []), "pkg://latentdm.conf"])
     return [*settings.overrides, f"hydra.searchpath={json.dumps(list(paths), ensure_ascii=False)}"]
+
+
+def count(text: str) -> int:
+    """The value of an option that counts from 1."""
+    found = int(text)
+    if found < 1:
+        raise ArgumentTypeError(f"at least 1, got {text}")
+    return found
 
 
 def device_of(name: str | None) -> Any:

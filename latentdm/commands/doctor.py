@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
     as_json = parser.parse_args(list(arguments)).json
     found = report()
-    print(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
+    print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
 
 
 def report() -> Report:
@@ -173,7 +173,7 @@ def _gib(size: int) -> float:
 # ---------------------------------------------------------------- words
 
 
-def _lines(found: Report) -> Iterator[str]:
+def lines(found: Report) -> Iterator[str]:
     """The report as text in ASCII, whatever the terminal."""
 
     def line(name: str, text: object) -> str:

@@ -1,12 +1,12 @@
 """``latentdm preview``: encode one batch, draw it, and say what to check."""
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from latentdm.commands.config import compose_config, device_of, parse
+from latentdm.commands.config import compose_config, count, device_of, parse
 from latentdm.errors import RunError, UserError, plain_errors
 
 
@@ -25,7 +25,7 @@ def run(arguments: Sequence[str]) -> None:
         "Takes the overrides of train_example.py, as in: "
         "latentdm preview pixels=folder pixels.root=photos pixels.size=256 masks=batch",
     )
-    parser.add_argument("--samples", type=_count, default=4, help="rows of the picture (default: 4)")
+    parser.add_argument("--samples", type=count, default=4, help="rows of the picture (default: 4)")
     parser.add_argument("--output", type=Path, default=Path("preview.png"), help="the PNG (default: preview.png)")
     parser.add_argument("--stage", choices=["train", "val"], default="train", help="whose data (default: train)")
     parser.add_argument("--device", help="where to encode (default: cuda if there is one, else cpu)")
@@ -63,10 +63,3 @@ def _draw(cfg: DictConfig, settings: Namespace) -> None:
         notes += [f"Data: {text}." for text in (data.summary(), data.notes()) if text]
     for note in notes:
         print(f"  {note}")
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise ArgumentTypeError(f"at least 1, got {text}")
-    return count

@@ -5,7 +5,6 @@ frame is shown.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -14,17 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from latentdm.alarms import MASK_RANGE, STD_RANGE, latent_std_alarm, mask_alarm
-from latentdm.batch import LATENT_MASK, LATENTS, MASK, MASKED_LATENTS, NOISE_MASK, PIXELS, SOURCE, Key
+from latentdm.batch import LATENT_MASK, LATENTS, MASK, MASKED_LATENTS, NOISE_MASK, PIXELS, SOURCE
 from latentdm.cache.rows import is_blank
-from latentdm.containers import is_batch, items_of
-from latentdm.datamodule import LatentDataModule
 from latentdm.encoders.base import Encoder
-from latentdm.errors import UserError
+from latentdm.preview.samples import first
 from latentdm.preview.sheet import ORANGE, Sheet, three_components, tinted
 from latentdm.tensors import dtype_name, unit_levels, unit_mask
-
-CAPTIONS: tuple[Key, ...] = ("name", "caption", "captions", "text", "prompt")
-"""Where the titles of samples are looked for in a batch, if nobody says."""
 
 
 def preview(
@@ -49,18 +43,36 @@ def preview(
         An RGB picture.
     """
     b = min(samples or len(outputs[LATENTS]), len(outputs[LATENTS]))
-    inputs, outputs = _first(inputs, b), _first(outputs, b)
+    columns, figures = rows(encoder, first(inputs, b), first(outputs, b))
+    titles = [f"{title} · {told}" for title, told in zip(titles_of(captions, b), figures, strict=True)]
+    return _sheet(columns, titles, notes)
+
+
+def rows(
+    encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What `preview` draws, before it is one picture.
+
+    Args:
+        encoder: as for `preview`.
+        inputs: as for `preview`.
+        outputs: as for `preview`.
+
+    Returns:
+        Header → ``b 3 h w`` or ``b 1 h w`` in 0…1 (those at latent resolution are smaller), and what goes behind the
+        title of each sample.
+    """
+    b = len(outputs[LATENTS])
     inputs = _shown(encoder, inputs, outputs)
-    columns = _columns(encoder, inputs, outputs)
     masked = [""] * b
     if NOISE_MASK in outputs:
-        shares = (part.flatten(1).mean(1).tolist() for part in _masks(encoder, inputs, outputs))
-        masked = [f" · mask {mask:.0%}, noise_mask {moved:.0%}" for mask, moved in zip(*shares, strict=True)]
-    titles = [
-        f"{title}{masks} · latents' std {float(latents.std()):.2f}"
-        for title, masks, latents in zip(_titles(captions, b), masked, outputs[LATENTS], strict=True)
+        shares = (part.tolist() for part in mask_shares(encoder, inputs, outputs))
+        masked = [f"mask {mask:.0%}, noise_mask {moved:.0%} · " for mask, moved in zip(*shares, strict=True)]
+    figures = [
+        f"{masks}latents' std {float(latents.std()):.2f}"
+        for masks, latents in zip(masked, outputs[LATENTS], strict=True)
     ]
-    return _sheet(columns, titles, notes)
+    return _columns(encoder, inputs, outputs), figures
 
 
 def before_and_after(
@@ -83,7 +95,7 @@ def before_and_after(
         An RGB picture; without masks, of images and samples alone.
     """
     b = len(sampled)
-    inputs, outputs = _first(inputs, b), _first(outputs, b)
+    inputs, outputs = first(inputs, b), first(outputs, b)
     inputs = _shown(encoder, inputs, outputs)
     images = {key: _frame(image) for key, image in encoder.images(inputs).items()}
     is_latents = sampled.shape[1:] == outputs[LATENTS].shape[1:]
@@ -96,7 +108,7 @@ def before_and_after(
     if MASKED_LATENTS in images:
         hole = outputs[NOISE_MASK].to(made.device)
         columns["sampled,\nin the image"] = kept * (1 - hole) + made * hole
-    return _sheet(columns, _titles(captions, b))
+    return _sheet(columns, titles_of(captions, b))
 
 
 def _shown(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
@@ -110,14 +122,7 @@ def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, 
     """What a person should check in a preview, a sentence or two each; what is wrong begins with ``CHECK``."""
     vae, latents = encoder.vae, outputs[LATENTS]
     r = vae.spatial_compression
-    whole, cropped, small = (
-        f"{value.shape[-1]} by {value.shape[-2]}" for value in (inputs[PIXELS], encoder.crop(inputs[PIXELS]), latents)
-    )
-    lines = [
-        f"Images: {whole} pixels{'' if cropped == whole else f', cropped to {cropped},'} become {small} latents of "
-        f"{latents.shape[1]} channels, by {vae.class_name} "
-        f"(1/{r} of the side, {dtype_name(vae.dtype)} on {vae.device})."
-    ]
+    lines = [describe_sizes(encoder, inputs, outputs)]
     if vae.can_decode:
         lines.append(
             "Decoded latents should look like the image; what is lost there, no model trained on them can learn."
@@ -129,7 +134,7 @@ def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, 
     )
     alarms = [latent_std_alarm(std)]
     if NOISE_MASK in outputs:
-        mask, moved = (part.flatten(1).mean(1) for part in _masks(encoder, inputs, outputs))
+        mask, moved = mask_shares(encoder, inputs, outputs)
         lines.append(
             "Masks: white = repaint (red over the image, orange at latent resolution). The mask covers "
             f"{_spread(mask)} of the image, noise_mask, the mask as the encoder grew or shrank it, {_spread(moved)}; "
@@ -145,79 +150,23 @@ def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, 
     return lines + [f"CHECK: {alarm}." for alarm in alarms if alarm]
 
 
-def first_samples(
-    datamodule: LatentDataModule, samples: int, device: torch.device, stage: str = "train"
-) -> tuple[dict[str, Any], dict[str, Tensor], list[str] | None]:
-    """Take the first batches of a data module through its stages, without a trainer.
-
-    Args:
-        datamodule: it is set up here.
-        samples: how many are wanted at least; fewer come where the data has fewer, or no more of the first one's size.
-            Of several loaders the first one is asked.
-        device: where to encode.
-        stage: ``"train"`` or ``"val"``.
-
-    Returns:
-        Inputs and outputs under our names, as `preview` takes them, and titles if all batches have some.
-
-    Raises:
-        UserError: there is no batch.
-    """
-    datamodule.prepare_data()
-    datamodule.setup("fit")
-    loader = _first_loader(datamodule.train_dataloader() if stage == "train" else datamodule.val_dataloader())
-    taken: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
-    captions: list[str] = []
-    count = 0
-    for batch in islice(loader, samples):
-        inputs, outputs = datamodule.encode(batch, device)
-        if taken and inputs[PIXELS].shape[1:] != taken[0][0][PIXELS].shape[1:]:
-            continue  # a bucket of another size
-        b = len(outputs[LATENTS])
-        if MASK in inputs and len(inputs[MASK]) == 1:
-            inputs = {**inputs, MASK: inputs[MASK].expand(b, *inputs[MASK].shape[1:])}
-        taken.append((_first(inputs, b), _first(outputs, b)))
-        # Captions as the stages changed them come before those that the loader gave.
-        named = dict(items_of(batch)) if is_batch(batch) else {}
-        captions += captions_of({**named, **inputs}) or []
-        count += b
-        if count >= samples:
-            break
-    datamodule.teardown("fit")
-    if not taken:
-        raise UserError(f"no batch: the {stage} data is empty; choose another stage, or look at the data")
-    inputs, outputs = (_joined([part[which] for part in taken]) for which in (0, 1))
-    return inputs, outputs, captions if len(captions) == count else None
+def describe_sizes(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> str:
+    """What images become of which latents, by what, in a sentence."""
+    vae, latents = encoder.vae, outputs[LATENTS]
+    whole, cropped, small = (
+        f"{value.shape[-1]} by {value.shape[-2]}" for value in (inputs[PIXELS], encoder.crop(inputs[PIXELS]), latents)
+    )
+    return (
+        f"Images: {whole} pixels{'' if cropped == whole else f', cropped to {cropped},'} become {small} latents of "
+        f"{latents.shape[1]} channels, by {vae.class_name} "
+        f"(1/{vae.spatial_compression} of the side, {dtype_name(vae.dtype)} on {vae.device})."
+    )
 
 
-def captions_of(batch: Any, key: Key | None = None) -> list[str] | None:
-    """The titles of the samples of a user's batch.
-
-    Args:
-        batch: a dict, tuple, list or dataclass.
-        key: where its list of strings lies; None looks for names, then for captions.
-
-    Returns:
-        One string a sample; None where there are none.
-    """
-    items = dict(items_of(batch))
-    if isinstance(batch, tuple):
-        items |= enumerate(batch)  # a named one has positions too
-    for name in CAPTIONS if key is None else (key,):
-        value = items.get(name)
-        if isinstance(value, list | tuple) and value and all(isinstance(caption, str) for caption in value):
-            return list(value)
-    return None
-
-
-def _first_loader(loaders: Any) -> Any:
-    """The first of the loaders that a data module gives, as Lightning takes them: one, or some in dicts and lists."""
-    loaders = getattr(loaders, "iterables", loaders)  # of a CombinedLoader
-    if isinstance(loaders, Mapping):
-        loaders = list(loaders.values())
-    if isinstance(loaders, list | tuple):
-        return _first_loader(loaders[0]) if loaders else ()
-    return loaders
+def mask_shares(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """``b`` and ``b``: the share of its image that each mask covers, and each noise mask."""
+    mask, moved = (part.float().flatten(1).mean(1) for part in _masks(encoder, inputs, outputs))
+    return mask, moved
 
 
 def _columns(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -272,7 +221,8 @@ def _spread(shares: Tensor) -> str:
     return f"{float(shares.mean()):.0%} ({float(shares.min()):.0%} to {float(shares.max()):.0%})"
 
 
-def _titles(captions: Sequence[str] | None, b: int) -> list[str]:
+def titles_of(captions: Sequence[str] | None, b: int) -> list[str]:
+    """A title a sample: its caption, or else its number."""
     if captions is None:
         return [f"sample {row}" for row in range(b)]
     return [caption or "(no caption)" for caption in captions[:b]]
@@ -283,16 +233,6 @@ def _sheet(columns: Mapping[str, Tensor], titles: Sequence[str], notes: Sequence
     height, width = columns["image"].shape[-2:]
     rows = [[images[row] for images in columns.values()] for row in range(len(titles))]
     return Sheet(list(columns), (width, height)).draw(rows, titles, notes)
-
-
-def _joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
-    """The tensors of several batches as those of one."""
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-
-
-def _first(values: Mapping[str, Any], b: int) -> dict[str, Any]:
-    """The first samples of each tensor (a mask for all stays one)."""
-    return {name: value[:b] for name, value in values.items() if isinstance(value, Tensor) and value.ndim}
 
 
 def _frame(images: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 
 from latentdm.datamodule import LatentDataModule
-from latentdm.preview.batch import describe, first_samples, preview
+from latentdm.preview.batch import describe, preview
+from latentdm.preview.samples import first_samples
 from latentdm.validation import Check
 
 

@@ -9,6 +9,8 @@ from html.parser import HTMLParser
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
+from browser import CHROMIUM, chromium
+from browser import MISSING as NO_CHROMIUM
 from running import ROOT
 
 MISSING = [name for name in ("mkdocs", "material", "mkdocstrings") if importlib.util.find_spec(name) is None]
@@ -79,6 +81,31 @@ def test_no_page_loads_anything_from_elsewhere(pages):
     elsewhere = re.compile(r"<(?:script|img|iframe)[^>]+src=[\"']?(?:https?:)?//[^>]+>|<link[^>]+stylesheet[^>]+//")
     for path in pages:
         assert elsewhere.findall(path.read_text(encoding="utf-8")) == [], path
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("browser")) as tab:
+        yield tab
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_every_page_whole(width, site, tab):
+    """No page is wider than its window, all pictures are there, and nothing is asked for from elsewhere."""
+    wrong = {}
+    for path in site.rglob("index.html"):
+        tab.open(path, width=width)
+        tab.ask("Promise.allSettled([...document.images].map(image => image.decode()))")
+        found = {
+            "wide": max(0, tab.ask("document.documentElement.scrollWidth") - width),
+            "pictures": tab.ask("[...document.images].filter(each => !each.naturalWidth).map(each => each.src)"),
+            "said": tab.said,
+            "asked": [url for url in tab.requests if not url.startswith(("file:", "data:", "blob:"))],
+        }
+        if any(found.values()):
+            wrong[str(path.relative_to(site))] = found
+    assert wrong == {}
 
 
 def test_the_reference_tells_arguments_and_errors(site, pages):

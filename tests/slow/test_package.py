@@ -56,7 +56,11 @@ def test_wheel_holds_every_module_yaml_and_weight(wheel):
     shipped[ROOT / "conf/__init__.py"] = "latentdm/conf/__init__.py"
     assert set(shipped.values()) <= names
     assert all(name.startswith(("latentdm/", "latentdm-")) for name in names), "a guest adds to no other package"
-    assert {"latentdm/py.typed", "latentdm/demo_vae/diffusion_pytorch_model.safetensors"} <= names
+    assert {
+        "latentdm/py.typed",
+        "latentdm/report/page.html",
+        "latentdm/demo_vae/diffusion_pytorch_model.safetensors",
+    } <= names
 
 
 def environment(folder, *wheels):

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import diffusers
 import pytest
 import torch
 from helpers import complains
@@ -14,6 +15,7 @@ from latentdm.draws import Draws
 from latentdm.finetune import FluxFill, Lora, StableDiffusion
 from latentdm.finetune.flux_fill import pack, token_positions, unpack
 from latentdm.finetune.objectives import Diffusion, FlowMatching
+from latentdm.pipelines import PipelineSource
 
 BETAS = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
@@ -110,6 +112,12 @@ def test_a_pipeline_that_lacks_a_component_is_told_before_anything_loads(compone
     (folder / "model_index.json").write_text(json.dumps(index))
     with complains("StableDiffusion", f"has no {component}", "its components are"):
         StableDiffusion(str(folder))
+
+
+def test_a_variant_that_is_not_there_is_told_by_its_name(folders):
+    pipeline = PipelineSource("StableDiffusion", folders["sd15"], variant="fp16")
+    with complains("lacks unet", "no files of variant='fp16': leave variant out"):
+        pipeline.load(diffusers, "unet")
 
 
 def test_no_pipeline_at_all_is_told(tmp_path):

@@ -14,6 +14,7 @@ from tiny_models import CONFIGS, build, close, pictures
 from latentdm import FrozenVAE, register_family
 from latentdm.autoencoders import Family, Normalization
 from latentdm.autoencoders.families import CLASSES, FAMILIES
+from latentdm.errors import UserError
 
 PIXELS = pictures(1)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -94,7 +95,7 @@ def test_weights_of_a_variant(tmp_path):
     assert same(load(folder, variant="fp16"))
     with complains("no weights that can be loaded", "set variant: fp16"):
         load(folder)
-    with complains("no weights that can be loaded with variant='bf16'"):
+    with complains("no weights that can be loaded with variant='bf16'", "leave variant out", error=UserError):
         load(folder, variant="bf16")
     with complains("variant='fp16' is for a folder or a hub id"):
         load(folder / "diffusion_pytorch_model.fp16.safetensors", variant="fp16")
