@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from four_sources import GLOBAL_BATCH, digests, latent_data
 from lightning.fabric import Fabric
 
@@ -33,6 +34,7 @@ def look(name, batches):
 
 
 look("plain", loader)
+AcceleratorState._reset_state(reset_partial_state=True)  # another test's, in the process that was forked
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
 look("accelerate", data.train_dataloader())
