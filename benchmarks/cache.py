@@ -7,6 +7,7 @@ end.
 
 import json
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from textwrap import dedent
 from time import perf_counter
 from typing import Any
 
@@ -139,6 +141,41 @@ def overhead(quick: bool) -> float:
     return 100 * (median(ratios) - 1)
 
 
+# -------------------------------------------------------------------- README's example
+
+
+@cache
+def _example_rates() -> dict[str, float]:
+    """Images a second, as its table says, without a cache, with one that is empty, and with one that is full."""
+    folder = Path(_folder().name, "example")
+    held = ["cache=disk", f"cache.dir={folder / 'latents'}"]
+    runs = {"without": [], "empty": held, "full": held}
+    return {name: _example_rate(folder / name, overrides) for name, overrides in runs.items()}
+
+
+def _example_rate(folder: Path, overrides: Sequence[str]) -> float:
+    script = Path(__file__).parents[1] / "train_example.py"
+    command = [sys.executable, "-W", "ignore", str(script), f"hydra.run.dir={folder}", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"images/s[^0-9]+([0-9.]+)", done.stdout)
+    assert found is not None, done.stdout
+    return float(found[1])
+
+
+@row(
+    "cache_example_ratio", "times", "images a second of README's example without a cache; a first run; aim: at least 2"
+)
+def example(quick: bool) -> float | None:
+    """With ``cache=disk``, whose folder is empty at first."""
+    return None if quick else _example_rates()["empty"] / _example_rates()["without"]
+
+
+@row("cache_example_full_ratio", "times", "the same of a second run, which finds everything")
+def example_full(quick: bool) -> float | None:
+    """Nothing is left but the model."""
+    return None if quick else _example_rates()["full"] / _example_rates()["without"]
+
+
 # -------------------------------------------------------------------- a sample, against the ways of others
 
 COUNT = 2000
@@ -236,16 +273,72 @@ def index_open(quick: bool) -> float:
 def index_bytes(quick: bool) -> float:
     """What one more process takes, per entry."""
     path, count = _large_index()
-    script = (
-        "import resource, sys\nfrom pathlib import Path\nfrom latentdm.cache.index import Index\n"
-        "def own():\n"
-        "    return sum(int(l.split()[1]) for l in open('/proc/self/smaps_rollup') if l.startswith('Private'))\n"
-        "index = Index.of([])\nlist(index.places(bytes(16)))\nbefore = own()\nindex = Index.open(Path(sys.argv[1]))\n"
-        "for n in range(100_000):\n    list(index.places(n.to_bytes(8, 'big') * 2))\n"
-        "print(1024 * (own() - before))"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
-    return max(int(done.stdout), 0) / count
+    script = """
+        index = Index.of([])
+        list(index.places(bytes(16)))
+        before = own()
+        index = Index.open(Path(argument))
+        for number in range(100_000):
+            list(index.places(number.to_bytes(8, "big") * 2))
+        """
+    return _own_bytes(script, str(path)) / count
+
+
+@row(
+    "cache_index_grown_bytes_per_sample",
+    "bytes",
+    "of entries that came since it was opened; 20 of them are the arrays; aim: below 100",
+)
+def grown_bytes(quick: bool) -> float:
+    """What a process holds of new shards by itself, until an index is written at the end of the epoch."""
+    script = """
+        keys = np.random.default_rng(0).integers(0, 256, (10, 100_000, 16), np.uint8)
+        index = Index.of([("first", keys[0, :1], np.zeros(1, "<u4"))])
+        before = own()
+        for number in range(10):
+            index = index.joined(Index.of([(str(number), keys[number], np.zeros(100_000, "<u4"))]))
+        """
+    return _own_bytes(script, "") / 1_000_000
+
+
+@row("cache_held_bytes_per_sample", "bytes", "a list in memory, as the diffusers scripts have it: of each process")
+def held_bytes(quick: bool) -> float:
+    """The same 64 KiB a sample as for reading; the cache leaves them in files, which the page cache shares."""
+    script = """
+        samples = [torch.zeros(2, 4, 64, 64, dtype=torch.bfloat16)]
+        before = own()
+        samples += [torch.ones(2, 4, 64, 64, dtype=torch.bfloat16) for _ in range(2000)]
+        """
+    return _own_bytes(script, "") / COUNT
+
+
+@row("cache_pickled_bytes_per_sample", "bytes", "a pickled file a sample: the list of their paths, of each process")
+def pickled_bytes(quick: bool) -> float:
+    """A path of forty letters."""
+    script = """
+        before = own()
+        paths = [f"/data/photographs/cache/latents/{number:07}.pt" for number in range(1_000_000)]
+        """
+    return _own_bytes(script, "") / 1_000_000
+
+
+def _own_bytes(script: str, argument: str) -> int:
+    """Memory of a process's own that a script takes, which says from where on (``before = own()``)."""
+    whole = f"""
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from latentdm.cache.index import Index
+argument = sys.argv[1]
+def own():
+    return sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Private"))
+{dedent(script)}
+print(1024 * (own() - before))
+"""
+    command = [sys.executable, "-c", whole, argument]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return max(int(done.stdout), 0)
 
 
 if __name__ == "__main__":

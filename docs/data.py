@@ -48,7 +48,8 @@ TEXT = """<!-- Written by `python docs/data.py`; edit that. -->
 
 {table}
 
-White means repaint. Separators may be any of `-`, `_`, `.` and a blank. `a-mask.png` and what lies in `masks/` of the
+White means repaint. Separators may be any of `-`, `_`, `.` and a blank. `mask_1.png` is the mask of `image_1.png` too,
+and the image's own ending may stand before a mark: `a.jpg_mask.png`. `a-mask.png` and what lies in `masks/` of the
 root are masks whatever else there is: one without an image is an error. All other names in the table count only where
 an image has the rest of the name; otherwise the picture is an image, and `setup` says so.
 
@@ -77,7 +78,8 @@ than the first line, an integer of more than 64 bits, half a surrogate pair, a k
 With `on_error=raise` that ends `setup`; with `skip` it is an error of that image alone, which another one replaces.
 
 labelme's `.json` files hold polygons, which are not read: export them as masks. sd-scripts takes masks from a folder of
-any name: call it `masks/`, or the pictures in it are left out (`conditioning/`) or images (any other name).
+any name: call it `masks/`, or the pictures in it are left out (`conditioning/`, or any name with the word `mask`) or
+images (any other name).
 
 ## Shards
 

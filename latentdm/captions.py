@@ -92,6 +92,14 @@ class Captions(Stage):
         ]
         return {CAPTION: changed}
 
+    def possible(self, caption: str | Sequence[str] | None) -> list[str]:
+        """All texts that may come of a caption; of shuffled tags their own order alone."""
+        several: list[Any] = list(caption) if isinstance(caption, list | tuple) else [caption or ""]
+        texts = [
+            template.replace(PLACEHOLDER, text) for template in self.templates or [PLACEHOLDER] for text in several
+        ]
+        return [*texts, *([""] if self.dropout else [])]
+
     def _change(self, caption: str | Sequence[str] | None, row: Sequence[float], draws: Draws) -> str:
         several: list[Any] = list(caption) if isinstance(caption, list | tuple) else [caption or ""]
         if not all(isinstance(text, str) for text in several):

@@ -18,6 +18,7 @@ from latentdm.errors import UserTypeError
 from latentdm.passage import Passage
 from latentdm.shown import one_line
 from latentdm.stages import Line, Stage
+from latentdm.validation import Check
 from latentdm.wrapper import Wrapper
 
 
@@ -89,6 +90,7 @@ class LatentDataModule(Wrapper):
         self.keep_pixels = keep_pixels
         self.seed = seed
         self.cache = cache
+        encoder.cache = cache
         steps: dict[str, Any] = {"masks": masks, "augment": augment, "text": text, "stages": stages}
         steps = steps if cache is None else cache.stages(**steps)
         self.line = Line.arrange(encoder, captions=captions, **steps)
@@ -152,17 +154,24 @@ class LatentDataModule(Wrapper):
 
     # ---------------------------------------------------------------- the way of a batch
 
-    def process(self, batch: Any, device: torch.device | str) -> Any:
+    def process(self, batch: Any, device: torch.device | str, training: bool = False, epoch: int = 0) -> Any:
         """The way of one batch by hand, as in a notebook or a loop of your own.
 
         Args:
             batch: as a loader yields it.
             device: where to encode.
+            training: draw as training does: stages that are for training alone run, such as augmentation, and captions
+                are dropped or shuffled.
+            epoch: on which draws are keyed where the batch does not say it; those of `latentdm.data` do.
 
         Returns:
             As a training step would receive it, in float32 where there is no trainer.
+
+        Raises:
+            UserError: the epoch is negative; or see `on_after_batch_transfer`.
         """
-        return self.on_after_batch_transfer(self._transferred(batch, device), 0)
+        with self._batch_draws.by_hand(training, Check("LatentDataModule").integer("epoch", epoch, 0)):
+            return self.on_after_batch_transfer(self._transferred(batch, device), 0)
 
     def encode(self, batch: Any, device: torch.device | str) -> tuple[dict[str, Any], dict[str, Any]]:
         """As `process`, before anything is renamed, dropped or cast.

@@ -1,6 +1,7 @@
 """What the batch-transfer hooks ask of Lightning: a batch's draws, callbacks to notify, models that go past them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import inf
 from typing import Any
 
@@ -134,8 +135,19 @@ class BatchDraws:
     """The draws of a data module's batches."""
 
     def __init__(self) -> None:
-        self._by_hand = FreshDraws()
+        self._fresh = FreshDraws()
+        self._training, self._epoch = False, 0  # outside of a trainer's training
         self._trainer = 0  # the id of that whose first training batch was seen
+
+    @contextmanager
+    def by_hand(self, training: bool, epoch: int) -> Iterator[None]:
+        """What is drawn within is of this stage and epoch, unless a trainer or the batch says another one."""
+        before = self._training, self._epoch
+        self._training, self._epoch = training, epoch
+        try:
+            yield
+        finally:
+            self._training, self._epoch = before
 
     def __call__(self, found: Mapping[str, Any], seed: int, trainer: Trainer | None, loader: str) -> Draws | None:
         """The draws of a batch; None as long as nobody can tell how many samples it has.
@@ -150,12 +162,13 @@ class BatchDraws:
         Returns:
             Keyed on ``index``, else on rank, loader, batch and row; without a running trainer on a count of the calls.
         """
-        training = trainer is not None and bool(trainer.training)
-        epoch = training_epoch(trainer) if trainer is not None and training else 0
+        trains = trainer is not None and bool(trainer.training)
+        training = trains or self._training
+        epoch = training_epoch(trainer) if trainer is not None and trains else self._epoch
         if (travelled := found.get(EPOCH)) is not None:
             epoch = int(travelled[0])
         count = _count(found)
-        if trainer is not None and training and self._trainer != id(trainer):
+        if trainer is not None and trains and self._trainer != id(trainer):
             self._trainer = id(trainer)
             if (repeats := repeated_batches(trainer)) is not None:
                 rank_zero_warn(f"LatentDataModule: {repeats}")
@@ -165,7 +178,7 @@ class BatchDraws:
             with attributed("LatentDataModule"):
                 return Draws(seed, epoch, sample_ids(found[INDEX], count), training)
         if trainer is None or trainer.state.status != TrainerStatus.RUNNING:
-            return Draws(seed, epoch, self._by_hand(count).ids, training)
+            return Draws(seed, epoch, self._fresh(count).ids, training)
         prefix = f"rank{trainer.global_rank}.loader{loader}.batch{_batch_number(trainer)}"
         return Draws(seed, epoch, [f"{prefix}.{row}" for row in range(count)], training)
 

@@ -74,9 +74,9 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
         "revision": (str | None, None), "split": (str, 'train'), "val_split": (str | None, None),
         "val_share": (float, 0.1), "columns": (Any, None), "streaming": (bool, False), "epoch_length": (int, 1024),
         "val_length": (int, 64), "shuffle_buffer": (int, 256), "parts": (int, 64), "alpha": (bool, False),
-        "flip": (bool, False), "num_workers": (int, 0), "seed": (int, 0), "on_error": (str, 'raise'),
-        "max_skipped_share": (float, 0.05), "max_pixels": (int, 178956970), "read_timeout": (float, 300.0),
-        "allow_outside": (bool, False),
+        "flip": (bool, False), "random_crop": (bool, True), "num_workers": (int, 0), "seed": (int, 0),
+        "on_error": (str, 'raise'), "max_skipped_share": (float, 0.05), "max_pixels": (int, 178956970),
+        "read_timeout": (float, 300.0), "allow_outside": (bool, False),
     },
     "data/ImageFolderData": {
         "root": (str, MISSING), "size": (int, 512), "batch_size": (int, 16), "val_share": (float, 0.1),
@@ -97,9 +97,9 @@ SIGNATURES: dict[str, dict[str, tuple[Any, Any]]] = {
     "data/WebDatasetData": {
         "shards": (Any, MISSING), "size": (int, 512), "batch_size": (int, 16), "epoch_length": (int, 1024),
         "val_shards": (Any, None), "val_length": (int, 64), "columns": (Any, None), "shuffle_buffer": (int, 256),
-        "parts": (int, 64), "alpha": (bool, False), "flip": (bool, False), "num_workers": (int, 0), "seed": (int, 0),
-        "on_error": (str, 'raise'), "max_skipped_share": (float, 0.05), "max_pixels": (int, 178956970),
-        "read_timeout": (float, 300.0), "allow_pipe": (bool, False),
+        "parts": (int, 64), "alpha": (bool, False), "flip": (bool, False), "random_crop": (bool, True),
+        "num_workers": (int, 0), "seed": (int, 0), "on_error": (str, 'raise'), "max_skipped_share": (float, 0.05),
+        "max_pixels": (int, 178956970), "read_timeout": (float, 300.0), "allow_pipe": (bool, False),
     },
     "finetune/FluxFill": {
         "pretrained": (str, MISSING), "lora": (Any, None), "guidance": (float, 1.0), "times": (str, 'logit_normal'),

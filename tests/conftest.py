@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import RecordingAutoencoder, tiny_kl
 
-from latentdm import FrozenVAE
+from latentdm import FrozenVAE, InpaintEncoder, PlainEncoder
 
 hypothesis.settings.register_profile("any machine", deadline=None, database=None)  # no test measures time
 hypothesis.settings.load_profile("any machine")
@@ -25,6 +25,18 @@ def pytest_collection_modifyitems(items):
 def vae():
     """A frozen tiny AutoencoderKL in float32: r = 8, z = 4."""
     return FrozenVAE(tiny_kl(scaling_factor=0.5, shift_factor=0.1), dtype="float32")
+
+
+@pytest.fixture
+def plain(vae):
+    """The encoder without masks, and without noise."""
+    return PlainEncoder(vae, posterior="mode")
+
+
+@pytest.fixture
+def inpaint(vae):
+    """The encoder that reads masks, without noise."""
+    return InpaintEncoder(vae, posterior="mode")
 
 
 @pytest.fixture

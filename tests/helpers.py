@@ -78,18 +78,27 @@ class Travelling(FrozenVAE):
 
     def __init__(self, autoencoder):
         super().__init__(autoencoder, dtype="float32")
-        self.place, self.journeys = torch.device("cpu"), []
+        self.place, self.lies_on, self.journeys = torch.device("cpu"), "cpu", []
 
     @property
     def device(self):
         return getattr(self, "place", torch.device("cpu"))
 
-    def to(self, device):
+    def to(self, device, rest=False):
         super().to("cpu")
-        if hasattr(self, "journeys") and torch.device(device) != self.place:
+        if hasattr(self, "journeys"):
             self.place = torch.device(device)
-            self.journeys.append(self.place.type)
+            self.arrive("cpu" if rest else self.place.type)
         return self
+
+    def moments(self, *arguments, **settings):
+        self.arrive(self.place.type)
+        return super().moments(*arguments, **settings)
+
+    def arrive(self, where):
+        if where != self.lies_on:
+            self.lies_on = where
+            self.journeys.append(where)
 
 
 def noise_vae():

@@ -64,6 +64,18 @@ def write_photos(folder):
         box_mask(photo.size).save(folder / f"{name}-mask.png")
 
 
+def write_noise_photos(folder, count):
+    """Photographs of noise, of different shapes, with a caption beside each."""
+    import numpy as np
+
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(count):
+        shape = (32 + 3 * (number % 4), 32 + 5 * (number % 3), 3)
+        Image.fromarray(draw.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"photograph {number}")
+
+
 def write_cutouts(folder):
     """The same photographs, transparent where they are to be repainted."""
     folder.mkdir()

@@ -62,7 +62,7 @@ class Network:
         """
         family, weights, n = self._family, self._weights, rows.stop - rows.start
         module: Any = weights.full if full else weights.module
-        device, dtype = weights.first.device, torch.float32 if full else weights.first.dtype
+        device, dtype = weights.device, torch.float32 if full else weights.first.dtype
         compilation = None if full else weights.compilation
         layout = weights.layout(dtype)
         images = prepare(sets, rows, size, family.pixel_range, self._image_channels, device, dtype, layout)

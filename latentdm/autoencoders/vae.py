@@ -174,7 +174,7 @@ class FrozenVAE:
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self._weights.first.device
+        return self._weights.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -200,9 +200,9 @@ class FrozenVAE:
         """All that its moments depend on beside the images, as JSON; the encoder's weights by a hash."""
         return fingerprint(self._weights.original, self.dtype, self._chunks.tiling)
 
-    def to(self, device: torch.device | str) -> Self:
-        """Move it to a device; the first time, settle its dtype there."""
-        self._weights.to(torch.device(device))
+    def to(self, device: torch.device | str, rest: bool = False) -> Self:
+        """Move it to a device; the first time, settle its dtype there. At ``rest`` it goes when it is first needed."""
+        self._weights.to(torch.device(device), rest)
         self._normalization = self._normalization.to(device)
         return self
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from latentdm.autoencoders.posterior import Posterior
@@ -16,6 +17,7 @@ from latentdm.cache.keys import IDENTITIES, decoder
 from latentdm.cache.memory import memory_folder
 from latentdm.cache.planning import Planner
 from latentdm.cache.rows import MOMENTS, SIZES, CachedRows, packed
+from latentdm.cache.shards import BrokenShard
 from latentdm.cache.steps import CachedAugment, CachedMasks, KeyedLookup
 from latentdm.cache.store import Store, open_space
 from latentdm.cache.text import CachedTextEncoder, TextCache
@@ -120,21 +122,41 @@ class Cache:
         """
         trainer: Trainer | None = datamodule.trainer
         self.writer.rank = trainer.global_rank if trainer is not None else 0
-        stores = [self.open(datamodule.encoder.vae, trainer)]
+        store = self.open(datamodule.encoder.vae, trainer)
         if self.text is not None:
-            assert self.dir is not None
-            stores.append(self.text.cache.open(self.dir, self.text.text))
-            if len(stores[-1]):
-                self.text.rest()
-        for store in stores if trainer is None or trainer.is_global_zero else ():
-            store.sweep()
-            with suppress(OSError):  # each process reads the shards' own keys
-                store.keep_index()
-        datamodule.encoder.cache = self
+            self._open_text(datamodule.captions, self.text)
+        if trainer is None or trainer.is_global_zero:
+            for each in self.stores:
+                each.sweep()
+            self.keep_index()
         callbacks: list[Any] = getattr(trainer, "callbacks", [])
         if not any(isinstance(callback, Flush) and callback.cache is self for callback in callbacks):
             callbacks.append(Flush(self))
-        Planner(self, datamodule, stores[0]).look_up()
+        Planner(self, datamodule, store).look_up()
+
+    def _open_text(self, captions: Any, text: CachedTextEncoder) -> None:
+        assert self.dir is not None
+        text.cache.store = None
+        if not getattr(captions, "shuffle_tags", False):
+            text.cache.open(self.dir, text.text)
+        elif "shuffle_tags" not in self.said:
+            self.said.add("shuffle_tags")
+            rank_zero_warn(
+                "Cache: not cached: captions, whose tags come in another order each time; set "
+                "captions.shuffle_tags=false to encode each once"
+            )
+
+    @property
+    def stores(self) -> list[Store]:
+        """Those that are open: of the encoder, and of the text encoder where there is one."""
+        every = [self.store, None if self.text is None else self.text.cache.store]
+        return [store for store in every if store is not None]
+
+    def keep_index(self) -> None:
+        """Write the indexes anew where they lack many entries."""
+        with suppress(OSError, BrokenShard):  # each process reads the shards' own keys
+            for store in self.stores:
+                store.keep_index()
 
     def open(self, vae: Any, trainer: Trainer | None = None) -> Store:
         """The entries of one encoder; its weights are hashed."""
@@ -190,9 +212,8 @@ class Cache:
     def flush(self) -> None:
         """Write what waits to be written, and know of it."""
         self.writer.flush()
-        for store in (self.store, None if self.text is None else self.text.cache.store):
-            if store is not None:
-                store.refresh()
+        for store in self.stores:
+            store.refresh()
 
     def report(self) -> dict[str, int]:
         """Entries and bytes written so far, and how often they were found, by this process."""
@@ -232,6 +253,8 @@ class Flush(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Flush on all ranks before any of them goes on; after an epoch that lacked no caption free the device."""
         self.cache.flush()
+        if trainer.is_global_zero:
+            self.cache.keep_index()
         if self.cache.text is not None and self._text_misses() == self._missing:
             self.cache.text.rest()
         trainer.strategy.barrier()

@@ -13,11 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdm.batch import CAPTION, LATENTS, MASK, MASKED_LATENTS
-from latentdm.cache.fill import Jobs
+from latentdm.cache.jobs import Jobs, StreamJobs
 from latentdm.cache.rows import CACHED, MOMENTS, SIZES, CachedSample, packed
 from latentdm.data.dataset import PixelDataset, Sample
 from latentdm.data.latents import CACHED_COLUMNS, COLUMNS
 from latentdm.data.skips import SampleError
+from latentdm.data.stream import StreamImages
 
 SAMPLES_A_SHARD = 2000
 
@@ -34,30 +35,37 @@ def export(datasets: Sequence[PixelDataset], kind: str, folder: Path) -> dict[st
         ``entries`` and ``bytes`` written, and ``misses``: images that the cache lacks or that cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    jobs, found = Jobs(datasets), {"entries": 0, "bytes": 0, "misses": 0}
+    found = {"entries": 0, "bytes": 0, "misses": 0}
     write = WRITERS[kind]
-    for size in write(_samples(jobs, found), folder):
+    for size in write(_samples(datasets, found), folder):
         found["entries"] += 1
         found["bytes"] += size
     return found
 
 
-def _samples(jobs: Jobs, found: dict[str, int]) -> Iterator[tuple[str, Sample]]:
+def _samples(datasets: Sequence[PixelDataset], found: dict[str, int]) -> Iterator[tuple[str, Sample]]:
     """A file's name without its ending, which comes once; and the sample."""
     names: dict[str, int] = {}
-    for position in tqdm(range(len(jobs)), "exporting", unit=" images", delay=1):
-        try:
-            sample = jobs.sample(position, 0)
-        except SampleError:
-            found["misses"] += 1
-            continue
-        cached: CachedSample = sample[CACHED]
-        if len(cached.found) < len(cached.keys):
+    for sample in tqdm(_every(datasets), "exporting", unit=" images", delay=1):
+        cached: CachedSample | None = None if sample is None else sample[CACHED]
+        if sample is None or cached is None or len(cached.found) < len(cached.keys):
             found["misses"] += 1
             continue
         stem = str(PurePosixPath(str(sample["name"])).with_suffix("")).lstrip("/").replace("..", "_")
         number = names[stem] = names.get(stem, -1) + 1  # crops and sides of an image have one name
         yield (f"{stem}.{number}" if number else stem), sample
+
+
+def _every(datasets: Sequence[PixelDataset]) -> Iterator[Sample | None]:
+    """The samples; None for one that cannot be read."""
+    streams = [dataset for dataset in datasets if isinstance(dataset, StreamImages)]
+    jobs = Jobs([dataset for dataset in datasets if not isinstance(dataset, StreamImages)])
+    for position in range(len(jobs)):
+        try:
+            yield jobs.sample(position, 0)
+        except SampleError:
+            yield None
+    yield from StreamJobs(streams)
 
 
 def tensors_of(sample: Sample) -> dict[str, Tensor]:

@@ -15,13 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from latentdm.cache.keys import KEY_BYTES
-from latentdm.cache.shards import ALIGNMENT, BrokenShard, Bytes
+from latentdm.cache.shards import BrokenShard, Bytes, safetensors_head
 
 VERSION = 1
 """Of the file; one of another version is passed over and made anew."""
 
 PARTS = {"prefix": "<u8", "shard": "<u4", "row": "<u4", "crc": "<u4"}
 """The arrays of the file, in order."""
+
+SAFETENSORS = {"<u8": "U64", "<u4": "U32"}
+"""numpy → safetensors."""
 
 ENTRY_BYTES = sum(np.dtype(kind).itemsize for kind in PARTS.values())
 
@@ -44,7 +47,12 @@ class Index:
         shard: ``n`` uint32, positions in ``shards``.
         row: ``n`` uint32.
         crc: ``n`` uint32.
+
+    Attributes:
+        name: of the file that it was read from.
     """
+
+    name = ""
 
     def __init__(
         self,
@@ -107,20 +115,16 @@ class Index:
 
     def save(self, folder: Path, tmp: Path) -> Path:
         """Write it as a file of its own; readers take the newest."""
-        offset, header = 0, {"__metadata__": {"version": str(VERSION), "shards": json.dumps(self.shards)}}
-        for name, kind in PARTS.items():
-            size = len(self) * np.dtype(kind).itemsize
-            dtype = kind[1:].upper().replace("U8", "U64").replace("U4", "U32")
-            header[name] = {"dtype": dtype, "shape": [len(self)], "data_offsets": [offset, offset + size]}  # type: ignore[dict-item]
-            offset += size
-        head = json.dumps(header).encode()
-        head += b" " * (-(8 + len(head)) % ALIGNMENT)
+        tensors = [
+            (name, SAFETENSORS[kind], [len(self)], len(self) * np.dtype(kind).itemsize) for name, kind in PARTS.items()
+        ]
+        head = safetensors_head(tensors, {"version": str(VERSION), "shards": json.dumps(self.shards)})
         folder.mkdir(parents=True, exist_ok=True)
         tmp.mkdir(parents=True, exist_ok=True)
         new = tmp / uuid4().hex
         try:
             with new.open("wb") as file:
-                file.write(len(head).to_bytes(8, "little") + head)
+                file.write(head)
                 for name, kind in PARTS.items():
                     file.write(np.ascontiguousarray(getattr(self, name), dtype=kind).data)
                 file.flush()
@@ -162,18 +166,22 @@ class Index:
                 arrays[name] = mapped[start : start + count * np.dtype(kind).itemsize].view(kind)
                 if len(arrays[name]) != count:
                     raise BrokenShard(f"{name} is cut short")
-            return cls(json.loads(metadata["shards"]), **arrays)
+            index = cls(json.loads(metadata["shards"]), **arrays)
+            index.name = path.name
+            return index
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise BrokenShard(f"its head cannot be read: {error}") from error
 
 
-def newest(folder: Path) -> Index | None:
-    """The newest index in a folder that can be opened."""
+def newest(folder: Path, but: str = "") -> Index | None:
+    """The newest index in a folder that can be opened; None where that is the file of a name."""
     try:
         paths = sorted(folder.glob("*.safetensors"), key=lambda path: (_generation(path), path.name), reverse=True)
     except OSError:
         return None
     for path in paths:
+        if path.name == but:
+            return None
         try:
             return Index.open(path)
         except (BrokenShard, OSError):

@@ -1,6 +1,6 @@
 """Filling a cache with Ray Data: an actor around the encoder. Ray itself is not needed to import this.
 
-Rows are jobs of `latentdm.cache.fill.Jobs`, as numbers; images are read by the actor, by the data module's own code.
+Rows are jobs of `latentdm.cache.jobs.Jobs`, as numbers; images are read by the actor, by the data module's own code.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentdm.cache.fill import FillData, Jobs, Passed
+from latentdm.cache.fill import FillData
+from latentdm.cache.jobs import Jobs, Passed
 from latentdm.data.skips import SampleError
 
 MakeDataModule = Callable[[], Any]

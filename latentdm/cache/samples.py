@@ -33,6 +33,9 @@ OWN, FIXED, VARIANTS = "own", "fixed", "variants"
 under one of some masks that are drawn for each image."""
 
 
+CAPTIONS = "all_captions"
+"""Of a sample that is encoded ahead of time: all captions of its image."""
+
 COMPANIONS_OF_ENTRIES = (MASK, SOURCE)
 
 DRAWN = ("target", "seed", "flip", "training")
@@ -57,6 +60,7 @@ class Plan:
         needs_pixels: someone looks at the images, found or not.
         seed: of the data module.
         training: whether the samples are drawn as in training.
+        caption: the column of captions, where each image is to bring all of its own; None: it brings the drawn one.
     """
 
     store: Store
@@ -72,6 +76,7 @@ class Plan:
     needs_pixels: bool = False
     seed: int = 0
     training: bool = False
+    caption: str | None = None
 
 
 def draws_freely(dataset: PixelDataset) -> bool:
@@ -130,6 +135,9 @@ class CachedCrops:
         if epoch != self._epoch:
             self._epoch = epoch
             store.refresh()
+        captions = {}
+        if plan.caption is not None and epoch == 0:
+            captions = {CAPTIONS: [columns.get(plan.caption) for columns in (record.columns, *record.others)]}
         if record.others:  # a caption is drawn in the true epoch, whatever crop comes with it
             columns = record.drawn(self.crops.seed, epoch, self.crops.training)
             record = replace(record, columns=columns, others=())
@@ -138,16 +146,23 @@ class CachedCrops:
         entries = {name: store.read(key) for name, key in keys.items()}
         found: dict[str, Entry] = {name: entry for name, entry in entries.items() if entry is not None}
         cached = CachedSample(keys, found, NO_SIZES, failures=store.failures - failed, training=plan.training)
+        turn = self.turn(record, epoch)
         if plan.variants is not None:
-            cached.variant = epoch % plan.variants
+            cached.variant = turn % plan.variants
         if plan.masked == VARIANTS:
-            cached.mask_variant = epoch % plan.mask_variants
+            cached.mask_variant = turn % plan.mask_variants
         if len(found) == len(keys) and not plan.needs_pixels and not _needs_more(record):
-            return self._from(found, record, cached) | {CACHED: cached}
+            return self._from(found, record, cached) | captions | {CACHED: cached}
         sample: Sample = self.crops(drawn, drawn_epoch)
         sample["index"] = record.index
         cached.sizes = _sizes(sample)
-        return sample | {CACHED: cached}
+        return sample | captions | {CACHED: cached}
+
+    def turn(self, record: Record, epoch: int) -> int:
+        """Which variant it is the turn of: how often an image has come before, as of a photograph in one epoch."""
+        if self.plan.variants is None or not isinstance(self.crops, PhotographCrop):
+            return epoch
+        return epoch * self.crops.an_epoch + self.crops.again(record)[0]
 
     def keys(self, record: Record, epoch: int) -> tuple[dict[str, bytes], Record, int]:
         """Output → the key of its entry; and the record and the epoch that the crop is drawn from.
@@ -155,17 +170,19 @@ class CachedCrops:
         Raises:
             SampleError: a file is gone.
         """
-        plan, crops, mask_variant = self.plan, self.crops, epoch % self.plan.mask_variants
+        plan, crops, turn = self.plan, self.crops, self.turn(record, epoch)
         image = identity(record.image, plan.identity)
-        recipe: list[Any] = [_recipe(crops, record), plan.multiple]
+        drawn: list[Any] = []
         if plan.variants is not None:
-            epoch %= plan.variants
-            recipe.append(["drawn", crops.seed, epoch, plan.augment, plan.seed if plan.augment else None])
-            if isinstance(crops, ResizeCrop):
-                # Not from the index, which is a place among names: another image would move it, and all that is drawn.
-                record = replace(record, index=int.from_bytes(key_of(image)[:8], "big") >> 1)
+            epoch = turn % plan.variants
+            drawn = ["drawn", crops.seed, epoch, plan.augment, plan.seed if plan.augment else None]
+            # Not from the index, which is a place among names: another image would move it, and all that is drawn.
+            photograph = isinstance(crops, PhotographCrop)
+            index = crops.again(record)[1] if photograph else int.from_bytes(key_of(image)[:8], "big") >> 1
+            record = replace(record, index=index)
         elif isinstance(crops, ResizeCrop):
-            recipe.append(["mirrored", crops.mirrored(record.index, epoch)])
+            drawn = ["mirrored", crops.mirrored(record.index, epoch)]
+        recipe = [_recipe(crops, record), plan.multiple, *([drawn] if drawn else ())]
         clean = key_of(image, recipe)
         keys, shown = {LATENTS: clean}, clean
         if record.source is not None:
@@ -177,7 +194,7 @@ class CachedCrops:
             if record.mask is not None and (plan.masked == OWN or plan.reads_mask):
                 parts.append(identity(record.mask, plan.identity))
             if plan.masked == VARIANTS:
-                parts += [plan.seed, mask_variant, plan.training]
+                parts += [plan.seed, turn % plan.mask_variants, plan.training]
             keys[MASKED_LATENTS] = key_of(shown, "masked", parts)
         return keys, record, epoch
 

@@ -118,27 +118,16 @@ def write_shard(path: Path, keys: Sequence[bytes], fields: Mapping[str, Sequence
     for number, key in enumerate(keys):
         crc[number] = checksum(key, described, [next(field) for field in at])
     largest_first = sorted(names, key=lambda name: -rows[name][0].shape[1])
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "latentdm": "1"}}
-    offset = 0
-    for name in largest_first:
-        first = fields[name][0]
-        size = len(keys) * rows[name][0].shape[1]
-        header[name] = {
-            "dtype": DTYPES[first.dtype],
-            "shape": [len(keys), *first.shape[1:]],
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    for name, dtype, shape, size in (
-        ("crc", "U32", [len(keys)], 4 * len(keys)),
-        ("keys", "U8", [len(keys), KEY_BYTES], KEY_BYTES * len(keys)),
-    ):
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    head = json.dumps(header).encode()
-    head += b" " * (-(8 + len(head)) % ALIGNMENT)
+    count = len(keys)
+    tensors = [
+        (name, DTYPES[first.dtype], [count, *first.shape[1:]], count * rows[name][0].shape[1])
+        for name in largest_first
+        for first in fields[name][:1]
+    ]
+    tensors += [("crc", "U32", [count], 4 * count), ("keys", "U8", [count, KEY_BYTES], KEY_BYTES * count)]
+    head = safetensors_head(tensors, {"format": "pt", "latentdm": "1"})
     with path.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
+        file.write(head)
         for name in largest_first:
             for part in rows[name]:
                 file.write(part.data)
@@ -146,6 +135,23 @@ def write_shard(path: Path, keys: Sequence[bytes], fields: Mapping[str, Sequence
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
+
+
+def safetensors_head(tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with, blanks included up to a multiple of `ALIGNMENT`, where the data follow.
+
+    Args:
+        tensors: name, dtype as the format calls it, shape and bytes of each, in the order of the data.
+        metadata: of the file.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, dtype, shape, size in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    head = json.dumps(header).encode()
+    head += b" " * (-(8 + len(head)) % ALIGNMENT)
+    return len(head).to_bytes(8, "little") + head
 
 
 def _rows(parts: Sequence[Bytes]) -> Iterator[Bytes]:

@@ -199,7 +199,19 @@ class Store:
         self._known |= set(fresh)
         if parts:
             self.new = self.new.joined(Index.of(parts))
+        if len(self.new) >= INDEX_FROM:
+            self._adopt()
         return bool(parts)
+
+    def _adopt(self) -> None:
+        """Take an index that was written meanwhile, which all processes share, for what this one holds by itself."""
+        index = newest(self.folder / "index", but=self.index.name)
+        if index is None:
+            return
+        lost = set(self.index.shards).difference(index.shards)
+        if not any((self.folder / "shards" / shard).exists() for shard in lost):
+            self.index, self.new = index, self.new.without(set(index.shards))
+            self._known.update(index.shards)
 
     def _listed(self) -> set[str] | None:
         """The names of all shards, where a folder has changed since they were listed last; else None."""
@@ -231,14 +243,15 @@ class Store:
 
         Raises:
             OSError: it cannot be written.
+            BrokenShard: nor read.
         """
         there = set(self.all_shards())
         gone = set(self.index.shards) - there
         if len(self.new) < least and not gone:
             return
-        self.index = self.index.joined(self.new).without((gone | set(self.new.shards)) - there)
-        self.new = Index.of([])
-        kept = self.index.save(self.folder / "index", self.folder / "tmp")
+        whole = self.index.joined(self.new).without((gone | set(self.new.shards)) - there)
+        kept = whole.save(self.folder / "index", self.folder / "tmp")
+        self.index, self.new = Index.open(kept), Index.of([])
         for path in (self.folder / "index").glob("*.safetensors"):
             # Others may have mapped the one before; on a network's file system it must not go away under them.
             if path != kept and is_old(path):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latentdm.autoencoders.fingerprint import weights_hash
+from latentdm.batch import CAPTION
 from latentdm.cache.keys import key_of
 from latentdm.cache.store import Entry, Store, open_space
 from latentdm.cache.writer import Writer
@@ -131,6 +132,9 @@ class CachedTextEncoder(Stage):
     Args:
         text: the encoder.
         cache: where.
+
+    Attributes:
+        waits: for the writer, rather than drop what comes too fast.
     """
 
     def __init__(self, text: TextEncoder, cache: TextCache) -> None:
@@ -140,16 +144,19 @@ class CachedTextEncoder(Stage):
         self.reads = text.reads
         self.writes = text.writes
         self.drops = (*text.drops, CACHED_TEXT)
+        self.waits = False
         self._device = torch.device("cpu")
 
     def setup(self, device: torch.device | str) -> None:
-        """Make the encoder, and settle its dtype on the device."""
+        """Make the encoder, in its dtype on the device; it moves there when a caption is missing."""
         self._device = torch.device(device)
-        self.text.setup(device)
+        self.text.load(device)
+        self.rest()
 
     def rest(self) -> None:
         """Leave the device, until a caption is missing."""
-        self.text.to("cpu")
+        if self.text.device.type != "cpu":
+            self.text.to("cpu")
 
     def __call__(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
         """What the encoder gives, read where it was found."""
@@ -168,9 +175,16 @@ class CachedTextEncoder(Stage):
         fresh = self._encoded(some, draws)
         assert self.cache.store is not None
         kept = {name: tensor.to(self.cache.kept) for name, tensor in fresh.items()}
-        self.cache.writer.put(self.cache.store, list(first), kept)
+        self.cache.writer.put(self.cache.store, list(first), kept, wait=self.waits)
         place = {key: number for number, key in enumerate(first)}
         return {name: self._whole(cached, lacking, place, name, tensor) for name, tensor in fresh.items()}
+
+    def fill(self, captions: Sequence[str], at_once: int = 64) -> None:
+        """Encode and keep those of some captions that are not there."""
+        for first in range(0, len(captions), at_once):
+            draws = Draws(0, 0, list(range(first, min(first + at_once, len(captions)))), training=False)
+            batch = self.tokenizer({CAPTION: captions[first : first + at_once]}, draws)
+            self({name: value.to(self._device) for name, value in batch.items()}, draws)
 
     def _whole(
         self, cached: CachedText, lacking: Sequence[int], place: Mapping[bytes, int], name: str, fresh: Tensor

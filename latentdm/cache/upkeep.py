@@ -124,7 +124,7 @@ def compact(folder: Path, keep: Keep = lambda _: True, all_shards: bool = False)
                 continue
             _merge(store, name, shards, keep, written, bar)
     store.refresh(all_anew=True)
-    with suppress(OSError):
+    with suppress(OSError, BrokenShard):
         store.keep_index(least=1)
     return written
 

@@ -25,6 +25,12 @@ SEAL_BYTES = 64 * 2**20
 SEAL_S = 30.0
 """A shard is written when its first entry is so old: what a killed process loses."""
 
+FIRST_SEAL_S = 0.5
+"""The first of a process is written so soon, and each later one after a longer while: an image may come again soon."""
+
+LONGER = 1.25
+"""How much longer: half a minute is reached after two."""
+
 HELD_BYTES = 256 * 2**20
 """What all shards that are not yet written may hold; beyond, the largest is written."""
 
@@ -84,6 +90,7 @@ class Writer:
         self._queue: Queue[_Part | bool | None] = Queue(WAITING)
         self._open: dict[tuple[Path, str], _Open] = {}
         self._pending: set[bytes] = set()
+        self._seal_s = FIRST_SEAL_S
         self._thread: Thread | None = None
 
     def put(
@@ -151,7 +158,7 @@ class Writer:
     def _run(self) -> None:
         while True:
             try:
-                part = self._queue.get(timeout=SEAL_S / 4)
+                part = self._queue.get(timeout=self._due() if self._open else SEAL_S)
             except Empty:
                 self._guarded(self._seal_old)
                 continue
@@ -204,10 +211,17 @@ class Writer:
         while sum(each.bytes for each in self._open.values()) > HELD_BYTES:
             self._seal(max(self._open.values(), key=lambda each: each.bytes))
 
+    def _due(self) -> float:
+        """Seconds until the oldest entry is to be written."""
+        return max(min(each.since for each in self._open.values()) + self._seal_s - monotonic(), 0.01)
+
     def _seal_old(self) -> None:
         now = monotonic()
-        for grows in [each for each in self._open.values() if now - each.since >= SEAL_S]:
+        old = [each for each in self._open.values() if now - each.since >= self._seal_s]
+        for grows in old:
             self._seal(grows)
+        if old:
+            self._seal_s = min(LONGER * self._seal_s, SEAL_S)
 
     def _seal_all(self) -> None:
         for grows in list(self._open.values()):
@@ -220,6 +234,10 @@ class Writer:
         try:
             fields = {name: [part[name] for part in grows.parts] for name in grows.parts[0]}
             size = publish(grows.store, target, grows.keys, fields)
+        except FileNotFoundError:
+            # Somebody has removed the cache, or swept it by a clock of tomorrow: what was lost is encoded again.
+            self.failures += 1
+            return
         finally:
             self._pending.difference_update(grows.keys)
         self.entries += len(grows.keys)

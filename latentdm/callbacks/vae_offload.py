@@ -1,14 +1,12 @@
 """`VAEOffload`: the frozen networks make room in stages that do not encode."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from latentdm.batch import MASKED_LATENTS
-from latentdm.cache.rows import CACHED, CachedRows
 from latentdm.callbacks.base import EncodeCallback, Inputs, encoder_of
 from latentdm.validation import Check
 
@@ -26,8 +24,8 @@ class VAEOffload(EncodeCallback):
     of such a stage needs encoding after all, the networks come back for the rest of the stage, with a warning. Between
     stages that a trainer runs one after another `latentdm.LatentDataModule` frees the device in its ``teardown``.
 
-    In training it leaves after an epoch in which nothing was encoded, as all was read from a cache or an export, and
-    comes back for the first batch that needs it.
+    In training the autoencoder leaves after an epoch in which nothing was encoded, as all was read from a cache or an
+    export, and comes back for the first batch that needs it.
 
     Args:
         stages: some of ``"validate"`` (within a fit as well), ``"test"`` and ``"predict"``.
@@ -45,8 +43,8 @@ class VAEOffload(EncodeCallback):
         self.stages = tuple(stages)
         self._device: torch.device | None = None  # the networks', while they are away from it
         self._warned = False
-        self._training = False  # it is away because an epoch needed nothing of it
-        self._chunks = 0
+        self._chunks = 0  # that were encoded before this epoch
+        self._left_at = -1  # so many of them
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Warn where there is no device to free."""
@@ -67,16 +65,12 @@ class VAEOffload(EncodeCallback):
         if vae.device.type == "cpu":
             return
         self._device = vae.device
-        before = _allocated(vae.device)
-        trainer.datamodule.line.setup("cpu")  # type: ignore[attr-defined]
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        freed = (before - _allocated(self._device)) / 2**20
-        rank_zero_info(f"VAEOffload: {freed:.0f} MiB of {self._device} freed for {stage}")
+        with _freed(self._device, stage):
+            trainer.datamodule.line.setup("cpu")  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move them back."""
-        if self._device is not None and not self._training:
+        if self._device is not None:
             trainer.datamodule.line.setup(self._device)  # type: ignore[attr-defined]
             self._device = None
 
@@ -85,20 +79,19 @@ class VAEOffload(EncodeCallback):
         self._chunks = encoder_of(trainer, "VAEOffload").vae.chunks
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move the autoencoder to the CPU if nothing was encoded in this epoch."""
-        if encoder_of(trainer, "VAEOffload").vae.chunks == self._chunks and self._device is None:
-            self._leave(trainer, "epochs that read everything")
-            self._training = self._device is not None
+        """Let the autoencoder rest on the CPU if nothing was encoded in this epoch; it comes back by itself."""
+        vae = encoder_of(trainer, "VAEOffload").vae
+        if vae.chunks == self._chunks != self._left_at and self._device is None and vae.device.type != "cpu":
+            self._left_at = vae.chunks
+            with _freed(vae.device, "epochs that read everything"):
+                vae.to(vae.device, rest=True)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
     def on_encode_start(self, trainer: Trainer, pl_module: LightningModule, inputs: Inputs) -> None:
-        """Move them back for a batch that needs them; with a warning, where that was not to be."""
-        if self._training and not _all_read(inputs, encoder_of(trainer, "VAEOffload")):
-            self._training = False
-            self.on_validation_end(trainer, pl_module)
-        elif self._device is not None and not self._training:
+        """Move them back, with a warning, for a batch that needs them after all."""
+        if self._device is not None:
             self.on_validation_end(trainer, pl_module)
             rank_zero_warn(
                 f"VAEOffload: stages={list(self.stages)}, but such a stage encodes images; the networks are back for "
@@ -106,12 +99,14 @@ class VAEOffload(EncodeCallback):
             )
 
 
-def _all_read(inputs: Inputs, encoder: Any) -> bool:
-    """Whether a batch leaves nothing to encode."""
-    cached = inputs.get(CACHED)
-    if not isinstance(cached, CachedRows) or cached.misses:
-        return False
-    return cached.blank is not None or MASKED_LATENTS in cached.keys or MASKED_LATENTS not in encoder.writes
+@contextmanager
+def _freed(device: torch.device, what: str) -> Iterator[None]:
+    """Say what the device has gained."""
+    before = _allocated(device)
+    yield
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    rank_zero_info(f"VAEOffload: {(before - _allocated(device)) / 2**20:.0f} MiB of {device} freed for {what}")
 
 
 def _allocated(device: torch.device) -> int:

@@ -82,8 +82,9 @@ def _run(cfg: DictConfig, settings: Namespace) -> dict[str, Any]:
 def _compared(datamodule: Any, root: Path, settings: Namespace) -> dict[str, Any]:
     """What of a cache a configuration needs; for ``prune``, the rest is removed, for ``export`` it is written."""
     from latentdm.cache.export import export
-    from latentdm.cache.fill import FillData, needed_keys
+    from latentdm.cache.fill import FillData
     from latentdm.cache.upkeep import compact, remove, spaces, totals
+    from latentdm.cache.wanted import needed_keys
     from latentdm.data.module import PixelDataModule
 
     if not isinstance(datamodule.pixels, PixelDataModule):
@@ -98,7 +99,9 @@ def _compared(datamodule: Any, root: Path, settings: Namespace) -> dict[str, Any
     counts = totals(store)
     needed = set(needed_keys(pixels.able()))
     hits = sum(key in store for key in needed)
-    others = [space for space in spaces(root) if space != store.folder]
+    texts = [each for each in datamodule.cache.stores if each is not store]
+    own = {each.folder for each in datamodule.cache.stores}  # which captions are needed is not known
+    others = [space for space in spaces(root) if space not in own]
     sizes = {space.name: sum(path.stat().st_size for path in space.rglob("*.safetensors")) for space in others}
     found: dict[str, Any] = {
         **counts,
@@ -106,6 +109,7 @@ def _compared(datamodule: Any, root: Path, settings: Namespace) -> dict[str, Any
         "misses": len(needed) - hits,
         "failures": store.failures,
         "stale": counts["entries"] - hits,
+        **({"captions": totals(texts[0])["entries"]} if texts else {}),
         "space": str(store.folder),
         "others": [f"{name} ({size / 2**20:.1f} MiB)" for name, size in sizes.items()],
     }

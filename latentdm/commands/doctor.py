@@ -8,6 +8,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def run(arguments: Sequence[str]) -> None:
     """
     parser = ArgumentParser(
         prog="latentdm doctor",
-        description="Print versions, devices, what dtype=auto chooses on them, cores, memory and the extras that are "
-        "missing, for a bug report. It tells no host name and no token.",
+        description="Print versions, devices, what dtype=auto chooses on them, cores, memory, the cache and the extras "
+        "that are missing, for a bug report. It tells no host name and no token.",
     )
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
     as_json = parser.parse_args(list(arguments)).json
@@ -59,6 +60,7 @@ def report() -> Report:
         "devices": _devices(),
         "cores": _cores(),
         "memory": _memory(),
+        "cache": _cache(),
         "compiler": next((name for name in ("cc", "gcc", "clang", "cl") if shutil.which(name)), None),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
@@ -166,6 +168,39 @@ def _memory() -> Report:
     }
 
 
+def _cache() -> Report:
+    """Where ``cache=disk`` keeps latents unless told, what lies there, whether more may, and what entries depend on."""
+    try:
+        from omegaconf import OmegaConf
+
+        from latentdm.cache.cache import FORMAT
+        from latentdm.cache.keys import decoder
+    except Exception:  # told with the packages
+        return {}
+    folder = Path(str(OmegaConf.load(str(files("latentdm.conf") / "cache" / "disk.yaml")).dir)).expanduser()
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    home = Path.home()
+    report: Report = {
+        "dir": f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder),
+        "encoders": len(list(folder.glob("*/space.json"))),
+        "used_gib": _gib(sum(_bytes(path) for path in folder.rglob("*.safetensors"))),
+        "writable": there.is_dir() and os.access(there, os.W_OK),
+        "versions": {"format": str(FORMAT), **decoder()},
+    }
+    try:
+        report["free_gib"] = round(shutil.disk_usage(there).free / 2**30)
+    except OSError as error:
+        report["problem"] = str(error)
+    return report
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # merged meanwhile
+        return 0
+
+
 def _gib(size: int) -> float:
     return round(size / 2**30, 1)
 
@@ -199,6 +234,18 @@ def lines(found: Report) -> Iterator[str]:
     known = {"machine_gib": "", "limit_gib": " allowed to this container", "shared_gib": " shared between loaders"}
     parts = [f"{memory[key]} GiB{what}" for key, what in known.items() if memory[key] is not None]
     yield line("memory", ", ".join(parts) or "unknown")
+    if cache := found["cache"]:
+        free = f"{cache['free_gib']} GiB free" if "free_gib" in cache else ""
+        closed = "" if cache["writable"] else "PROBLEM: may not be written to; set cache.dir"
+        texts = [
+            cache["dir"],
+            f"{cache['used_gib']} GiB of {cache['encoders']} encoders",
+            free,
+            _problem(cache),
+            closed,
+        ]
+        yield line("cache", ", ".join(filter(None, texts)))
+        yield line("", "entries of " + ", ".join(f"{name} {value}" for name, value in cache["versions"].items()))
     yield line("compiler", found["compiler"] or "none: compile= runs eagerly")
     yield line(
         "environment", " ".join(f"{name}={value}" for name, value in found["environment"].items()) or "nothing set"

@@ -51,6 +51,7 @@ def _encode(cfg: DictConfig, part: tuple[int, int]) -> None:
     from hydra.utils import instantiate  # all of it late, as composing says sooner what is wrong
     from lightning.pytorch import Trainer, seed_everything
 
+    from latentdm.batch import CAPTION
     from latentdm.cache.fill import Fill, FillData
     from latentdm.cache.upkeep import totals
     from latentdm.data.module import PixelDataModule
@@ -65,13 +66,14 @@ def _encode(cfg: DictConfig, part: tuple[int, int]) -> None:
             f"latentdm encode: {type(datamodule.pixels).__name__} makes batches by code of its own, and which there "
             "are is not known ahead; it is cached as it trains, where its batches have a cache_key"
         )
-    datamodule.pixels = pixels = FillData(datamodule.pixels, part)
+    column = None if cache.text is None else datamodule.keys.key(CAPTION)
+    datamodule.pixels = pixels = FillData(datamodule.pixels, part, column)
     alone: dict[str, Any] = {"callbacks": [], "logger": False, "enable_checkpointing": False}
     with open_dict(cfg):
         cfg.trainer.default_root_dir = str(Path.cwd())
         cfg.trainer.pop("fast_dev_run", None)
     trainer: Trainer = instantiate(cfg.trainer, **alone)
-    model = Fill(cache)
+    model = Fill(cache, datamodule.captions)
     started = perf_counter()
     trainer.predict(model, datamodule=datamodule, return_predictions=False)
     seconds = perf_counter() - started
@@ -88,4 +90,7 @@ def _encode(cfg: DictConfig, part: tuple[int, int]) -> None:
         f"{done['images']} images encoded in {seconds:.0f} s ({done['images'] / seconds:.1f} images/s), "
         f"{done['bytes'] / 2**20:.1f} MiB written to {cache.store.folder}; {len(skipped)} images could not be read"
     )
-    print(json.dumps({**done, "written": done["entries"], **totals(cache.store)}))
+    held = [totals(store) for store in cache.stores]
+    print(
+        json.dumps({**done, "written": done["entries"], **{name: sum(each[name] for each in held) for name in held[0]}})
+    )

@@ -20,9 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile as PillowFile
 from torch import Tensor
 
 from latentdm.data.budget import MAX_PIXELS, check_memory
+from latentdm.data.effort import check_effort, takes_long
 from latentdm.data.files import open_file, size_of
 from latentdm.data.skips import SampleError
 from latentdm.errors import UserError
@@ -181,7 +183,7 @@ def parts(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
 
 
 @contextmanager
-def _opened(file: ImageFile, name: str) -> Iterator[tuple[Image.Image, int]]:
+def _opened(file: ImageFile, name: str) -> Iterator[tuple[PillowFile, int]]:
     """Open an image, and tell its bytes; what Pillow raises inside becomes a `SampleError`, what it warns of is unsaid.
 
     A broken file makes Pillow raise nearly anything. It warns of odd metadata, which a person can do nothing about.
@@ -198,7 +200,7 @@ def _opened(file: ImageFile, name: str) -> Iterator[tuple[Image.Image, int]]:
         raise SampleError(f"cannot read {what}: {why}; repair or remove the file") from error
 
 
-def _load(opened: Image.Image, file_bytes: int, resized: Resized | None, max_pixels: int) -> tuple[int, int]:
+def _load(opened: PillowFile, file_bytes: int, resized: Resized | None, max_pixels: int) -> tuple[int, int]:
     """Decode the first frame, upright, within the limits; give its full size."""
     width, height = opened.size
     if width * height > max_pixels:
@@ -212,6 +214,7 @@ def _load(opened: Image.Image, file_bytes: int, resized: Resized | None, max_pix
         wanted = resized(*size)
         opened.draft(None, wanted[::-1] if turned else wanted)  # None keeps the mode
     check_memory(opened, file_bytes, max_pixels, lying=orientation != 1)
+    check_effort(opened, file_bytes)
     opened.load()
     if orientation != 1:
         ImageOps.exif_transpose(opened, in_place=True)
@@ -262,6 +265,8 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _new_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    if takes_long(profile):
+        return None
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "sRGB" in ImageCms.getProfileDescription(opened):

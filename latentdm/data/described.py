@@ -8,22 +8,27 @@ import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from latentdm.batch import CAPTION
+from latentdm.data.files import asked
 from latentdm.data.geometry import COMPANIONS
 from latentdm.data.index import is_inside
 from latentdm.data.listing import Listing
 from latentdm.data.metadata import NoMetadataError, Row, read_metadata, reserved_note, without_reserved
 from latentdm.data.names import folded, stem_of
 from latentdm.data.skips import SampleError
-from latentdm.data.texts import cut, shortened
-from latentdm.errors import UserError
+from latentdm.data.texts import quoted
+from latentdm.errors import UserError, shortened
 
 ROWS = "\0rows"
 TEXTS = "\0texts"
 BROKEN = "\0broken"
+
+MAX_NAME = 200
+"""Characters of a file's name in an error."""
 
 
 @dataclass
@@ -93,16 +98,22 @@ class Names:
         return self._anywhere.get(_last(name.replace("\\", "/")))
 
 
-def further_texts(columns: dict[str, Any]) -> list[str]:
-    """Take the names of further files beside an image out of its columns.
+def stored(columns: Mapping[str, Any] | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """What an index keeps as the columns of an image: its rows, and the names of further files beside it.
 
     Raises:
-        SampleError: one leads out of the folder: somebody has changed the index.
+        SampleError: a row of it is broken; or somebody has changed the index.
     """
-    names: list[str] = columns.pop(TEXTS, [])
-    if wrong := [name for name in names if not is_inside(name)]:
-        raise SampleError(f"the index names {shortened(wrong[0])}, which lies outside of its folder; remove it")
-    return names
+    first = dict(columns or {})
+    if BROKEN in first:
+        raise SampleError(str(first[BROKEN]))
+    others, names = first.pop(ROWS, []), first.pop(TEXTS, [])
+    rows = [first, *others] if isinstance(others, list) else [others]
+    if not all(isinstance(row, dict) for row in rows) or not isinstance(names, list):
+        raise SampleError(f"the index holds columns that are none, {quoted(columns)}; remove it")
+    if wrong := [name for name in names if not isinstance(name, str) or not is_inside(name)]:
+        raise SampleError(f"the index names {quoted(wrong[0])}, which lies outside of its folder; remove it")
+    return rows, names
 
 
 class Describer:
@@ -135,13 +146,16 @@ class Describer:
             UserError: unless lenient: what is wrong with a file or a row, with its line.
         """
         for path in sorted(self.listing.metadata):
-            known, strangers = len(self.found.images), []
+            known, strangers, rows = len(self.found.images), [], 0
             try:
                 for row in read_metadata(self.root / path, self.columns):
+                    rows += 1
                     if row.anywhere and self._image(path, row) is None:
                         strangers.append(row.name)
                     else:
                         self._add(path, row)
+                if not rows:
+                    self.found.notes.append(f"{path} has no rows")
             except NoMetadataError:
                 self.listing.others.append(path)
             except SampleError as error:
@@ -168,9 +182,9 @@ class Describer:
         of_image.rows.append(without_reserved(columns, self.reserved.add))
         for kind, other in companions.items():
             if of_image.companions.setdefault(kind, other) != other:
-                first = cut(of_image.companions[kind])
+                first = _cut(of_image.companions[kind])
                 problem = (
-                    f"{row.where} names another {kind} of {name} than {of_image.where} does, {cut(other)} and not "
+                    f"{row.where} names another {kind} of {name} than {of_image.where} does, {_cut(other)} and not "
                     f"{first}; rows of one image may differ in captions and other columns alone"
                 )
         problem = row.problem or problem
@@ -194,11 +208,11 @@ class Describer:
             self.found.companions.add(other)
             if self.choices[kind] == "ignore":
                 continue
-            if other in self.listing.images or os.path.isfile(self.root / other):
+            if other in self.listing.images or asked(partial(os.path.isfile, self.root / other), self.root / other):
                 companions[kind] = other
             else:
                 problem = (
-                    f"{where} names the {kind} {cut(other)}, which does not exist in root={str(self.root)!r}; correct "
+                    f"{where} names the {kind} {_cut(other)}, which does not exist in root={str(self.root)!r}; correct "
                     f"it, or set {kind}s=ignore"
                 )
         return companions, problem
@@ -213,7 +227,7 @@ class Describer:
         name = inside(self.root, path, row.name)
         if name is None:
             return self._outside(row.where)
-        what = f"{cut(name)}, which is no image in root={str(self.root)!r}"
+        what = f"{_cut(name)}, which is no image in root={str(self.root)!r}"
         return f"{row.where} names {what}; correct or remove the row"
 
     def _outside(self, where: str) -> str:
@@ -244,3 +258,7 @@ def _unique(names: Collection[str], key: Callable[[str], str]) -> dict[str, str 
 
 def _last(name: str) -> str:
     return folded(name.rpartition("/")[2])
+
+
+def _cut(name: str) -> str:
+    return shortened(name, MAX_NAME)

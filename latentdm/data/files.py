@@ -41,6 +41,10 @@ KINDS = {
 }
 
 
+class NoAnswerError(SampleError):
+    """Storage does not answer."""
+
+
 @dataclass(frozen=True)
 class Patience:
     """How long reading may wait.
@@ -65,6 +69,11 @@ def patient(patience: Patience) -> Iterator[None]:
         yield
     finally:
         _patience.reset(token)
+
+
+def patience() -> Patience:
+    """How long this thread waits."""
+    return _patience.get()
 
 
 def same_patience() -> Callable[[], object]:
@@ -129,6 +138,21 @@ def read_file(path: Path, limit: int) -> bytes:
         return file.read()
 
 
+def asked(call: Callable[[], T], name: object, discard: Callable[[T], Any] | None = None) -> T:
+    """What storage says of a file or a folder, within the `Patience`.
+
+    Args:
+        call: asks for it, as `os.stat` does.
+        name: of the file or folder, for the error.
+        discard: called with what comes too late.
+
+    Raises:
+        NoAnswerError: nothing came.
+        Exception: whatever the call raises.
+    """
+    return waited(call, name, _patience.get().seconds, discard)
+
+
 def size_of(file: BinaryIO) -> int:
     """The bytes that a file of `open_file` holds; 0 where that is unknown."""
     raw = getattr(file, "raw", None)
@@ -145,7 +169,7 @@ def waited(call: Callable[[], T], name: object, seconds: float, discard: Callabl
         discard: called with what comes too late.
 
     Raises:
-        SampleError: nothing came.
+        NoAnswerError: nothing came.
         Exception: whatever the call raises.
     """
     thread: _Reader | None = getattr(_mine, "reader", None)
@@ -158,7 +182,7 @@ def waited(call: Callable[[], T], name: object, seconds: float, discard: Callabl
             if discard is not None:
                 future.add_done_callback(lambda late: late.exception() or discard(late.result()))
             limit = _patience.get().seconds
-            raise SampleError(
+            raise NoAnswerError(
                 f"cannot read {name}: nothing came within read_timeout={limit:g} seconds; see whether its storage "
                 "answers, or set a longer read_timeout"
             )

@@ -14,10 +14,11 @@ from latentdm.batch import CAPTION, MASK, SEGMENTATION, SOURCE
 from latentdm.data.buckets import BucketPlan, Buckets, Size
 from latentdm.data.budget import MAX_PIXELS
 from latentdm.data.dataset import Joined, PixelDataset, Sample
-from latentdm.data.described import BROKEN, ROWS, further_texts
+from latentdm.data.described import stored
 from latentdm.data.files import READ_TIMEOUT_S, Patience, patient
 from latentdm.data.geometry import COMPANIONS, Record, ResizeCrop
 from latentdm.data.index import FolderIndex, folder_index
+from latentdm.data.listing import existing_folder, name_inside
 from latentdm.data.metadata import read_sidecar, rows_of_image
 from latentdm.data.module import PictureDataModule
 from latentdm.data.pairing import Pairing, check_val_share, find_images, split_hashes
@@ -43,7 +44,8 @@ class FolderImages(PixelDataset):
         index: all of them.
         rows: ``n``: those that belong here.
         crops: makes samples of them.
-        first: the ``index`` of the first image in ``index``.
+        first: the ``index`` of the first one, from which they are counted; None: it is the row.
+        inside: the folder among them that their names are relative to.
         required: what every image must have: any of ``mask``, ``source``, ``segmentation`` and ``caption``.
         captions: every sample has a ``caption``, an empty one if need be.
         renames: our name of a column → its name in JSON files beside images.
@@ -53,7 +55,8 @@ class FolderImages(PixelDataset):
     index: FolderIndex
     rows: npt.NDArray[np.int64]
     crops: ResizeCrop
-    first: int = 0
+    first: int | None = None
+    inside: str = ""
     required: Collection[str] = ()
     captions: bool = False
     renames: Mapping[str, str] = field(default_factory=dict)
@@ -67,7 +70,7 @@ class FolderImages(PixelDataset):
 
     def name(self, position: int) -> str:
         """The image's path inside the folder."""
-        return self.index[int(self.rows[position])].name
+        return self.index.name(int(self.rows[position])).removeprefix(self.inside)
 
     def record(self, position: int) -> Record:
         """What is known of an image before it is decoded.
@@ -77,12 +80,9 @@ class FolderImages(PixelDataset):
         """
         row, root = int(self.rows[position]), self.index.root
         entry = self.index[row]
-        columns: dict[str, Any] = dict(entry.columns or {})
-        if BROKEN in columns:
-            raise SampleError(columns[BROKEN])
-        files = [*([] if entry.caption is None else [entry.caption]), *further_texts(columns)]
+        described, further = stored(entry.columns)
+        files = [*([] if entry.caption is None else [entry.caption]), *further]
         texts = [read_sidecar(root / file, file, self.renames) for file in files]
-        described = [columns, *columns.pop(ROWS, ())] if columns else []
         rows = rows_of_image(described, texts)
         if CAPTION in self.required and not rows[0].get(CAPTION):
             raise SampleError(f"an image without a caption: {root / entry.name}; add one, or set captions=auto")
@@ -97,7 +97,8 @@ class FolderImages(PixelDataset):
         target = None if self.bucket_of is None else self.shapes[self.bucket_of[position]]
         columns, *others = rows
         image = root / entry.name
-        return Record(entry.name, self.first + row, image, **pictures, target=target, columns=columns, others=others)
+        name, number = entry.name.removeprefix(self.inside), row if self.first is None else self.first + position
+        return Record(name, number, image, **pictures, target=target, columns=columns, others=others)
 
     def sample(self, position: int, epoch: int) -> Sample:
         """An image, its companions and its columns, as `ResizeCrop` makes them.
@@ -149,7 +150,8 @@ class ImageFolderData(PictureDataModule):
         batch_size: images a batch, on each device.
         val_share: share of the images that validate, in 0…1; 0: no validation. A hash of its name decides for each
             image, so that it stays on its side when images are added. Without effect where ``val_root`` is given.
-        val_root: a folder of validation images; all of ``root`` then trains, apart from ``val_root`` inside it.
+        val_root: a folder of validation images; all of ``root`` then trains, apart from ``val_root`` inside it, for
+            which metadata and masks further up count too.
         masks: ``"auto"`` takes the masks if there are any, ``"require"`` insists on them, ``"ignore"`` leaves them out.
         sources: the same for sources.
         segmentations: the same for label maps.
@@ -215,8 +217,9 @@ class ImageFolderData(PictureDataModule):
         self.sources = check.choice("sources", sources, CHOICES)
         self.segmentations = check.choice("segmentations", segmentations, CHOICES)
         self.captions = check.choice("captions", captions, CHOICES)
-        self.root = _folder(check, "root", root)
-        self.val_root = None if val_root is None else _folder(check, "val_root", val_root)
+        with attributed(check.owner), patient(Patience(self.read_timeout)):
+            self.root = existing_folder("root", root, "images")
+            self.val_root = None if val_root is None else existing_folder("val_root", val_root, "images")
         self.columns = dict(columns or {})
         self.buckets = None if buckets is None else Buckets(**buckets)
         self._plan: BucketPlan | None = None
@@ -237,22 +240,39 @@ class ImageFolderData(PictureDataModule):
             self._set_up()
 
     def _set_up(self) -> None:
-        index = self._index(self.root, skip=self.val_root)
-        everything = np.arange(len(index))
-        if self.buckets is not None:
-            self._plan = self.buckets.plan(self._image_sizes(index))
-            rank_zero_info(f"{OWNER}: {self._plan.table()}")
+        index = of_val = self._index(self.root, self.val_root)
+        train, inside = np.arange(len(index)), ""
+        firsts: tuple[int | None, int | None] = (0, len(index))
         if self.val_root is None:
             train, val = split_hashes(index.hashes, self.val_share)
-            self.val_set = self._dataset(index, val, training=False) if len(val) else None
+            firsts = (None, None)
+        elif name := name_inside(self.root, self.val_root):  # listed together, as what is written above is of both
+            inside = f"{name}/"
+            held_out = index.below(inside)
+            train, val = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+            firsts = (0, len(train))
+            for setting, found in (("root", train), ("val_root", val)):
+                if not len(found):
+                    raise UserError(f"no images in {setting}={str(getattr(self, setting))!r}, apart from the other's")
+        elif name_inside(self.val_root, self.root):
+            raise UserError(
+                f"root={str(self.root)!r} lies in val_root={str(self.val_root)!r}, whose images would train as well; "
+                "give a folder for validation inside root, or one beside it"
+            )
         else:
-            train = everything
-            held_out = self._index(self.val_root)
-            self.val_set = self._dataset(held_out, np.arange(len(held_out)), training=False, first=len(index))
-        self.train_set = self._dataset(index, train, training=True)
-        self.test_set = self.val_set
-        predict = self._dataset(index, everything, training=False)
-        self.predict_set = predict if self.val_root is None or not self.val_set else Joined(predict, self.val_set)
+            of_val = self._index(self.val_root)
+            val = np.arange(len(of_val))
+        if self.buckets is not None:
+            self._plan = self.buckets.plan(self._image_sizes(index)[train if inside else slice(None)])
+            rank_zero_info(f"{OWNER}: {self._plan.table()}")
+        self.train_set = self._dataset(index, train, training=True, first=firsts[0])
+        self.val_set = self.test_set = None
+        if len(val):
+            self.val_set = self.test_set = self._dataset(of_val, val, False, firsts[1], inside)
+        everything = train if self.val_root else np.arange(len(index))
+        self.predict_set = predict = self._dataset(index, everything, training=False, first=0)
+        if self.val_root and self.val_set:
+            self.predict_set = Joined(predict, self.val_set)
         rank_zero_info(f"{OWNER}: {self.summary()}")
         if notes := self.notes():
             rank_zero_info(f"{OWNER}: {notes}")
@@ -280,20 +300,27 @@ class ImageFolderData(PictureDataModule):
         parts = (self.train_set, self.val_set)
         return list({id(part.index): part.index for part in parts if isinstance(part, FolderImages)}.values())
 
-    def _index(self, root: Path, skip: Path | None = None) -> FolderIndex:
+    def _index(self, root: Path, held_out: Path | None = None) -> FolderIndex:
         lenient = self.on_error == "skip"
         pairing = Pairing(self.masks, self.sources, self.segmentations, self.captions, self.columns, lenient)
-        settings = {**asdict(pairing), "skip": skip and skip.resolve()}  # a relative one means another folder elsewhere
-        return folder_index(root, settings, lambda: find_images(root, pairing, skip), self.index_dir, KEPT_FROM)
+        settings = {**asdict(pairing), "skip": held_out and held_out.resolve()}  # elsewhere a relative one is another
+        return folder_index(root, settings, lambda: find_images(root, pairing, held_out), self.index_dir, KEPT_FROM)
 
-    def _dataset(self, index: FolderIndex, rows: npt.NDArray[np.int64], training: bool, first: int = 0) -> FolderImages:
+    def _dataset(
+        self,
+        index: FolderIndex,
+        rows: npt.NDArray[np.int64],
+        training: bool,
+        first: int | None = None,
+        inside: str = "",
+    ) -> FolderImages:
         choices = {MASK: self.masks, SOURCE: self.sources, SEGMENTATION: self.segmentations, CAPTION: self.captions}
         required = {name for name, choice in choices.items() if choice == "require"}
         required |= {kind for kind in COMPANIONS if index.count(kind)}
         captions = self.captions == "require" or (self.captions == "auto" and index.captioned > 0)
         plan = self._plan
         crops = self.crops(training, None if plan is None else plan.shape)
-        images = FolderImages(index, rows, crops, first, required, captions, self.columns)
+        images = FolderImages(index, rows, crops, first, inside, required, captions, self.columns)
         if plan is not None:
             images.bucket_of = plan.buckets(self._image_sizes(index)[rows])
             images.shapes = plan.shapes
@@ -309,13 +336,3 @@ class ImageFolderData(PictureDataModule):
 def default_index_dir() -> Path:
     """The folder of a user's caches."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentdm" / "folders"
-
-
-def _folder(check: Check, setting: str, value: str | Path) -> Path:
-    path = Path(value).expanduser()
-    if not path.is_dir():
-        what = "is a file" if path.is_file() else "does not exist"
-        raise UserError(
-            f"{check.owner}: {setting}={str(value)!r} {what}; give a folder of images (searched from {Path.cwd()})"
-        )
-    return path

@@ -22,6 +22,7 @@ from latentdm.data.metadata import CAPTION_COLUMNS, RESERVED, rows_of_image
 from latentdm.data.pairing import check_val_share, split_hashes
 from latentdm.data.skips import SampleError
 from latentdm.data.stream import Item, StreamDataModule, stable_index
+from latentdm.data.watch import working
 from latentdm.errors import UserError, attributed
 from latentdm.extras import require
 from latentdm.validation import Check
@@ -63,11 +64,10 @@ class Rows:
         """A part's records, of files of its own."""
         dataset = self.dataset if parts == 1 else self.dataset.shard(parts, part, contiguous=False)
         if shuffle:
-            dataset = dataset.shuffle(
-                seed=turn % 2**32, buffer_size=1
-            )  # files alone: samples are drawn from our buffer
+            # Files alone: samples are drawn from our buffer.
+            dataset = dataset.shuffle(seed=turn % 2**32, buffer_size=1)
         # Not by iterating over it: within a worker that would split it once more.
-        for number, batch in enumerate(dataset.iter(batch_size=1)):
+        for number, batch in enumerate(working(dataset.iter(batch_size=1))):
             row = {column: values[0] for column, values in batch.items()}
             try:
                 yield self.record(row, f"{self.split}/part {part} of {parts}/{number}")
@@ -154,10 +154,8 @@ class HuggingFaceData(StreamDataModule):
         name: which of the data set's configurations.
         revision: of the data set on the hub.
         split: the rows to train on.
-        val_split: the rows to validate on; all of ``split`` then trains. None: a share of ``split``, and in a stream no
-            validation.
-        val_share: share of the rows that validate, in 0…1, without a ``val_split``. A hash of its number
-            decides for each row.
+        val_split: the rows to validate on; all of ``split`` then trains. None: a share of it, in a stream none.
+        val_share: share of the rows, in 0…1, that validate without a ``val_split``; a hash of its number decides.
         columns: our name → the data set's, where it is not the usual one: ``{image: photo, mask: matte, source: before,
             caption: en}``; ``mask: null`` leaves the masks out.
         streaming: read as a stream, without downloading it whole; the epoch then has a set length on every rank.
@@ -167,6 +165,7 @@ class HuggingFaceData(StreamDataModule):
         parts: in how many a stream is read at most; the order follows from it. Fewer with less than eight files a part.
         alpha: keep transparency as a fourth channel.
         flip: mirror half of the training images, drawn for each sample and epoch.
+        random_crop: crop training images anywhere; otherwise in the centre, as all others.
         num_workers: processes that read images.
         seed: the order and the crops follow from it.
         on_error: ``"raise"`` or ``"skip"``, see `PixelDataModule`.
@@ -204,6 +203,7 @@ class HuggingFaceData(StreamDataModule):
         parts: int = 64,
         alpha: bool = False,
         flip: bool = False,
+        random_crop: bool = True,
         num_workers: int = 0,
         seed: int = 0,
         on_error: str = "raise",
@@ -214,7 +214,7 @@ class HuggingFaceData(StreamDataModule):
     ) -> None:
         super().__init__(
             epoch_length, val_length, shuffle_buffer, parts, size=size, alpha=alpha, flip=flip, max_pixels=max_pixels,
-            batch_size=batch_size, num_workers=num_workers, seed=seed, on_error=on_error,
+            random_crop=random_crop, batch_size=batch_size, num_workers=num_workers, seed=seed, on_error=on_error,
             max_skipped_share=max_skipped_share, read_timeout=read_timeout,
         )  # fmt: skip
         check = Check(type(self).__name__)

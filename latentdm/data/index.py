@@ -8,6 +8,7 @@ into memory: but for a checksum, opening it reads nothing that is not asked for.
 import json
 import os
 import random
+import stat
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +22,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from lightning.pytorch.utilities import rank_zero_warn
 from tqdm import tqdm
 
 from latentdm.batch import CAPTION
 from latentdm.data.decode import read_size
-from latentdm.data.files import same_patience
+from latentdm.data.files import NoAnswerError, asked, same_patience
 from latentdm.data.index_file import SUFFIX, BrokenIndexError, read_table, write_table
 from latentdm.data.skips import SampleError
 from latentdm.errors import RunError
@@ -57,6 +59,9 @@ SETTLED_S = 2.0
 CHECKED_FILES = 200
 """How many files' sizes and times are compared when an index is opened. Those of every folder are, which shows a file
 that has come or gone."""
+
+NO_STAMP = (0, -1)
+"""The `stamp` of what cannot be looked at, which equals that of nothing else."""
 
 THREADS = 8
 """They wait for the file system, which may be a network's."""
@@ -137,8 +142,27 @@ class FolderIndex:
                 raise SampleError(
                     f"the index of {self.root} names {value[name]}, which lies outside; remove {self.file}"
                 )
-        value["columns"] = None if value["columns"] is None else json.loads(value["columns"])
+        if value["columns"] is not None:
+            value["columns"] = self._parsed(value["columns"])
         return Entry(**value)
+
+    def name(self, row: int) -> str:
+        """The name of an image, to be told and not to be opened."""
+        return os.fsdecode(self._columns["name"][row].as_py())
+
+    def below(self, prefix: str) -> npt.NDArray[np.bool_]:
+        """``n``: whether each name begins so."""
+        begins: npt.NDArray[np.bool_] = pc.starts_with(self._columns["name"], os.fsencode(prefix)).to_numpy(False)
+        return begins
+
+    def _parsed(self, columns: bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(columns)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise SampleError(f"the index of {self.root} holds columns that are none; remove {self.file}")
+        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.file is not None:
@@ -186,7 +210,7 @@ def folder_index(
         cache: the folder in which indices are kept.
         least: the number of images from which an index is kept.
     """
-    root = root.resolve()
+    root = asked(root.resolve, root)
     key = json.dumps([VERSION, str(root), dict(settings)], sort_keys=True, default=str)
     file = cache / f"{blake2b(key.encode('utf-8', 'surrogateescape'), digest_size=16).hexdigest()}{SUFFIX}"
     index = _kept(root, file)
@@ -251,8 +275,11 @@ def _kept(root: Path, file: Path) -> FolderIndex | None:
     """The index in a file that still is true; None if there is none, whatever is wrong with it."""
     try:
         index = FolderIndex(root, *read_table(file, SCHEMA), file)
-        whole = all(isinstance(problem, str) for problem in index.problems)
+        texts = [*index.problems, *index.notes, *index.folders, *index.folders.values()]
+        whole = all(isinstance(text, str) for text in texts) and isinstance(index.captioned, int)
         return index if whole and _is_true(index) else None
+    except NoAnswerError:  # of the folder, which nobody could list either
+        raise
     except Exception:  # whoever wrote it may have written anything
         return None
 
@@ -273,16 +300,22 @@ def _is_true(index: FolderIndex) -> bool:
     """Whether folders, metadata files and some of the images still are what they were."""
     rows = random.Random().sample(range(len(index)), min(CHECKED_FILES, len(index)))
     images = {entry.name: (entry.mtime, entry.size) for entry in map(index.__getitem__, rows)}
-    return all(list(stamp(index.root / name)) == list(then) for name, then in {**index.watched, **images}.items())
+    watched = list({**index.watched, **images}.items())
+
+    def unchanged(part: Sequence[tuple[str, Sequence[int]]]) -> bool:
+        return all(list(stamp(index.root / name)) == list(then) for name, then in part)
+
+    parts = (watched[start : start + CHECKED_FILES] for start in range(0, len(watched), CHECKED_FILES))
+    return all(asked(partial(unchanged, part), index.root) for part in parts)
 
 
 def stamp(path: Path | str) -> tuple[int, int]:
-    """A file's time of change in nanoseconds and its size; of a folder the time alone; (0, −1) if it does not exist."""
+    """A file's time of change in nanoseconds and its size; of a folder the time alone; `NO_STAMP` without one."""
     try:
         status = os.stat(path)
     except OSError:
-        return 0, -1
-    return status.st_mtime_ns, (0 if os.path.isdir(path) else status.st_size)
+        return NO_STAMP
+    return status.st_mtime_ns, (0 if stat.S_ISDIR(status.st_mode) else status.st_size)
 
 
 def _image_size(index: FolderIndex, row: int) -> tuple[int, int]:

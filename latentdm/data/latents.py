@@ -2,7 +2,7 @@
 
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from latentdm.cache.rows import CACHED, MOMENTS, NO_SIZES, SIZES, CachedSample, 
 from latentdm.data.dataset import PixelDataset, Sample, collate
 from latentdm.data.files import open_file
 from latentdm.data.index import unit_hash
+from latentdm.data.listing import existing_folder, list_files
 from latentdm.data.module import PixelDataModule
 from latentdm.data.pairing import check_val_share, split_hashes
 from latentdm.data.skips import SampleError
-from latentdm.errors import UserError
+from latentdm.errors import UserError, attributed
 from latentdm.validation import Check
 
 OWNER = "LatentsData"
@@ -166,16 +167,20 @@ class LatentsData(PixelDataModule):
         max_skipped_share: float = 0.05,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, on_error, max_skipped_share)
-        self.root = Path(root).expanduser()
-        if not self.root.is_dir():
-            raise UserError(f"{OWNER}: root={str(root)!r} is no folder; give the one that latentdm cache export wrote")
+        with attributed(OWNER):
+            self.root = existing_folder("root", root, "what latentdm cache export wrote")
+        self._problems: list[str] = []
         self.size = None if size is None else Check(OWNER).integer("size", size, 1)
         self.val_share = check_val_share(Check(OWNER), val_share)
 
     def setup(self, stage: str | None = None) -> None:
         """List the files, and set the datasets, whatever the stage."""
+        listing = list_files(self.root)
+        self._problems = listing.problems
+        if self._problems and self.on_error == "raise":
+            raise UserError(f"{OWNER}: {self._problems[0]}")
         files, shapes = [], []
-        for file in _files(self.root):
+        for file in _files(self.root, sorted(listing.others, key=lambda name: name.split("/"))):
             shape, side = _shape(file)
             if self.size is None or side in (self.size, None):  # what cannot be read says so when it is
                 files.append(file)
@@ -200,11 +205,16 @@ class LatentsData(PixelDataModule):
         self.val_set = self.test_set = some(val) if len(val) else None
         self.predict_set = some(np.arange(len(files)))
 
+    def problems(self) -> list[str]:
+        """Folders that cannot be listed."""
+        return self._problems
 
-def _files(root: Path) -> Iterator[File]:
-    for path in sorted(root.rglob("*")):
+
+def _files(root: Path, names: Iterable[str]) -> Iterator[File]:
+    for name in names:
+        path = root / name
         if path.suffix in ENDINGS:
-            yield File(path, path.relative_to(root).as_posix())
+            yield File(path, name)
         elif path.suffix == ".tar":
             with open_file(path) as opened, tarfile.open(fileobj=opened) as tar:
                 for member in tar:

@@ -24,6 +24,9 @@ Pick = Callable[[Indices, Indices], npt.NDArray[Any]]
 LOW_DEPTHS = {"2": 85, "4": 17}
 """Pillow spreads gray levels of 2 and 4 bits over 0…255; by these the 1 in such a file is multiplied."""
 
+SENSORS: dict[float, int] = {1023: 10, 4095: 12, 16383: 14}
+"""The highest levels of depths that cameras and scanners write into files of 16."""
+
 NEARLY_GRAY = 16
 """The most by which the channels of a gray picture differ, after a JPEG."""
 
@@ -125,6 +128,11 @@ def _deep_mask(image: Image.Image, layout: str) -> Image.Image:
         raise UserError(f"a mask has no levels below 0, and it has {low}; save it with 8 bits, white to repaint")
     if high <= 1:
         return in_blocks(image, lambda levels: levels * 255)
+    if top == 65535 and high in SENSORS:
+        raise UserError(
+            f"its highest level, {high}, is white in {SENSORS[high]} bits and black in 16; save it with 8 bits, white "
+            "to repaint"
+        )
     if high * 255 < 1.5 * top:
         raise UserError(
             f"its highest level, {high} of {top}, would be black: save a mask with 0 and 1 or with 8 bits, and use "
@@ -189,6 +197,8 @@ def _ones(gray: Image.Image, one: int = 1) -> Image.Image:
 
 
 def _labels(image: Image.Image, layout: str) -> Image.Image:
+    if image.format in ("JPEG", "MPO"):
+        raise UserError("it is a JPEG, which changes the numbers of a label map; save it as PNG")
     if image.mode == "1":
         return image.convert("L").point([min(level, 1) for level in range(256)])
     if image.mode == "F":

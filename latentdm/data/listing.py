@@ -1,16 +1,23 @@
 """What lies in a folder and the folders inside it, sorted by what its names say."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from latentdm.data.decode import EXTENSIONS
-from latentdm.data.index import THREADS, stamp
+from latentdm.data.files import asked, same_patience
+from latentdm.data.index import NO_STAMP, THREADS, stamp
 from latentdm.data.names import SIDECARS, ending_of, is_metadata
+from latentdm.errors import UserError
+
+AT_ONCE = 1024
+"""Entries of a folder that are asked for at once: for each the storage has the time of a file."""
 
 
 @dataclass
@@ -36,6 +43,16 @@ class Listing:
     watched: dict[str, Sequence[int]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
+    def __iadd__(self, other: "Listing") -> "Listing":
+        """What lies in another folder as well."""
+        for name in fields(self):
+            ours, theirs = getattr(self, name.name), getattr(other, name.name)
+            if isinstance(ours, dict):
+                ours.update(theirs)
+            else:
+                ours += theirs
+        return self
+
 
 def list_files(root: Path, skip: Path | None = None, start: str = "") -> Listing:
     """Walk a folder, level by level and each level in parallel; hidden files are left out, links are followed once.
@@ -44,11 +61,17 @@ def list_files(root: Path, skip: Path | None = None, start: str = "") -> Listing
         root: what names are relative to.
         skip: a folder to leave out.
         start: the name of the folder to walk.
+
+    Raises:
+        NoAnswerError: a folder does not answer; names it. Without its files a list would be another one each time.
     """
     listing = Listing()
     seen = {_identity(skip)} if skip else set()
     level = [start]
-    with ThreadPoolExecutor(THREADS) as pool, tqdm(desc=f"listing {root.name}", unit=" files", delay=2) as progress:
+    with (
+        ThreadPoolExecutor(THREADS, initializer=same_patience()) as pool,
+        tqdm(desc=f"listing {root.name}", unit=" files", delay=2) as progress,
+    ):
         while level:
             fresh = []
             for folder in level:
@@ -56,11 +79,11 @@ def list_files(root: Path, skip: Path | None = None, start: str = "") -> Listing
                     seen.add(identity)
                     fresh.append(folder)
             level = []
-            for folder, then, files, inside, problem in pool.map(lambda folder: _scan(root, folder), fresh):
-                listing.watched[folder] = then
-                listing.problems += problem
-                level += inside
-                for name, status in files.items():
+            for folder, found in zip(fresh, pool.map(partial(_scan, root), fresh), strict=True):
+                listing.watched[folder] = found.stamp
+                listing.problems += found.problems
+                level += [name for _, name in sorted(found.folders)]
+                for name, status in found.files.items():
                     ending = ending_of(name)
                     if ending in EXTENSIONS:
                         listing.images[name] = status
@@ -71,35 +94,83 @@ def list_files(root: Path, skip: Path | None = None, start: str = "") -> Listing
                         listing.sidecars.append(name)
                     else:
                         listing.others.append(name)
-                progress.update(len(files))
+                progress.update(len(found.files))
     return listing
 
 
-def _scan(root: Path, folder: str) -> tuple[str, Sequence[int], dict[str, tuple[int, int]], list[str], list[str]]:
-    """One folder: its name, its stamp, its files, the folders in it, and why it cannot be listed."""
-    files: dict[str, tuple[int, int]] = {}
-    folders: list[tuple[bool, str]] = []
-    then = stamp(root / folder)
-    problems = []
+@dataclass
+class _Folder:
+    """What lies in one folder.
+
+    Attributes:
+        stamp: of the folder; one that cannot be listed has none, so that it is listed anew the next time.
+        files: name → (time of change in ns, size).
+        folders: whether it is a link, and its name.
+        problems: why it cannot be listed.
+    """
+
+    stamp: Sequence[int]
+    files: dict[str, tuple[int, int]] = field(default_factory=dict)
+    folders: list[tuple[bool, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def _scan(root: Path, folder: str) -> _Folder:
+    path = root / folder
+    found = _Folder(asked(lambda: stamp(path), path))
     try:
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                try:
-                    status = entry.stat()
-                    if entry.is_dir():
-                        folders.append((entry.is_symlink(), name))
-                    else:
-                        files[name] = status.st_mtime_ns, status.st_size
-                except OSError:  # a link to itself, or to nowhere: an error when it is read
-                    files[name] = 0, -1
+        entries = asked(lambda: os.scandir(path), path, discard=lambda late: late.close())
+        # The clock is that of each piece: a folder of a million files may take longer than any of them.
+        while asked(lambda: _take(entries, folder, found), path, discard=lambda _: entries.close()) == AT_ONCE:
+            pass
     except OSError as error:
-        problems.append(f"cannot list {root / folder}: {error.strerror}; let it be read, or move it out of the root")
-    return folder, then, files, [name for _, name in sorted(folders)], problems
+        found.stamp = NO_STAMP
+        found.problems.append(f"cannot list {path}: {error.strerror}; let it be read, or move it out of the root")
+    return found
+
+
+def _take(entries: Iterator["os.DirEntry[str]"], folder: str, found: _Folder) -> int:
+    """Put some entries where they belong; how many there were."""
+    count = 0
+    for entry in islice(entries, AT_ONCE):
+        count += 1
+        if entry.name.startswith("."):
+            continue
+        name = f"{folder}/{entry.name}" if folder else entry.name
+        try:
+            status = entry.stat()
+            if entry.is_dir():
+                found.folders.append((entry.is_symlink(), name))
+            else:
+                found.files[name] = status.st_mtime_ns, status.st_size
+        except OSError:  # a link to itself, or to nowhere: an error when it is read
+            found.files[name] = NO_STAMP
+    return count
+
+
+def existing_folder(setting: str, value: str | Path, which: str) -> Path:
+    """The folder that a setting names; of what, an error says.
+
+    Raises:
+        UserError: there is none, or it does not answer.
+    """
+    path = Path(value).expanduser()
+    if not asked(path.is_dir, path):
+        what = "is a file" if asked(path.is_file, path) else "does not exist"
+        raise UserError(f"{setting}={str(value)!r} {what}; give a folder of {which} (searched from {Path.cwd()})")
+    return path
+
+
+def name_inside(root: Path, folder: Path) -> str | None:
+    """The name of a folder inside another one; None where it lies elsewhere."""
+    resolved = asked(folder.resolve, folder), asked(root.resolve, root)
+    for inner, outer in ((os.path.abspath(folder), os.path.abspath(root)), resolved):
+        name = Path(os.path.relpath(inner, outer)).as_posix()
+        if name.split("/")[0] not in (os.curdir, os.pardir):
+            return name
+    return None
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    status = os.stat(folder)
+    status = asked(lambda: os.stat(folder), folder)
     return status.st_dev, status.st_ino

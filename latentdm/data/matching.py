@@ -1,9 +1,21 @@
 """Which pictures are images, and to which image each of the others belongs, by their names alone."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from latentdm.data.names import IMAGE_FOLDERS, IMAGE_MARKS, MARKS, Guess, folded, guesses, stem_of
+from latentdm.data.decode import EXTENSIONS
+from latentdm.data.names import (
+    IMAGE_FOLDERS,
+    IMAGE_MARKS,
+    LIKE,
+    MARKS,
+    Guess,
+    ending_of,
+    folded,
+    guesses,
+    is_doubtful,
+    stem_of,
+)
 
 
 class Stems:
@@ -46,17 +58,29 @@ class Stems:
 
     def of(self, guess: Guess) -> str | None:
         """The image that a picture belongs to, if the guess is right."""
-        marked = (f"{guess.stem}{separator}{mark}" for mark in IMAGE_MARKS for separator in "_-")
-        for stem in (guess.stem, *marked):
+        for stem in _names(guess.stem):
             if (found := self.find(stem)) is not None:
                 return found
-        return None if guess.apart is None else self.beside(*guess.apart)
+        if guess.apart is None:
+            return None
+        parent, inside = guess.apart
+        return next(filter(None, (self.beside(parent, name, guess.kind == LIKE) for name in _names(inside))), None)
 
-    def beside(self, parent: str, inside: str) -> str | None:
-        """The image with that path inside the one folder of images there is, or the one that is called so."""
+    def beside(self, parent: str, inside: str, anywhere: bool = False) -> str | None:
+        """The image with that path inside the one folder of images there is, or the one that is called so.
+
+        Args:
+            parent: the folder of folders.
+            inside: the path, without its ending.
+            anywhere: any of the folders will do.
+        """
         folders = self._folders.get(parent, set())
-        images = [folder for folder in folders if folded(folder) in IMAGE_FOLDERS] or list(folders)
-        return self._beside.get((parent, images[0], folded(inside))) if len(images) == 1 else None
+        images = sorted(folder for folder in folders if folded(folder) in IMAGE_FOLDERS) or sorted(folders)
+        if anywhere:
+            images = sorted(folders)
+        elif len(images) != 1:
+            return None
+        return next(filter(None, (self._beside.get((parent, folder, folded(inside))) for folder in images)), None)
 
 
 @dataclass
@@ -105,9 +129,19 @@ def match(names: Iterable[str], certain: Collection[str] = ()) -> Matches:
         else:
             images.append(name)
             matches.stems.add(stem_of(name))
-            if any(guess.kind in MARKS for guess in guessed):
+            if any(guess.kind in MARKS for guess in guessed) or is_doubtful(name):
                 matches.doubtful.append(name)
     images.sort()
     matches.pairs.sort(key=lambda pair: pair[2])
     matches.orphans.sort(key=lambda orphan: orphan[1])
     return matches
+
+
+def _names(stem: str) -> Iterator[str]:
+    """What the image may be called exactly: with its ending, with a mark of its own, or with a separator at its end."""
+    yield stem
+    if ending_of(stem) in EXTENSIONS:
+        yield stem_of(stem)
+    for separator in "_-":
+        yield from (f"{stem}{separator}{mark}" for mark in IMAGE_MARKS)
+        yield f"{stem}{separator}"

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
-from latentdm.batch import CAPTION, NAMES
+from latentdm.batch import CAPTION, EPOCH, NAMES
+from latentdm.cache.rows import CACHED
 from latentdm.data.names import ending_of
 from latentdm.data.skips import SampleError
-from latentdm.data.texts import check, decode, parse_csv, parse_json, read_bytes, shortened
+from latentdm.data.texts import check, decode, parse_csv, parse_json, quoted, read_bytes
 
 FILE_COLUMNS = ("file_name", "image_file_name")
 """The columns that name the image, as in Hugging Face's imagefolder: the first that is there."""
@@ -26,7 +27,7 @@ FILE_COLUMNS = ("file_name", "image_file_name")
 CAPTION_COLUMNS = ("caption", "text")
 """The columns that hold the caption unless a user names another one: the first that is there."""
 
-RESERVED = frozenset({*NAMES, "name", ""}) - {CAPTION}
+RESERVED = frozenset({*NAMES, EPOCH, CACHED, "name", ""}) - {CAPTION}
 """Columns that a text cannot bring, because a batch has these names for something else."""
 
 OPAQUE = re.compile(r"\b(?:large_|fixed_size_)?(?:binary|timestamp|date|time|decimal|duration|interval|extension)\d*\b")
@@ -121,7 +122,7 @@ def read_metadata(path: Path, columns: Mapping[str, str] | None = None) -> Itera
             problem = problem or str(error)
         if not isinstance(name, str) or not name:
             hint = "separate columns by commas" if re.search("[;\t]", "".join(content)) else "or columns={image: …}"
-            wrong = f"{where}: a row must have a column {of_image!r}, got {shortened(content)}; add it, {hint}"
+            wrong = f"{where}: a row must have a column {of_image!r}, got {quoted(content)}; add it, {hint}"
             yield Row(where, "", {}, wrong)
         else:
             yield Row(where, name, row, problem, anywhere)
@@ -162,7 +163,7 @@ def listed(caption: object, what: object = "") -> list[str]:
     """
     captions: list[Any] = caption if isinstance(caption, list) else [] if caption is None else [caption]
     if not all(isinstance(text, str) for text in captions):
-        got = shortened(caption)
+        got = quoted(caption)
         raise SampleError(f"cannot read {what}: its caption must be a text or a list of texts, got {got}")
     return captions
 
@@ -226,7 +227,7 @@ def _csv_rows(path: Path) -> Iterator[Found]:
             head = [name.strip() for name in record]
             twice = next((name for name, count in Counter(head).items() if name and count > 1), None)
             if twice is not None:
-                raise SampleError(f"cannot read {where}: two columns have the name {shortened(twice)}; rename one")
+                raise SampleError(f"cannot read {where}: two columns have the name {quoted(twice)}; rename one")
         else:
             problem = ""
             if len(record) > len(head):
@@ -278,7 +279,7 @@ def _parquet_rows(path: Path) -> Iterator[Found]:
         opaque = [field.name for field in table.schema if OPAQUE.search(str(field.type))]
         rows = table.drop_columns(opaque).to_pylist()
     except pa.ArrowException as error:
-        raise SampleError(f"cannot read {path}: it is no Parquet ({shortened(str(error))}); replace it") from error
+        raise SampleError(f"cannot read {path}: it is no Parquet ({quoted(str(error))}); replace it") from error
     if opaque:
         tell_once(f"left out of {path}: the columns {', '.join(opaque)}, which hold no texts or numbers")
     for number, row in enumerate(rows, start=1):
@@ -288,4 +289,4 @@ def _parquet_rows(path: Path) -> Iterator[Found]:
 def _object_or_problem(row: object, where: str) -> tuple[Mapping[str, Any], str]:
     if isinstance(row, dict):
         return row, ""
-    return {}, f"{where}: a row must have a column {FILE_COLUMNS[0]!r}, got {shortened(row)}; correct or remove it"
+    return {}, f"{where}: a row must have a column {FILE_COLUMNS[0]!r}, got {quoted(row)}; correct or remove it"

@@ -190,9 +190,11 @@ class PixelDataModule(LightningDataModule):
             # Without a trainer a folder of a new name, that nobody has made: it is made at the first skip, if at all.
             home = Path(gettempdir()) / f"latentdm-{uuid4().hex}"
             folder = (home if self.trainer is None else Path(self.trainer.default_root_dir)) / "skipped_samples"
-            self.skips = Skips(folder, rank, ranks, self.max_skipped_share, total=max(map(len, self._sets())))
+            problems = self.problems()
+            total = max(map(len, self._sets())) + len(problems)  # which count as a sample each
+            self.skips = Skips(folder, rank, ranks, self.max_skipped_share, total)
             with attributed(type(self).__name__):
-                for problem in self.problems():
+                for problem in problems:
                     self.skips.add(problem, problem)
         return self.skips
 

@@ -17,7 +17,7 @@ from latentdm.data.decode import EXTENSIONS
 from latentdm.data.described import TEXTS, Describer
 from latentdm.data.geometry import COMPANIONS
 from latentdm.data.index import Entry
-from latentdm.data.listing import Listing, list_files
+from latentdm.data.listing import Listing, list_files, name_inside
 from latentdm.data.matching import Matches, Stems, match
 from latentdm.data.metadata import is_labelme
 from latentdm.data.names import LIKE, ending_of, stem_of
@@ -74,17 +74,25 @@ class Found(NamedTuple):
     facts: dict[str, Any]
 
 
-def find_images(root: Path, pairing: Pairing, skip: Path | None = None) -> Found:
+def find_images(root: Path, pairing: Pairing, held_out: Path | None = None) -> Found:
     """The images of a folder and of the folders inside it; `latentdm.data.names` says what is recognised.
 
     What metadata say of an image comes before what names say. An image that the metadata do not name counts as well.
+
+    Args:
+        root: the folder.
+        pairing: what belongs to an image.
+        held_out: a folder for validation. One inside ``root`` is found under its own name, even if a link leads to it
+            too; any other one is left out.
 
     Raises:
         UserError: no images, and, unless ``pairing.lenient``: a companion without an image, two of one kind for one
             image, an image without one where others have one (or where they are required), a metadata row that cannot
             be read, or that names a file outside the folder or one that does not exist.
     """
-    listing = list_files(root, skip)
+    listing = list_files(root, held_out)
+    if held_out is not None and (inside := name_inside(root, held_out)) is not None:
+        listing += list_files(root, start=inside)
     _settle_json(listing)
     described = Describer(root, listing, pairing.choices, pairing.columns, pairing.lenient)()
     problems, notes = described.problems, described.notes

@@ -29,12 +29,24 @@ class PhotographCrop:
         size: side of the square images in pixels.
         first_index: the ``index`` of the first crop.
         seed: the crops follow from it.
+        count: crops an epoch.
     """
 
     split: Literal["train", "val"]
     size: int
     first_index: int
     seed: int
+    count: int
+
+    @property
+    def an_epoch(self) -> int:
+        """Crops of each photograph in an epoch; of some there is one more."""
+        return max(self.count // len(photographs(self.split)), 1)
+
+    def again(self, record: Record) -> tuple[int, int]:
+        """How many crops of the photograph an epoch has before this one; and the index of the first of them."""
+        number, photograph = divmod(record.index - self.first_index, len(photographs(self.split)))
+        return number, self.first_index + photograph
 
     def __call__(self, record: Record, epoch: int) -> Sample:
         """``pixels`` uint8 ``3 size size``, ``index``, ``name``, and its `size_columns`."""
@@ -138,7 +150,7 @@ class SamplesData(PixelDataModule):
 
     def _crops(self, split: Literal["train", "val"], count: int) -> PhotographCrops:
         first = 0 if split == "train" else self.epoch_length
-        return PhotographCrops(PhotographCrop(split, self.size, first, self.seed), split, first, count)
+        return PhotographCrops(PhotographCrop(split, self.size, first, self.seed, count), split, first, count)
 
 
 @cache

@@ -3,8 +3,10 @@
 import os
 import re
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 
+from latentdm.data.files import asked
 from latentdm.data.index import stamp
 from latentdm.data.listing import Listing, list_files
 from latentdm.data.matching import Matches
@@ -32,13 +34,13 @@ def find_beside(
     Returns:
         Kind → the folder, as `beside` takes it, to which the names in ``pairs`` are relative.
     """
-    root = root.resolve()  # as the index has it
+    root = asked(root.resolve, root)  # as the index has it
     found: dict[str, str] = {}
     stems = {stem_of(name) for name in matches.images}
     for kind in kinds:
         for folder, is_named in _folders(root, kind):
-            listing.watched[folder] = stamp(root / folder)
-            if not (root / folder).is_dir():
+            listing.watched[folder] = asked(partial(stamp, root / folder), root / folder)
+            if not asked((root / folder).is_dir, root / folder):
                 continue
             inside = list_files(root, start=folder)
             pairs = []
@@ -89,6 +91,6 @@ def _folders(root: Path, kind: str) -> Iterator[tuple[str, bool]]:
 def _names(folder: Path) -> dict[str, str]:
     """What lies in a folder: a name without its case → the name."""
     try:
-        return {folded(name): name for name in os.listdir(folder)}
+        return {folded(name): name for name in asked(lambda: os.listdir(folder), folder)}
     except OSError:  # nobody may look there
         return {}

@@ -30,7 +30,7 @@ class Skips:
         rank: of this process and its workers, which share a file.
         ranks: how many there are.
         limit: the share of the samples that may be skipped.
-        total: the number of samples.
+        total: the number of samples, and of what else is written down.
     """
 
     def __init__(self, folder: Path, rank: int, ranks: int, limit: float, total: int) -> None:

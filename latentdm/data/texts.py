@@ -25,6 +25,9 @@ MAX_DEPTH = 32
 INTEGER_DIGITS = 19
 """Of the largest integer of 64 bits."""
 
+MAX_LOOKED_AT = 1000
+"""Bytes of a file by which its encoding is told."""
+
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 """How a file begins that Windows calls Unicode."""
 
@@ -52,7 +55,7 @@ def decode(content: bytes, what: object, errors: str = "strict") -> str:
     Raises:
         SampleError: it is not UTF-8.
     """
-    if content.startswith(UTF_16):
+    if content.startswith(UTF_16) or _alternates(content):
         raise SampleError(f"cannot read {what}: it is UTF-16; save it as UTF-8")
     try:
         return content.decode("utf-8-sig", errors)
@@ -126,16 +129,21 @@ def check(value: object, what: object) -> None:
     raise SampleError(f"cannot read {what}: it is nested more than {MAX_DEPTH} levels deep")
 
 
-def shortened(value: object) -> str:
+def quoted(value: object) -> str:
     """A value as an error quotes it: its beginning and its end where it is long."""
-    quoted = Repr()
-    quoted.maxstring = quoted.maxother = 80
-    return quoted.repr(value)
+    short = Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
 
 
-def cut(text: str) -> str:
-    """A name as an error gives it: without its middle where it is long."""
-    return text if len(text) <= 200 else f"{text[:100]}…{text[-60:]}"
+def _alternates(content: bytes) -> bool:
+    """Whether every other byte is zero, as in UTF-16 without a mark: each of them would be a character of UTF-8."""
+    halves = content[:MAX_LOOKED_AT:2], content[1:MAX_LOOKED_AT:2]
+    return len(content) >= 4 and {0 in half for half in halves} == {True, False} and any(map(_is_zero, halves))
+
+
+def _is_zero(content: bytes) -> bool:
+    return not content.strip(b"\0")
 
 
 def _check_text(text: str, what: object) -> None:
@@ -152,7 +160,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"{shortened(twice)} is there twice")
+        raise ValueError(f"{quoted(twice)} is there twice")
     return found
 
 
@@ -163,4 +171,4 @@ def _integer(text: str) -> int:
 
 
 def _too_large(digits: str) -> str:
-    return f"the integer {shortened(digits).strip(chr(39))} has more than 64 bits; write it as a text"
+    return f"the integer {quoted(digits).strip(chr(39))} has more than 64 bits; write it as a text"

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
 from threading import Event, Thread
-from time import monotonic
+from time import monotonic, process_time
 from typing import Any, TypeVar
 
+from latentdm.data.files import Patience, patience
 from latentdm.data.reading import NO_POSITION, Reading
 
 T = TypeVar("T")
@@ -20,6 +21,12 @@ POLL_S = 1.0
 
 DECODING_S = 10.0
 """Seconds that workers may stand still beyond the time of a file: they decode between two of them."""
+
+WORKING_S = 0.001
+"""Seconds of the processor's time by which a process shows that it works: what comes over a network takes more."""
+
+WORKING_POLL_S = 5.0
+"""Seconds in which it does."""
 
 STARTING_S = 120.0
 """Seconds in which workers start."""
@@ -69,6 +76,39 @@ class Watch:
     def end(self) -> None:
         """Watch no longer."""
         self._ended.set()
+
+
+def working(items: Iterator[T]) -> Iterator[T]:
+    """Items that a library downloads without a word: while that goes on, this process gets further.
+
+    Nobody sees the bytes as they come, but for the processor's time that they take. A network that is gone takes none,
+    and the library has a clock of its own for it.
+
+    Args:
+        items: what is downloaded; the `Patience` of whoever asks for one of them hears of progress.
+    """
+    ended, awaiting = Event(), [Patience()]
+
+    def look() -> None:
+        used = process_time()
+        while not ended.wait(WORKING_POLL_S):
+            before, used = used, process_time()
+            if used - before > WORKING_S:
+                awaiting[0].progress()
+
+    Thread(target=look, daemon=True, name="latentdm download").start()
+    try:
+        while True:
+            awaiting[0] = patience()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                awaiting[0] = Patience()
+            yield item
+    finally:
+        ended.set()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from latentdm.data.metadata import read_sidecar, rows_of_image
 from latentdm.data.names import MARKS, SIDECARS, guesses
 from latentdm.data.skips import SampleError
 from latentdm.data.stream import Item, StreamDataModule, StreamImages, own_share, stable_index
-from latentdm.data.texts import check, decode, shortened
+from latentdm.data.texts import check, decode, quoted
 from latentdm.errors import UserError, attributed
 from latentdm.extras import require
 
@@ -119,7 +119,7 @@ class ShardRecords:
         for ending in files:
             if ending not in KNOWN and ending not in self.columns.values() and ending not in self.told:
                 if len(self.told) < MAX_TOLD:
-                    rank_zero_info(f"{OWNER}: left out of shards: files ending in .{shortened(ending)[1:-1]}")
+                    rank_zero_info(f"{OWNER}: left out of shards: files ending in .{quoted(ending)[1:-1]}")
                 self.told.add(ending)
 
     def _check_name(self, key: str, name: str, beside: Collection[str]) -> None:
@@ -198,6 +198,7 @@ class WebDatasetData(StreamDataModule):
             part.
         alpha: keep transparency as a fourth channel.
         flip: mirror half of the training images, drawn for each sample and epoch.
+        random_crop: crop training images anywhere; otherwise in the centre, as all others.
         num_workers: processes that read images.
         seed: the order and the crops follow from it.
         on_error: ``"raise"`` or ``"skip"``, see `PixelDataModule`; a shard that breaks off counts as one sample.
@@ -227,6 +228,7 @@ class WebDatasetData(StreamDataModule):
         parts: int = 64,
         alpha: bool = False,
         flip: bool = False,
+        random_crop: bool = True,
         num_workers: int = 0,
         seed: int = 0,
         on_error: str = "raise",
@@ -237,7 +239,7 @@ class WebDatasetData(StreamDataModule):
     ) -> None:
         super().__init__(
             epoch_length, val_length, shuffle_buffer, parts, size=size, alpha=alpha, flip=flip, max_pixels=max_pixels,
-            batch_size=batch_size, num_workers=num_workers, seed=seed, on_error=on_error,
+            random_crop=random_crop, batch_size=batch_size, num_workers=num_workers, seed=seed, on_error=on_error,
             max_skipped_share=max_skipped_share, read_timeout=read_timeout,
         )  # fmt: skip
         self.shards = shards

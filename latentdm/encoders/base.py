@@ -104,8 +104,11 @@ class Encoder(Stage):
         return {LATENTS: self.vae.latent_channels}
 
     def setup(self, device: torch.device | str) -> None:
-        """Make the autoencoder and move it to ``device``. Outside a trainer this is optional."""
-        self.vae.to(device)
+        """Make the autoencoder and move it to ``device``, with a cache when something is first missing there.
+
+        Outside a trainer this is optional.
+        """
+        self.vae.to(device, rest=self.cache is not None)
 
     def crop(self, image: Tensor) -> Tensor:
         """The centred part of ``… H W`` that is encoded: ``… h w``, a view."""

@@ -37,6 +37,7 @@ class Weights:
         self._module: nn.Module | None = None  # made for a device and dtype by `to`
         self._full: nn.Module | None = None
         self._device: torch.device | None = None
+        self._rests = False  # on the CPU, until it is needed on its device
         self._first: Tensor | None = None  # to look for it costs as much as all else that a small batch needs
 
     @property
@@ -44,45 +45,58 @@ class Weights:
         """The autoencoder as it computes: on its device, in its dtype and layout."""
         if self._module is None:
             self.to(first_weight(self.original).device)
+        elif self._rests:
+            self.to(self.device)
         assert self._module is not None
         return self._module
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device if self._rests and self._device is not None else self.first.device
 
     def __str__(self) -> str:
         """Dtype and device, as far as they are settled; to ask settles nothing."""
         if self._module is not None:
-            return f"{dtype_name(self.first.dtype)} on {self.first.device}"
+            return f"{dtype_name(self.first.dtype)} on {self.device}"
         first = first_weight(self.original)
         given = self._wanted if self._wanted or is_of_diffusers(self.original) else first.dtype
         return f"{'dtype=auto' if given is None else dtype_name(given)} on {first.device}"
 
     @property
     def first(self) -> Tensor:
-        """A weight of `module`, for its device and dtype."""
+        """A weight of `module`, for its dtype; to look at it wakes nothing up."""
         if self._first is None:
-            self._first = first_weight(self.module, self._device)
+            self._first = first_weight(self._module or self.module, self._device)
         return self._first
 
     @property
     def full(self) -> nn.Module:
         """A float32 copy of the weights as they came, on the same device; made when it is first asked for."""
         if self._full is None:
-            self._full = cast_copy(self.original, self.first.device, torch.float32, torch.contiguous_format)
+            self._full = cast_copy(self.original, self.device, torch.float32, torch.contiguous_format)
         return self._full
 
     @torch.inference_mode(False)  # for inference tensors a compiled encoder would be compiled again
-    def to(self, device: torch.device) -> None:
-        """Move `module` to a device; the first time, settle its dtype there."""
-        self._device = device
+    def to(self, device: torch.device, rest: bool = False) -> None:
+        """Move `module` to a device; the first time, settle its dtype there.
+
+        Args:
+            device: where it computes.
+            rest: leave the weights on the CPU until they are needed.
+        """
+        self._device, self._rests = device, rest and device.type != "cpu"
+        place = torch.device("cpu") if self._rests else device
         if self._module is None:
             dtype = self._settle_dtype(device)
             if {parameter.dtype for parameter in self.original.parameters()} <= {dtype}:
-                self._module = self.original.to(device)
+                self._module = self.original.to(place)
                 lay_out(self._module, self.layout(dtype))
             else:
-                self._module = cast_copy(self.original, device, dtype, self.layout(dtype))
+                self._module = cast_copy(self.original, place, dtype, self.layout(dtype))
             if self.mode is not None:
                 self.compilation = Compilation(self._module, self.mode)
-        self._module = self._module.to(device)
+        self._module = self._module.to(place)
         self._full = self._first = None
 
     def layout(self, dtype: torch.dtype) -> torch.memory_format:

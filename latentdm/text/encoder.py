@@ -140,6 +140,13 @@ class TextEncoder(Stage):
         """Load the weights, the first time, and move them to ``device``."""
         self.to(device)
 
+    def load(self, device: torch.device | str) -> None:
+        """Load the weights in the dtype that they have on a device, and leave them on the CPU; once."""
+        if self._load is not None:
+            self._device = torch.device(device)
+            self._modules()
+            self._device = torch.device("cpu")
+
     def to(self, device: torch.device | str) -> Self:
         """Move it to a device; the first time, settle its dtype there."""
         self._device = torch.device(device)

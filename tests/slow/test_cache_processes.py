@@ -1,24 +1,17 @@
-"""The cache among processes: ranks that fill it, writers that are killed, and the commands."""
+"""The cache among processes: ranks that fill it, and writers that are killed."""
 
-import json
 import multiprocessing
-import os
 import random
-import subprocess
-import sys
-from collections.abc import Iterator
 from itertools import count
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from running import ROOT, run_ranks
+from running import run_ranks, write_noise_photos
 
 from latentdm.cache import writer as writing
 from latentdm.cache.keys import key_of
 from latentdm.cache.store import Store
-from latentdm.cache.upkeep import compact, spaces, verify
+from latentdm.cache.upkeep import compact, verify
 from latentdm.cache.writer import Writer
 
 COUNT = 24
@@ -133,17 +126,8 @@ fit("again", Cache(f"{folder}/cache"))
 """
 
 
-def write_photos(folder, number_of=COUNT):
-    folder.mkdir()
-    draw = np.random.default_rng(0)
-    for number in range(number_of):
-        shape = (32 + 3 * (number % 4), 32 + 5 * (number % 3), 3)
-        Image.fromarray(draw.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{number:02}.png")
-        (folder / f"{number:02}.txt").write_text(f"photograph {number}")
-
-
 def test_two_ranks_with_workers_fill_and_read_one_cache(tmp_path):
-    write_photos(tmp_path / "photos")
+    write_noise_photos(tmp_path / "photos", COUNT)
     run_ranks(RANKS, tmp_path)
     for rank in range(2):
         without, with_cache, again = (torch.load(tmp_path / f"{n}{rank}.pt") for n in ("without", "with", "again"))
@@ -155,107 +139,3 @@ def test_two_ranks_with_workers_fill_and_read_one_cache(tmp_path):
                 assert torch.equal(plain[key], read[key])
         assert with_cache[1]["misses"] + with_cache[1]["hits"] == again[1]["hits"] == 3 * COUNT // 2
         assert again[1]["misses"] == again[1]["failures"] == with_cache[1]["failures"] == 0
-
-
-# -------------------------------------------------------------------- commands
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_photos(tmp_path / "photos", 10)
-    return tmp_path
-
-
-def command(folder, *arguments, check=True):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, "-m", "latentdm", *arguments],
-        cwd=folder, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def overrides(cache="cache", *more):
-    return [
-        "pixels=folder", "pixels.root=photos", "pixels.size=32", "pixels.batch_size=4", "pixels.val_share=0.2",
-        "encoder=plain", "~masks", "cache=disk", f"cache.dir={cache}", "cache.variants=2", "vae.dtype=float32",
-        "+trainer.enable_progress_bar=false", *more,
-    ]  # fmt: skip
-
-
-def last_line(done):
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def contents(root) -> Iterator[bytes]:
-    from latentdm.cache.index import Index
-
-    for space in spaces(root):
-        store = Store(space)
-        store.refresh()
-        index: Index = store.index.joined(store.new)
-        yield from np.unique(index.prefix).tolist()
-
-
-def test_encode_resumes_divides_and_agrees(folder):
-    whole = last_line(command(folder, "encode", *overrides("whole")))
-    assert whole["failures"] == 0
-    assert whole["entries"] == whole["written"] == whole["misses"] == whole["images"]
-    assert whole["hits"] == 0
-    again = last_line(command(folder, "encode", *overrides("whole")))
-    assert (again["images"], again["misses"], again["hits"]) == (0, 0, whole["entries"])
-    halves = [last_line(command(folder, "encode", *overrides("parts", f"part={i}/2"))) for i in range(2)]
-    assert sum(half["images"] for half in halves) == whole["images"]
-    assert halves[1]["entries"] == whole["entries"]
-    ranks = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu"]
-    both = last_line(command(folder, "encode", *overrides("ranks", *ranks)))
-    assert both["entries"] == whole["entries"]
-    expected_keys = sorted(contents(folder / "whole"))
-    assert sorted(contents(folder / "parts")) == sorted(contents(folder / "ranks")) == expected_keys
-    info = json.loads(command(folder, "cache", "info", "--json", *overrides("whole")).stdout)
-    assert (info["entries"], info["hits"], info["misses"]) == (whole["entries"], whole["entries"], 0)
-    assert info["bytes"] == whole["bytes"] > 0
-    (folder / "photos" / "03.png").unlink()
-    (folder / "photos" / "03.txt").unlink()
-    write_photos(folder / "more", 1)
-    (folder / "more" / "00.png").rename(folder / "photos" / "99.png")
-    (folder / "more" / "00.txt").rename(folder / "photos" / "99.txt")
-    info = json.loads(command(folder, "cache", "info", "--json", *overrides("whole")).stdout)
-    assert info["stale"] > 0
-    assert info["misses"] > 0
-    pruned = json.loads(command(folder, "cache", "prune", "--json", *overrides("whole")).stdout)
-    assert pruned["freed"] > 0
-    info = json.loads(command(folder, "cache", "info", "--json", *overrides("whole")).stdout)
-    assert info["stale"] == 0
-    assert info["entries"] == info["hits"] > 0
-    assert json.loads(command(folder, "cache", "verify", "--json", *overrides("whole")).stdout)["failures"] == 0
-
-
-def test_broken_images_are_reported_by_name(folder):
-    (folder / "photos" / "04.png").write_bytes(b"no image")
-    done = command(folder, "encode", *overrides())
-    assert "04.png" in done.stdout
-    assert last_line(done)["failures"] == 1
-
-
-def test_encode_without_a_folder_says_what_to_add(folder):
-    done = command(folder, "encode", "pixels=folder", "pixels.root=photos", check=False)
-    assert done.returncode == 1
-    assert "add cache=disk" in done.stderr
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "webdataset", "comfyui"])
-def test_each_export_trains(folder, kind):
-    size = "pixels.size=64"  # that of debug=step
-    command(folder, "encode", *overrides("cache", size))
-    found = json.loads(
-        command(
-            folder, "cache", "export", "--format", kind, "--output", kind, "--json", *overrides("cache", size)
-        ).stdout
-    )
-    assert found["misses"] == 0 < found["entries"]
-    script = [sys.executable, str(ROOT / "train_example.py"), "pixels=latents", f"pixels.root={kind}", "encoder=plain"]
-    run = [*script, "~masks", "pixels.batch_size=4", "debug=step", "vae.dtype=float32"]
-    done = subprocess.run(run, cwd=folder, capture_output=True, text=True, check=False, env=os.environ)
-    assert done.returncode == 0, done.stderr

@@ -20,21 +20,11 @@ from helpers import (
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
-from latentdm import Captions, InpaintEncoder, LatentDataModule, PlainEncoder
+from latentdm import Captions, LatentDataModule, PlainEncoder
 from latentdm.callbacks import EncodeMonitor
 from latentdm.preview import first_samples
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def plain(vae):
-    return PlainEncoder(vae, posterior="mode")
-
-
-@pytest.fixture
-def inpaint(vae):
-    return InpaintEncoder(vae, posterior="mode")
 
 
 class Keeping(LatentModel):

@@ -10,6 +10,8 @@ from PIL import Image
 
 from latentdm import Cache, FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
 from latentdm.augment import Augment
+from latentdm.cache.fill import FillData
+from latentdm.cache.wanted import needed_keys
 from latentdm.callbacks import EncodeCallback
 from latentdm.data import ImageFolderData, SamplesData
 from latentdm.masks import AlphaMask, RandomMask
@@ -224,6 +226,30 @@ def test_the_example_needs_no_setting(tmp_path):
     pixels = SamplesData(size=SIZE, batch_size=2, epoch_length=COUNT, val_length=2)
     run(None, Cache(tmp_path / "cache", variants=2), PlainEncoder(vae), 5, pixels=pixels)
     assert encoded.take() == 2 * COUNT
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(1024, 2), (100, 3), (5, 40)])
+def test_the_example_meets_its_crops_again(tmp_path, count, epochs):
+    """With what it takes with a cache: twenty crops of each photograph, in however many epochs."""
+    pixels = SamplesData(size=SIZE, batch_size=16, epoch_length=count, val_length=0)
+    cache = Cache(tmp_path / "cache", variants=20, mask_variants=1)
+    datamodule = LatentDataModule(pixels, inpainting()[0], masks=RandomMask(), cache=cache)
+    datamodule.pixels = FillData(pixels)
+    datamodule.pixels.setup()
+    datamodule.line.setup("cpu")
+    cache.setup(datamodule)
+    [crops] = datamodule.pixels.able()
+    photographs = len({crops.record(position).name for position in range(len(crops))})
+    seen = [
+        key
+        for epoch in range(epochs)
+        for position in range(count)
+        for key in crops.crops.keys(crops.record(position), epoch)[0].values()
+    ]
+    assert len(set(seen)) == 2 * 20 * photographs
+    needed = list(needed_keys([crops]))
+    assert len(needed) == len(set(needed))
+    assert set(needed) == set(seen)
 
 
 # -------------------------------------------------------------------- never stale

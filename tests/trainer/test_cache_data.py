@@ -1,16 +1,25 @@
 """The cache with every source of images: buckets, data sets, shards, exports, and data modules of somebody else."""
 
+import json
+import os
+import tarfile
+from shutil import rmtree
+
+import numpy as np
 import pytest
 import torch
 from helpers import LatentModel, Photos, complains, fit, images, photo_columns, quiet_trainer, tiny_kl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+from running import add_file, quiet_datasets
 from test_cache import COUNT, SIZE, counted_vae, data, inpainting, photos, rows, run, write_photo  # noqa: F401
 
 from latentdm import Cache, FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
 from latentdm.cache.export import export
-from latentdm.cache.fill import FillData
+from latentdm.cache.fill import Fill, FillData
 from latentdm.cache.ray import EncodeActor, jobs
-from latentdm.data import HuggingFaceData, LatentsData, WebDatasetData
+from latentdm.cache.wanted import needed_keys
+from latentdm.data import HuggingFaceData, ImageFolderData, LatentsData, WebDatasetData
 from latentdm.masks import RandomMask
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -165,7 +174,7 @@ def test_latents_that_are_none_name_their_file(tmp_path):
     (tmp_path / "latents" / "a.safetensors").write_bytes(b"nothing")
     with complains("LatentsData: cannot read a.safetensors"):
         run(None, None, pixels=LatentsData(tmp_path / "latents", val_share=0))
-    with complains("LatentsData: root", "is no folder"):
+    with complains("LatentsData: root", "does not exist; give a folder of what latentdm cache export wrote"):
         LatentsData(tmp_path / "none")
 
 
@@ -179,6 +188,38 @@ def test_a_folder_that_cannot_be_written_to_trains_on(photos, tmp_path):  # noqa
         model = run(photos, cache, epochs=2)
     assert len([warning for warning in said if "cache" in str(warning.message).lower()]) == 1
     assert len(rows(model)) == 2 * COUNT
+
+
+def test_a_folder_that_is_a_pipe_trains_on(photos, tmp_path):  # noqa: F811
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.warns(UserWarning, match="cannot write to dir"):
+        model = run(photos, Cache(tmp_path / "pipe"), epochs=2)
+    assert len(rows(model)) == 2 * COUNT
+
+
+def test_a_cache_among_the_images_is_none_of_them(photos):  # noqa: F811
+    for expected in (COUNT, 0):
+        vae, encoded = counted_vae()
+        model = run(photos, Cache(photos / "latents"), PlainEncoder(vae))
+        assert encoded.take() == expected
+        assert len(rows(model)) == COUNT
+    assert list((photos / "latents").rglob("*.safetensors"))
+
+
+class Removing(LatentModel):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            rmtree(self.trainer.datamodule.cache.dir)
+
+
+def test_a_cache_that_is_removed_in_the_middle_is_filled_again(photos, tmp_path):  # noqa: F811
+    vae, encoded = counted_vae("bfloat16")
+    without = run(photos, None, PlainEncoder(vae, per_batch=1), 4)
+    encoded.take()
+    cache = Cache(tmp_path / "cache")
+    model = run(photos, cache, PlainEncoder(vae, per_batch=1), 4, model=Removing())
+    assert encoded.take() in (COUNT, 2 * COUNT)  # files that are open are there until they are closed
+    assert all(torch.equal(value, rows(without)[at]) for at, value in rows(model).items())
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path:UserWarning")
@@ -202,3 +243,105 @@ def test_ids_and_draws_are_those_without_a_cache(photos, tmp_path):  # noqa: F81
     for key in ("index", "latents", "masked_latents", "noise_mask"):
         expected = without.column("train", key)[8:]
         assert torch.equal(resumed.column("train", key), expected)
+
+
+# -------------------------------------------------------------------- several captions an image
+
+
+def write_described(folder, kind):
+    """``COUNT`` square photographs with three captions each, which name their image."""
+    made = []
+    for number in range(COUNT):
+        levels = np.random.default_rng(number).integers(0, 256, (SIZE + 8, SIZE + 8, 3), dtype=np.uint8)
+        made.append((f"{number}", Image.fromarray(levels), [f"{way} of {number}" for way in ("photo", "view", "scan")]))
+    folder.mkdir()
+    if kind == "folder":
+        with (folder / "metadata.jsonl").open("w") as file:
+            for name, image, texts in made:
+                image.save(folder / f"{name}.png")
+                file.writelines(json.dumps({"file_name": f"{name}.png", "caption": text}) + "\n" for text in texts)
+    elif kind.startswith("huggingface"):
+        import datasets
+
+        columns = {"image": [image for _, image, _ in made], "caption": [texts for *_, texts in made]}
+        features = {"image": datasets.Image(), "caption": datasets.List(datasets.Value("string"))}
+        with quiet_datasets():
+            datasets.Dataset.from_dict(columns, datasets.Features(features)).save_to_disk(folder)
+    else:
+        for shard in range(2):
+            with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+                for name, image, texts in made[shard::2]:
+                    add_file(tar, f"{name}.png", image)
+                    add_file(tar, f"{name}.json", {"caption": texts})
+
+
+def described(folder, kind, **more):
+    settings = {"size": SIZE, "batch_size": 2, "random_crop": False, "flip": True, "num_workers": 1} | more
+    if kind == "folder":
+        return ImageFolderData(folder, val_share=0, **settings)
+    stream = {"epoch_length": COUNT, "shuffle_buffer": 3, "parts": 1}
+    if kind == "webdataset":
+        return WebDatasetData(str(folder / "{0..1}.tar"), **settings, **stream)
+    streaming = {"streaming": True, **stream} if kind.endswith("stream") else {"val_share": 0}
+    return HuggingFaceData(str(folder), **settings, **streaming)
+
+
+SOURCES = ["folder", "huggingface", "huggingface stream", "webdataset"]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_image_keeps_its_captions_and_latents(tmp_path, kind):
+    """Shuffled, mirrored, in a worker: bit for bit the run without a cache."""
+    write_described(tmp_path / "data", kind)
+
+    def once(cache):
+        vae, encoded = counted_vae("bfloat16")
+        model = run(None, cache, PlainEncoder(vae, per_batch=1), 3, pixels=described(tmp_path / "data", kind))
+        return model.batches("train"), encoded.take()
+
+    without, _ = once(None)
+    first, encoded = once(Cache(tmp_path / "cache"))
+    again, encoded_again = once(Cache(tmp_path / "cache"))
+    assert encoded <= 2 * COUNT
+    assert encoded_again == 0
+    assert len(without) == 3 * COUNT // 2
+    for plain, *others in zip(without, first, again, strict=True):
+        for cached in others:
+            for key in ("index", "latents", "original_size", "crop_top_left"):
+                assert torch.equal(plain[key], cached[key])
+            assert plain["caption"] == cached["caption"]
+            assert plain["name"] == cached["name"]
+    captions = {(caption.split()[-1], caption) for batch in again for caption in batch["caption"]}
+    assert len(captions) > COUNT  # several of an image were drawn
+    of_image = {
+        (int(index), text.split()[-1]) for b in again for index, text in zip(b["index"], b["caption"], strict=True)
+    }
+    assert len(of_image) == len({index for index, _ in of_image})  # and each is of its own
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", SOURCES)
+def test_each_source_is_encoded_ahead_of_time(tmp_path, kind, workers):
+    write_described(tmp_path / "data", kind)
+    vae, encoded = counted_vae()
+    cache = Cache(tmp_path / "cache", variants=2)
+    pixels = described(tmp_path / "data", kind, random_crop=True, num_workers=workers)
+    ahead = LatentDataModule(FillData(pixels), PlainEncoder(vae), cache=cache)
+    model = Fill(cache)
+    quiet_trainer().predict(model, datamodule=ahead, return_predictions=False)
+    assert encoded.take() == model.totals["entries"] == model.totals["images"] == 2 * COUNT
+    run(
+        None,
+        Cache(tmp_path / "cache", variants=2),
+        PlainEncoder(vae),
+        2,
+        pixels=described(tmp_path / "data", kind, random_crop=True),
+    )
+    assert encoded.take() == 0
+    keys = set(needed_keys(ahead.pixels.able()))
+    assert len(keys) == 2 * COUNT
+    assert all(key in cache.store for key in keys)
+    found = export(ahead.pixels.able(), "safetensors", tmp_path / "exported")
+    assert (found["entries"], found["misses"]) == (2 * COUNT, 0)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from helpers import Photos, complains, fit, images, masks, photo_columns, predict, tiny_kl
 
-from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
+from latentdm import Captions, FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
+from latentdm.augment import Augment
+from latentdm.batch import EPOCH
 from latentdm.draws import Draws
 from latentdm.stages import Line, Stage
 
@@ -107,6 +109,41 @@ def test_process_gives_what_a_step_gets(vae, mask):
     again = datamodule.process(batch, "cpu")
     assert again.keys() == first.keys()
     assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+class Drawing(Stage):
+    """What of the draws a stage sees."""
+
+    reads, writes, on_host = ("index",), ("drawn",), True
+
+    def __call__(self, batch, draws):
+        return {"drawn": [(draws.training, draws.epoch)] * len(draws.ids)}
+
+
+def test_process_draws_as_training_does_where_it_is_told_to(encoder):
+    captions = Captions(dropout=0.5, shuffle_tags=True)
+    columns = photo_columns(caption=["a, b, c, d, e", "f, g, h", "i, j, k, l", "m, n, o, p"])
+    datamodule = LatentDataModule(
+        Photos(columns), encoder, augment=Augment(flip=0.5), captions=captions, stages=[Jitter(), Drawing()], seed=3
+    )
+    batches = fit(datamodule).batches("train")
+    given = {"pixels": images(4)[:2], "index": torch.arange(2), "caption": columns["caption"][:2]}
+    again = datamodule.process(given, "cpu", training=True)
+    assert again["drawn"] == [(True, 0)] * 2
+    assert again["caption"] == batches[0]["caption"] != given["caption"]
+    assert torch.equal(again["latents"], batches[0]["latents"])
+    later = datamodule.process(given, "cpu", training=True, epoch=5)
+    assert later["drawn"] == [(True, 5)] * 2
+    assert not torch.equal(later["latents"], again["latents"])
+    plain = datamodule.process(given, "cpu")
+    assert plain["drawn"] == [(False, 0)] * 2
+    assert plain["caption"] == given["caption"]
+    assert datamodule.process({**given, EPOCH: torch.tensor([7, 7])}, "cpu", True, 5)["drawn"] == [(True, 7)] * 2
+    with complains("LatentDataModule: epoch must be", "got -1"):
+        datamodule.process(given, "cpu", epoch=-1)
+    with complains("LatentDataModule: "):  # and what comes after it is by its own rules again
+        datamodule.process({"index": torch.arange(2)}, "cpu", training=True)
+    assert datamodule.process(given, "cpu")["drawn"] == [(False, 0)] * 2
 
 
 def test_encode_gives_inputs_and_outputs_under_our_names(vae):

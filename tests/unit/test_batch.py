@@ -7,7 +7,7 @@ import torch
 from helpers import Photos, complains, images, masks, photo_columns
 from tiny_models import close
 
-from latentdm import InpaintEncoder, LatentDataModule, PlainEncoder
+from latentdm import LatentDataModule
 from latentdm.autoencoders.images import Images
 from latentdm.tensors import crop, unit_mask
 
@@ -20,16 +20,6 @@ def through_hooks(batch, encoder, **settings):
     batch = datamodule.on_before_batch_transfer(batch, 0)
     batch = datamodule.transfer_batch_to_device(batch, torch.device("cpu"), 0)
     return datamodule.on_after_batch_transfer(batch, 0)
-
-
-@pytest.fixture
-def plain(vae):
-    return PlainEncoder(vae, posterior="mode")
-
-
-@pytest.fixture
-def inpaint(vae):
-    return InpaintEncoder(vae, posterior="mode")
 
 
 def same(first, second):

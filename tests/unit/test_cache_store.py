@@ -3,6 +3,10 @@
 import errno
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shutil import rmtree
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ from safetensors.torch import load_file
 from latentdm.cache.index import Index, newest
 from latentdm.cache.keys import identity, key_of
 from latentdm.cache.rows import packed, unpacked
-from latentdm.cache.store import Store
+from latentdm.cache.store import Store, open_space
 from latentdm.cache.writer import Writer
 
 COUNT = 10
@@ -255,6 +259,159 @@ def test_a_folder_that_cannot_be_written_to_ends_the_writing(tmp_path):
     writer.put(Store(tmp_path / "space"), [key(0)], entries(1))
     with pytest.warns(UserWarning, match="writes nothing any more"):
         writer.close()
+
+
+def test_a_disk_that_was_full_is_written_to_by_the_next_run(tmp_path, monkeypatch):
+    write(tmp_path, count=2)
+    writer = Writer()
+    with monkeypatch.context() as context:
+        context.setattr(os, "fsync", full_disk)
+        writer.put(opened(tmp_path), [key(row) for row in range(COUNT)], entries())
+        with pytest.warns(UserWarning, match="writes nothing any more"):
+            writer.flush()
+        assert found(opened(tmp_path)) == [0, 1]  # what is there is read meanwhile
+    writer.close()
+    write(tmp_path)
+    assert found(opened(tmp_path)) == list(range(COUNT))
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid") or os.getuid() != 0, reason="needs a user who may not write")
+def test_a_folder_that_may_only_be_read_is_read():
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)  # pytest's own folders nobody else may enter
+        write(folder)
+        os.seteuid(65534)
+        try:
+            store, writer = opened(folder), Writer()
+            assert found(store) == list(range(COUNT))
+            with pytest.raises(PermissionError):
+                store.keep_index(least=0)
+            store.sweep()
+            writer.put(store, [key(COUNT)], entries(1))
+            with pytest.warns(UserWarning, match=r"PermissionError.*set cache\.dir"):
+                writer.close()
+            with pytest.warns(UserWarning, match="cannot write to dir"):
+                assert open_space(folder, {"other": 1}).read(key(0)) is None
+        finally:
+            os.seteuid(0)
+        assert found(opened(folder)) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("call", ["open", "preadv", "pread", "scandir", "listdir"])
+def test_a_network_that_fails_for_a_moment_is_a_miss_for_that_moment(tmp_path, monkeypatch, call):
+    write(tmp_path)
+    store = opened(tmp_path)
+    write(tmp_path, first=COUNT)
+    with monkeypatch.context() as context:
+        context.setattr(os, call, fails(errno.ESTALE))
+        store.close()
+        for row in range(2 * COUNT):
+            store.read(key(row))
+        store.refresh()
+    store.refresh()
+    assert found(store, 2 * COUNT) == list(range(2 * COUNT))
+
+
+def fails(number):
+    def call(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def test_a_cache_that_is_removed_meanwhile_is_filled_again(tmp_path):
+    folder = tmp_path / "space"
+    write(folder)
+    store, writer = opened(folder), Writer()
+    rmtree(folder)
+    store.close()  # of a file that is open the system keeps what it holds
+    assert found(store) == []
+    writer.put(store, [key(row) for row in range(COUNT)], entries(), wait=True)
+    writer.flush()
+    store.refresh()
+    assert found(store) == list(range(COUNT))
+    writer.close()
+    assert store.failures == writer.failures == 0
+
+
+def test_a_file_that_was_swept_by_a_clock_of_tomorrow_is_lost_and_nothing_else(tmp_path, monkeypatch):
+    writer, store, sync = Writer(), Store(tmp_path), os.fsync
+
+    def swept(file):
+        sync(file)
+        rmtree(tmp_path / "tmp", ignore_errors=True)
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "fsync", swept)
+        writer.put(store, [key(0)], entries(1))
+        writer.flush()
+    assert (writer.failures, writer.stopped) == (1, "")
+    writer.put(store, [key(row) for row in range(COUNT)], entries())
+    writer.close()
+    assert found(opened(tmp_path)) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("hours", [-30, 30])
+def test_clocks_may_differ_and_be_set_back(tmp_path, monkeypatch, hours):
+    """Of a server, whose times of change these are, and of this machine."""
+    write(tmp_path)
+    [folder] = (tmp_path / "shards").iterdir()
+    now = folder.stat().st_mtime
+    monkeypatch.setattr("latentdm.cache.store.time", lambda: now + 3600 * hours)
+    store = opened(tmp_path)
+    for turn in range(1, 4):
+        write(tmp_path, first=turn * COUNT)
+        os.utime(folder, (now - 50 * turn,) * 2)
+        store.refresh()
+        assert found(store, (turn + 1) * COUNT) == list(range((turn + 1) * COUNT))
+    store.keep_index(least=1)
+    assert found(opened(tmp_path), 4 * COUNT) == list(range(4 * COUNT))
+
+
+def test_two_configurations_fill_one_folder_at_once(tmp_path):
+    def fill(number):
+        store, writer = open_space(tmp_path, {"encoder": number % 2}), Writer(rank=number)
+        for row in range(COUNT):
+            values = {"moments": torch.full((1, 2, 4, 8, 8), float(number % 2))}
+            writer.put(store, [key(row)], values, wait=True)
+            if row % 4 == 0:
+                writer.flush()
+        writer.close()
+        return store.folder
+
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(fill, range(4)))
+    assert len(set(folders)) == 2
+    for number, folder in enumerate(folders):
+        store = opened(folder)
+        assert all((store.read(key(row))["moments"] == number % 2).all() for row in range(COUNT))
+
+
+def test_what_others_index_is_taken_over(tmp_path, monkeypatch):
+    """So that a worker does not hold by itself what all may share."""
+    monkeypatch.setattr("latentdm.cache.store.INDEX_FROM", 1)
+    store = opened(tmp_path)
+    write(tmp_path)
+    store.refresh()
+    assert (len(store.index), len(store.new)) == (0, COUNT)
+    other = opened(tmp_path)
+    other.keep_index(least=1)
+    assert isinstance(other.index.prefix.base, np.memmap)  # its writer too
+    write(tmp_path, first=COUNT)
+    store.refresh()
+    assert (len(store.index), len(store.new)) == (COUNT, COUNT)
+    assert found(store, 2 * COUNT) == list(range(2 * COUNT))
+
+
+def test_the_first_shards_of_a_run_come_soon(tmp_path, monkeypatch):
+    for first, shards in ((0.0, 3), (1000.0, 1)):
+        monkeypatch.setattr("latentdm.cache.writer.FIRST_SEAL_S", first)
+        writer, store = Writer(), Store(tmp_path / str(shards))
+        for row in range(3):
+            writer.put(store, [key(row)], entries(1), wait=True)
+        writer.close()
+        assert len(store.all_shards()) == shards
 
 
 def test_shards_are_sealed_by_size(tmp_path, monkeypatch):

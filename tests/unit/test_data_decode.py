@@ -6,7 +6,7 @@ import torch
 from pictures import read_image, read_mask, resize_mask
 from PIL import Image
 
-from latentdm.data.decode import image_to_tensor
+from latentdm.data.decode import decode, image_to_tensor, read_size
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -95,6 +95,21 @@ def test_exif_orientation(tmp_path, orientation):
     exif[0x0112] = orientation
     path = saved(tmp_path, Image.fromarray(np.ascontiguousarray(stored[orientation])), exif=exif)
     assert np.array_equal(read(path), RGB)
+    assert read_size(path) == RGB.shape[1::-1]  # by which its bucket is chosen
+
+
+def test_odd_metadata_are_no_warning(tmp_path):
+    """A person can do nothing about what Pillow warns of; here a warning is an error."""
+    odd = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"
+    assert read(saved(tmp_path, Image.new("RGB", (4, 4), (9, 9, 9)), "image.jpg", exif=odd)).max() == 9
+
+
+def test_a_jpeg_is_decoded_no_larger_than_it_is_wanted(tmp_path):
+    path = saved(tmp_path, Image.new("RGB", (800, 600), (200, 90, 30)), "image.jpg")
+    image, size = decode(path, resized=lambda width, height: (width // 5, height // 5))
+    assert (image.size, size) == ((200, 150), (800, 600))  # a quarter: an eighth would be too small
+    image, _ = decode(path)
+    assert image.size == (800, 600)
 
 
 def test_masks_keep_their_gray_levels(tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from latentdm.data import SampleError
 from latentdm.data.files import Patience, open_file, open_stream, patient, read_file, size_of, waited
+from latentdm.data.watch import working
 
 
 @pytest.fixture
@@ -82,6 +83,16 @@ def test_what_is_no_regular_file_is_named_and_not_opened(tmp_path, monkeypatch, 
         open_file(Path("x.png"))
 
 
+def test_what_lies_there_by_now_is_looked_at_again(tmp_path, monkeypatch):
+    (tmp_path / "x.png").symlink_to("/dev/zero")
+    (tmp_path / "regular").touch()
+    before = os.stat(tmp_path / "regular")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", lambda path: before)  # as it was a moment ago
+        with pytest.raises(SampleError, match=r"x\.png: it is a device, not a file; remove it"):
+            open_file(tmp_path / "x.png")
+
+
 def test_a_call_that_hangs_is_given_up_with_its_name_and_the_next_one_answers(stuck):
     for _ in range(2):
         with pytest.raises(
@@ -145,3 +156,21 @@ def test_threads_do_not_wait_for_each_other(stuck, tmp_path):
     hanging = Thread(target=lambda: waited(stuck, "x", 600), daemon=True)
     hanging.start()
     assert read_file(tmp_path / "a.png", 1000)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_silent_download_is_progress_as_long_as_it_takes_the_processor_s_time(monkeypatch, works):
+    monkeypatch.setattr("latentdm.data.watch.WORKING_POLL_S", 0.05)
+    monkeypatch.setattr("latentdm.data.watch.WORKING_S", 0.01)
+    heard = Event()
+
+    def download():
+        if works:
+            yield any(heard.is_set() for _ in range(100_000_000))
+        else:
+            yield heard.wait(0.5)
+
+    items = working(download())
+    with patient(Patience(progress=heard.set)):
+        assert next(items) == works
+    assert list(items) == []

@@ -9,13 +9,16 @@ from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from latentdm.data import SampleError
-from latentdm.data.folder import ImageFolderData
+from latentdm.data.folder import FolderImages, ImageFolderData
 from latentdm.data.index import Entry, folder_index
 from latentdm.data.pairing import Pairing, find_images
+from latentdm.data.skips import Skips
 
 LONG_AGO = 1_600_000_000
 
@@ -294,6 +297,10 @@ def test_wrong_bytes_with_a_right_checksum_are_built_anew(opener, sealed):
         lambda head: head["facts"].update(problems=5),
         lambda head: head["facts"].update(problems="5"),
         lambda head: head["facts"].update(watched="[]"),
+        lambda head: head["facts"].update(facts='{"notes": [5]}'),
+        lambda head: head["facts"].update(facts='{"folders": {"mask": 5}}'),
+        lambda head: head["facts"].update(facts='{"folders": 5}'),
+        lambda head: head["facts"].update(captioned='"5"'),
         lambda head: head.pop("facts"),
     ],
 )
@@ -336,6 +343,30 @@ def test_a_name_that_leaves_the_folder_is_refused_on_use(tmp_path, column, name)
     with pytest.raises(SampleError, match=r"names .*, which lies outside"):
         index[0]
     assert index[1].name == "a/..b/2.png"
+
+
+def images_of(entries, tmp_path, **settings):
+    """A data module of a folder whose kept index holds these entries, whoever wrote it."""
+    kept = folder_index(tmp_path, {}, lambda: (entries, [], {}, {}), tmp_path / "cache", least=1)
+    crops = ImageFolderData(tmp_path, size=8).crops(training=False)
+    return FolderImages(kept, np.arange(len(kept)), crops, **settings)
+
+
+COLUMNS = [
+    {"\0rows": 5}, {"\0rows": [5]}, {"\0texts": 5}, {"\0texts": [5]}, {"\0texts": ["../secret.txt"]},
+    {"\0broken": 5}, [5],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", [{"name": "../x.png"}, *({"columns": columns} for columns in COLUMNS)], ids=str)
+def test_what_a_changed_index_says_of_an_image_is_that_image_s_error_and_skipped(tmp_path, changed):
+    Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
+    images = images_of([Entry("1.png"), Entry(**{"name": "2.png", **changed})], tmp_path)
+    with pytest.raises(SampleError):
+        images[1]
+    images.skips = Skips(tmp_path / "skipped", 0, 1, 0.5, 2)
+    assert images[1]["name"] == "1.png"
+    assert list(images.skips.read()) == [changed.get("name", "2.png")]
 
 
 def test_a_pipe_in_the_cache_is_not_waited_for(opener):

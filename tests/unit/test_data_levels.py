@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pictures import read_mask, resize_mask
@@ -121,6 +121,7 @@ def test_any_mask_of_8_bits(levels):
 @given(arrays(np.uint16, (3, 5)), st.sampled_from(["png", "tif"]))
 def test_any_mask_of_16_bits(levels, kind):
     top = levels.max()
+    assume(top not in (1023, 4095, 16383))
     if 1 < top < 386:
         with pytest.raises(
             SampleError, match=rf"a mask: its highest level, {top} of 65535, would be black: save a mask"
@@ -165,6 +166,7 @@ def test_any_palette_is_told_apart_or_refused_by_name(numbers, colours):
         (file_of(np.full((2, 2, 3), (200, 10, 10), np.uint8)), "it has colours, and a mask is black and white"),
         (file_of(palette([[0, 15]], [(i * 77) % 256 for i in range(768)])), "its palette has colours.* are 0, 15: "),
         (file_of(np.array([[0, 20]], np.uint16)), "its highest level, 20 of 65535, would be black"),
+        (file_of(np.array([[0, 4095]], np.uint16)), "its highest level, 4095, is white in 12 bits and black in 16"),
         (file_of(np.array([[0, -3]], np.int32), "tif"), "a mask has no levels below 0, and it has -3"),
         (file_of(np.array([[0, 70000]], np.int32), "tif"), "its highest level, 70000 of 2147483647, would be black"),
         (
@@ -176,6 +178,24 @@ def test_any_palette_is_told_apart_or_refused_by_name(numbers, colours):
 def test_what_is_no_mask_is_refused_by_name(content, why):
     with pytest.raises(SampleError, match=rf"^cannot read the mask of 7: .*{why}"):
         mask_image(content, "the mask of 7")
+
+
+def test_a_sample_s_labels_are_those_of_its_map(tmp_path):
+    """Between 0 and 10 nothing lies, however its image is resized."""
+    Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
+    labels = np.where(np.arange(40) < 17, 0, 10)[None].repeat(40, 0).astype(np.uint8)
+    Image.fromarray(labels).save(tmp_path / "1-segmentation.png")
+    data = ImageFolderData(tmp_path, size=15, val_share=0)
+    data.setup()
+    assert set(data.train_set[0]["segmentation"].flatten().tolist()) == {0, 10}
+
+
+def test_a_label_map_in_a_jpeg_is_refused():
+    """Its numbers would be those that the JPEG has made of them: 0 and 7 became 0, 1, 7 and 8."""
+    file = io.BytesIO()
+    Image.fromarray(np.repeat([[0, 7]], 4, axis=1).astype(np.uint8)).save(file, "JPEG")
+    with pytest.raises(SampleError, match="the labels: it is a JPEG, which changes the numbers of a label map; sa"):
+        label_image(file.getvalue(), "the labels")
 
 
 def test_a_gray_jpeg_in_colours_is_a_mask(tmp_path):
@@ -210,11 +230,9 @@ def test_what_is_no_label_map_is_refused_by_name(content, why):
 
 
 def by_torch(levels, height, width):
-    """What `resized` replaces: all of the resized mask, by torch's own."""
-    if levels.shape == (height, width):
-        return levels
-    whole = F.interpolate(torch.from_numpy(levels)[None, None].float(), size=(height, width), mode="bilinear")[0, 0]
-    return (whole - 0.5).ceil().clamp(0, 255).to(torch.uint8).numpy()
+    """What `resized` replaces: all of the resized mask, by torch's own, not rounded."""
+    whole = torch.from_numpy(levels)[None, None].double()
+    return F.interpolate(whole, size=(height, width), mode="bilinear")[0, 0].numpy()
 
 
 @given(
@@ -229,8 +247,7 @@ def test_a_part_of_a_resized_mask_is_the_part_of_torch_s(levels, height, width, 
     pick = resized(of_image(Image.fromarray(levels)), levels.shape[::-1], (width, height))
     part = pick(np.arange(top, bottom), np.arange(left, right))
     whole = by_torch(levels, height, width)[top:bottom, left:right]
-    assert np.abs(part.astype(int) - whole).max() <= 1  # a sum of another order may round the other way
-    assert (part != whole).mean() <= 0.02 or part.size < 50
+    assert np.abs(part - whole).max() <= 0.5 + 1e-6  # a half may come out above, and goes down here: see below
 
 
 def test_a_half_goes_down_whatever_the_processor_makes_of_it():

@@ -69,6 +69,13 @@ LAYOUTS = {
     "another case": ("A.JPG", "masks/a.png"),
     "decomposed": ("caf\u00e9.png", "cafe\u0301_mask.png"),
     "an image called like a mask": ("gas_mask.png", "gas_mask_mask.png"),
+    "numbers behind": ("image_1.png", "mask_1.png"),
+    "numbers at once": ("img1.png", "mask1.png"),
+    "numbers in folders": ("images/images01.jpg", "masks/masks01.jpg"),
+    "the image's ending": ("1.jpg", "1.jpg_mask.png"),
+    "the image's ending in a folder": ("images/1.jpg", "masks/1.jpg.png"),
+    "ComfyUI": ("ComfyUI_0001_.png", "ComfyUI_0001_mask.png"),
+    "a dash with blanks": ("1.jpg", "1 - mask.png"),
 }
 
 
@@ -158,6 +165,8 @@ def test_what_metadata_name_is_what_they_say(tmp_path):
 
 
 LIKE = ["1_mask_0.png", "1_mask (2).png", "mask_1.png", "1mask.png", "1_labels.tif", "1-SEG.PNG"]
+LIKE += ["1_mask_inverted.png", "1_gt_mask.png", "1-condlabel.png", "1_gtFine_labelIds.png", "1_binary_mask.png"]
+LIKE += ["ISIC2018_GroundTruth/1_segmentation.png", "DUTS-TR-Mask/1.png", "1_mask001.png", "face masks/1.png"]
 LIKE += [f"1_{mark}.png" for mark in LIKE_MARKS[1:]]
 LIKE += [f"{folder}/1.png" for folder in LIKE_FOLDERS]
 
@@ -168,6 +177,27 @@ def test_it_is_never_trained_on_without_a_word(tmp_path, name):
     data = loaded(tmp_path)
     assert {sample["name"] for sample in data.predict_set} == {"1.png", "2.png"}
     assert f"left out: 1 picture ({name}) called like a mask or label map" in data.notes()
+
+
+def test_layouts_whose_masks_lie_in_folders_of_their_own(tmp_path):
+    """Cityscapes, P3M, Supervisely, and a trainer of edits."""
+    for number, (image, *others) in enumerate(
+        [
+            ("leftImg8bit/a/x_0_leftImg8bit.png", "gtFine/a/x_0_gtFine_labelIds.png", "gtFine/a/x_0_gtFine_color.png"),
+            ("img/1.png", "masks_human/1.png", "masks_machine/1.png"),
+            ("target/1.png", "control/1.png", "trimap/1.png"),
+        ]
+    ):
+        write(tmp_path / f"{number}", image, *others)
+        data = loaded(tmp_path / f"{number}")
+        assert [sample["name"] for sample in data.predict_set] == [image]
+        assert "left out: 2 pictures" in data.notes()
+
+
+@pytest.mark.parametrize("name", ["CelebAMask-HQ-mask-anno/0/00000_hair.png", "7_dmask.png"])
+def test_a_word_in_the_path_is_told_too(tmp_path, name):
+    write(tmp_path, "2.png", name)
+    assert f"taken as images: 1 picture ({name}) called like a mask, but of no image" in loaded(tmp_path).notes()
 
 
 @pytest.mark.parametrize("name", ["wearing_mask.png", "in/masks/1.png", "mask/7.png"])

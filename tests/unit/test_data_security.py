@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from latentdm.cache.keys import IDENTITIES, identity
 from latentdm.data import HuggingFaceData, ImageFolderData, LatentsData, SampleError, WebDatasetData, files
-from latentdm.data.decode import FORMATS
+from latentdm.data.decode import FORMATS, MAX_TRANSFORMS, read_size
 from latentdm.data.levels import mask_image
 
 ROWS = re.findall(r"\| `(tests/\S+\.py)::(\w+)` \|", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
@@ -107,25 +107,36 @@ def test_a_picture_that_takes_too_much_is_refused_before_it_is_decoded(mode, sid
     message = (
         rf"its {side} × {side} pixels of mode {mode} take \d+ MiB, and a file of \d+ bytes may take 448 \(set max_"
     )
-    for read in (read_image, mask_image):
+    for read in (read_image, mask_image, read_size):  # Pillow decodes a PNG to look for its orientation
         with pytest.raises(SampleError, match=message):
             read(content)
     with pytest.raises(SampleError, match="truncated"):  # allowed, and then not there
         read_image(content, max_pixels=10**9)
 
 
+def profiled(number, size=10**6):
+    """A picture with a profile of its own, of a megabyte."""
+    file, profile = io.BytesIO(), ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+    Image.new("RGB", (4, 4)).save(file, "TIFF", icc_profile=profile + np.random.default_rng(number).bytes(size))
+    return file.getvalue()
+
+
+def test_the_conversions_of_a_number_of_profiles_are_kept(monkeypatch):
+    made, build = [], ImageCms.buildTransform
+    monkeypatch.setattr(ImageCms, "buildTransform", lambda *given: made.append(given) or build(*given))
+    for number, count in ((100, 1), (100, 1), *((100 + other, 1 + other) for other in range(1, MAX_TRANSFORMS + 1))):
+        read_image(profiled(number, 8))
+        assert len(made) == count
+    read_image(profiled(100, 8))
+    assert len(made) == MAX_TRANSFORMS + 2  # the first had made room
+
+
 def test_colour_profiles_are_not_kept():
-    """Each of 40 files has a profile of its own, of a megabyte: none is held on to."""
-
-    def picture(number):
-        file, profile = io.BytesIO(), ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
-        Image.new("RGB", (4, 4)).save(file, "TIFF", icc_profile=profile + np.random.default_rng(number).bytes(10**6))
-        return file.getvalue()
-
-    read_image(picture(0))
+    """Of 40 files none is held on to."""
+    read_image(profiled(0))
     tracemalloc.start()
     for number in range(1, 41):
-        read_image(picture(number))
+        read_image(profiled(number))
     gc.collect()
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -1,6 +1,7 @@
 """Samples that cannot be read: replaced, reported, and an error where there are too many."""
 
 import errno
+import json
 import os
 import tempfile
 
@@ -48,6 +49,18 @@ def test_too_many_broken_samples_end_the_run(half_broken):
     list(loaded(half_broken, on_error="skip", max_skipped_share=0.25).predict_dataloader())
     with pytest.raises(RuntimeError, match=r"^ImageFolderData: [^\n]*$"):  # not in a worker's traceback
         list(loaded(half_broken, on_error="skip", max_skipped_share=0.1, num_workers=1).predict_dataloader())
+
+
+@pytest.mark.parametrize("share", [1, 0.9])
+def test_what_is_wrong_with_a_folder_counts_as_a_sample_of_its_own(tmp_path, share):
+    Image.new("RGB", (20, 10)).save(tmp_path / "1.png")
+    rows = ({"file_name": f"{number}.png", "text": "fine"} for number in range(1, 6))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = loaded(tmp_path, on_error="skip", max_skipped_share=share)
+    assert [batch["name"] for batch in data.predict_dataloader()] == [["1.png"]]
+    assert data.skips.report().startswith("4 of 5 samples could not be read")
+    with pytest.raises(RuntimeError, match=r"4 of 5 samples cannot be read, more than max_skipped_share=0\.7"):
+        loaded(tmp_path, on_error="skip", max_skipped_share=0.7).predict_dataloader()
 
 
 def test_captions_and_masks_that_are_wrong(tmp_path):

@@ -17,6 +17,7 @@ from PIL import Image
 from running import quiet_datasets
 
 from latentdm import LatentDataModule, PlainEncoder
+from latentdm.batch import EPOCH
 from latentdm.data import HuggingFaceData, ImageFolderData, SampleError
 from latentdm.data.metadata import read_metadata, read_sidecar
 
@@ -180,6 +181,24 @@ def test_another_encoding_is_named(root, name, encoding):
     (root / name).write_bytes(text.encode(encoding))
     with pytest.raises(ValueError, match=rf"ImageFolderData: .*{name}.*(UTF-8|no CSV|no JSON|must have a column)"):
         list(loaded(root).predict_set)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "0.txt", "0.json"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark_is_told_by_its_zeros(root, name, encoding):
+    content = {"metadata.jsonl": json_lines({"file_name": "0.png", "text": "a cat"}), "0.json": '"a cat"'}
+    (root / name).write_bytes(content.get(name, "file_name,text\n0.png,a cat\n").encode(encoding))
+    with pytest.raises(ValueError, match=rf"{name}.*(UTF-16; save it as UTF-8|no JSON)"):
+        list(loaded(root).predict_set)
+    (root / name).unlink()
+    (root / "0.txt").write_bytes(b"a\0b")  # an odd character, and one only
+    assert loaded(root).predict_set[0]["caption"] == "a\0b"
+
+
+@pytest.mark.parametrize(("name", "content"), [("metadata.csv", "file_name,text\n"), ("metadata.jsonl", "\n")])
+def test_metadata_without_rows_are_told(root, name, content):
+    (root / name).write_text(content)
+    assert loaded(root).notes() == f"{name} has no rows"
 
 
 # -------------------------------------------------------------------- round trips
@@ -426,7 +445,9 @@ def test_latin_1_in_one_row_of_csv(root):
 # -------------------------------------------------------------------- columns with names of ours
 
 
-@pytest.mark.parametrize("column", ["latents", "name", "index", "pixels", "noise_mask", "crop_top_left", ""])
+@pytest.mark.parametrize(
+    "column", ["latents", "name", "index", "pixels", "noise_mask", "crop_top_left", EPOCH, "cached", ""]
+)
 @pytest.mark.parametrize("where", ["metadata.csv", "0.json"])
 def test_a_column_with_a_name_of_ours_is_left_out_with_a_word(root, vae, column, where):
     if where == "0.json":

@@ -4,11 +4,15 @@ import importlib
 import json
 import platform
 import sys
+from shutil import rmtree
 
 import pytest
 import torch
 
 import latentdm
+from latentdm.cache.keys import key_of
+from latentdm.cache.store import open_space
+from latentdm.cache.writer import Writer
 from latentdm.commands.doctor import report, run
 from latentdm.frozen.weights import computes_bfloat16
 
@@ -45,6 +49,23 @@ def test_versions_devices_and_the_dtype_are_told(capsys):
     assert {"lightning", "diffusers", "hydra-core", "cores", "memory", "extra finetune"} <= set(lines)
     native = computes_bfloat16(torch.device("cpu"))
     assert f"dtype=auto is {'bfloat16: it multiplies' if native else 'float32: it does not multiply'}" in lines["cpu"]
+
+
+def test_the_cache_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "home" / "latentdm" / "latents"
+    assert report()["cache"] | {"dir": str(folder), "encoders": 0, "writable": True} == report()["cache"]
+    store = open_space(folder, {"encoder": 1})
+    writer = Writer()
+    writer.put(store, [key_of(0)], {"moments": torch.zeros(1, 2, 16, 1024, 1024)})
+    writer.close()
+    found = report()["cache"]
+    assert (found["encoders"], found["used_gib"]) == (1, 0.1)
+    assert found["free_gib"] >= 0
+    assert {"format", "pixels", "Pillow"} <= found["versions"].keys()
+    rmtree(tmp_path / "home")
+    (tmp_path / "home").write_text("a file in the way of a folder")
+    assert "PROBLEM: may not be written to; set cache.dir" in told(capsys)
 
 
 def test_json_says_the_same(capsys):

@@ -139,6 +139,19 @@ def test_a_typo_in_a_config_of_a_user_fails_at_composition(tmp_path):
         app(tmp_path, "defaults: [{encoder: plain}, _self_]\nvae: null\nencoder: {per_bach: 3}\n")
 
 
+def test_the_example_with_a_cache_takes_what_comes_again_soon():
+    def cache(*overrides):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("train", overrides=list(overrides)).cache
+        return cfg and (cfg.variants, cfg.mask_variants)
+
+    assert cache() is None
+    assert cache("cache=disk") == cache("cache=memory") == (20, 1)
+    assert cache("cache=disk", "cache.variants=8", "cache.mask_variants=null") == (8, None)
+    assert cache("cache=disk", "pixels=folder", "pixels.root=photos") == (4, None)
+    assert cache("cache=disk", "experiment=sd15_inpaint", "pixels=folder", "pixels.root=photos") == (4, None)
+
+
 def test_a_composed_config_can_be_pickled(tmp_path):
     cfg = app(tmp_path, "defaults: [{vae: tiny}, {encoder: inpaint}, {masks: random}, _self_]\n")
     again = pickle.loads(pickle.dumps(cfg))
