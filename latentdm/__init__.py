@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from latentdm.stages import Stage
     from latentdm.text import TextEncoder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Augment",
     "Cache",

@@ -5,12 +5,15 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 
 
 class Publisher:
-    """Writes ``step_000500.png`` and sends the picture to TensorBoard, and to loggers with a ``log_image`` as W&B's.
+    """Writes ``step_000500.png`` and sends the picture to the loggers that take one.
+
+    They are TensorBoard, MLflow, and those with a ``log_image`` as W&B's. Others, such as CSV, are passed over.
 
     A picture that cannot be written, as on a full disk, does not end a run: the first one is warned of, and all are
     counted.
@@ -65,6 +68,8 @@ class Publisher:
     def _send(self, picture: Image.Image, logger: Any, step: int) -> None:
         if hasattr(logger, "log_image"):
             logger.log_image(key=self.key, images=[picture], step=step)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_image(logger.run_id, picture, key=self.key, step=step)
         elif hasattr(getattr(logger, "experiment", None), "add_image"):
             logger.experiment.add_image(self.key, np.asarray(picture), step, dataformats="HWC")
 

@@ -12,6 +12,8 @@ import hydra
 import pytest
 from running import ROOT
 
+import latentdm
+
 APP = """
 import hydra, sys
 from hydra.utils import instantiate
@@ -63,6 +65,15 @@ def test_wheel_holds_every_module_yaml_and_weight(wheel):
     } <= names
 
 
+def test_the_wheel_is_small_and_says_what_it_is(wheel):
+    assert wheel.stat().st_size < 6e6
+    [metadata] = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
+    told = zipfile.ZipFile(wheel).read(metadata).decode()
+    head, _, description = told.partition("\n\n")
+    assert {f"Version: {latentdm.__version__}", "Description-Content-Type: text/markdown"} <= set(head.splitlines())
+    assert description.startswith("# latentdm")
+
+
 def environment(folder, *wheels):
     """A fresh environment that holds some wheels, and what they depend on; returns its Python."""
     run(sys.executable, "-m", "venv", "--without-pip", str(folder), cwd=folder.parent)
@@ -107,6 +118,11 @@ def test_hydra_app_of_a_third_party_composes_our_groups(python, third_party_app)
     package, shape = run(python, "app.py", cwd=third_party_app).split(maxsplit=1)
     assert Path(package).is_relative_to(Path(python).parent.parent)
     assert shape == "(2, 4, 8, 8)\n"
+
+
+def test_the_wheel_alone_draws_a_preview_in_an_empty_folder(python, tmp_path):
+    run(python, "-m", "latentdm", "preview", "pixels.size=32", "--samples", "1", cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["preview.png"]
 
 
 @pytest.mark.parametrize("override", ["encoder.per_bach=3", "encoder.per_batch=many", "masks.kind=[boxes]"])

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 import tomllib
+import warnings
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -17,6 +18,8 @@ from latentdm.commands.config import compose_config
 every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 NEEDS = {"plug_in/lightning_cli": "jsonargparse"}
 """Page → the package that its Python needs, beside those of the tests."""
+BLOCK_NEEDS = re.compile(r"# needs (\w+)\n")
+"""The first line of a block that needs a package of its own, which no later block relies on."""
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
@@ -63,10 +66,19 @@ def test_its_python_runs(page, place, families):
     if (needed := NEEDS.get(name_of(page))) and importlib.util.find_spec(needed) is None:
         pytest.skip(f"needs {needed}, which is part of latentdm[test]")
     write_files(page, place)
-    names = {"__name__": "__main__"}
+    names, missing = {"__name__": "__main__"}, []
     for number, block in enumerate(blocks(page)):
         if block.language == "python" and not block.file:
-            exec(compile(block.text, f"{page.name}[{number}]", "exec"), names)
+            needed = BLOCK_NEEDS.match(block.text)
+            if needed and importlib.util.find_spec(needed[1]) is None:
+                missing.append(needed[1])
+                continue
+            with warnings.catch_warnings():
+                if needed:  # the packages of others may warn
+                    warnings.simplefilter("ignore")
+                exec(compile(block.text, f"{page.name}[{number}]", "exec"), names)
+    if missing:
+        pytest.skip(f"all else ran; not installed: {', '.join(missing)}")
 
 
 @every_page

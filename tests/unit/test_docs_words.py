@@ -9,6 +9,8 @@ import pytest
 import yaml
 from running import ROOT
 
+import latentdm
+
 DOCS = ROOT / "docs"
 QUOTED = re.findall(r"^### `(.*)`$", (DOCS / "faq.md").read_text(encoding="utf-8"), re.M)
 
@@ -85,3 +87,11 @@ def test_every_page_is_in_the_site():
     for path in DOCS.rglob("*.md"):
         line = f": {path.relative_to(DOCS)}\n"
         assert line in text, f"{path} is not in the nav of mkdocs.yml"
+
+
+def test_one_version_is_told_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    newest = re.search(r"^## (\d.*) – (.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert latentdm.__version__ == version == citation["version"] == newest[1]
+    assert str(citation["date-released"]) == newest[2]
