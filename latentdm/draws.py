@@ -11,6 +11,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from latentdm.ranks import process_ranks
+
 
 def sample_seed(seed: int, epoch: int, index: int | str, purpose: str) -> int:
     """The 63-bit seed of one sample for one purpose: a hash, so that neighbours share nothing."""
@@ -71,7 +73,7 @@ class Draws:
 class FreshDraws:
     """Draws for samples without an id, such as those of a call by hand: every call gets its own.
 
-    They follow from the number of calls so far, so that a program that is run again draws the same.
+    They follow from the rank and the number of calls so far, so that a program that is run again draws the same.
     """
 
     def __init__(self) -> None:
@@ -79,6 +81,8 @@ class FreshDraws:
 
     def __call__(self, count: int) -> Draws:
         """The draws of ``count`` samples."""
-        ids = [f"call{self.calls}.{row}" for row in range(count)]
+        rank = process_ranks()["rank"]
+        call = f"rank{rank}.call{self.calls}" if rank else f"call{self.calls}"
+        ids = [f"{call}.{row}" for row in range(count)]
         self.calls += 1
         return Draws(0, 0, ids)

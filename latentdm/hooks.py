@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 import torch
@@ -183,12 +184,20 @@ class BatchDraws:
 
 
 def repeated_batches(trainer: Trainer) -> str | None:
-    """What a fit that goes on within an epoch sees twice, at its first batch; None where all loaders keep a state."""
+    """What a fit that goes on sees twice or not at all, at its first batch; None where all that follows is right."""
     seen = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-    loaders = CombinedLoader(trainer.train_dataloader).flattened if seen else []
+    loaders = CombinedLoader(trainer.train_dataloader).flattened
+    batches = trainer.num_training_batches
+    from_an_end = training_epoch(trainer) != trainer.current_epoch  # or on from a run that did
+    if from_an_end and not 0 < seen < batches:
+        return (
+            "the fit goes on from the end of an epoch, and in a run of max_steps Lightning counts the next one as over "
+            f"before it begins, or after one batch, as it does not know where {type(loaders[0]).__name__} is: the "
+            "samples of a whole epoch are not seen. Set max_epochs instead, or use a loader of latentdm.data"
+        )
     stateless = [type(loader).__name__ for loader in loaders if not hasattr(loader, "load_state_dict")]
-    if not stateless:
-        return None
+    if not stateless or not seen or (from_an_end and batches == inf):
+        return None  # of a loader without a length the next epoch is whole
     return (
         f"the fit goes on after {seen} batches of this epoch, but {stateless[0]} keeps no state and begins the epoch "
         f"anew: {seen} batches are seen twice if its order is fixed, others if not, and as many at its end not at all. "

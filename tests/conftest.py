@@ -1,6 +1,7 @@
 """Fixtures that the tests share; the classes behind them are in helpers.py."""
 
 import shutil
+import sys
 
 import hypothesis
 import pytest
@@ -19,6 +20,13 @@ LONG = ("test_torture", "test_first_command_trains", "test_no_small_file_takes_m
 def pytest_collection_modifyitems(items):
     """What takes a minute begins first: at the end the other worker would wait for it."""
     items.sort(key=lambda item: not item.name.startswith(LONG))
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_parquet():
+    """A stream of parquet files that is given up sleeps 5 s, in whatever test it is collected."""
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
 
 
 @pytest.fixture(scope="session")

@@ -8,17 +8,19 @@ import tarfile
 import traceback
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import torch
-from helpers import noise_vae, quiet_trainer
+from helpers import quiet_trainer
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from PIL import Image
 from running import add_file, box_mask, quiet_datasets
+from torch import nn
 
-from latentdm import InpaintEncoder, LatentDataModule
+from latentdm import Cache, Captions, FrozenVAE, InpaintEncoder, LatentDataModule
 from latentdm.data import HuggingFaceData, ImageFolderData, WebDatasetData
 from latentdm.masks import RandomMask
 
@@ -72,12 +74,30 @@ def pixels(folder, source, batch_size=GLOBAL_BATCH, **settings):
     return WebDatasetData(f"{folder}/shards/{{00..15}}.tar", size=32, **settings)
 
 
-def latent_data(folder, source, **settings):
-    """The same with noise for latents and random masks."""
-    return LatentDataModule(pixels(folder, source, **settings), InpaintEncoder(noise_vae()), masks=RandomMask())
+class CornerAutoencoder(nn.Module):
+    """Its latents are noise around one pixel of each block, so that their bits show crop, mirroring, mask and noise."""
+
+    spatial_compression = 8
+    latent_channels = 4
+
+    def encode(self, x):
+        mean = torch.cat([x, x[:, :1]], dim=1)[..., ::8, ::8].contiguous()
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, logvar=torch.zeros_like(mean)))
 
 
-def digests(batch, *more):
+def latent_data(folder, source, autoencoder=None, cache=None, **settings):
+    """The same with latents, random masks, and captions that are dropped now and then."""
+    encoder = InpaintEncoder(FrozenVAE(autoencoder or CornerAutoencoder(), dtype="float32"))
+    stages = {"masks": RandomMask(), "captions": Captions(dropout=0.3), "cache": cache}
+    return LatentDataModule(pixels(folder, source, **settings), encoder, **stages)
+
+
+def cache_in(folder, variants=None):
+    """A cache that loses nothing, with None in memory; with variants of masks too, so that no image is opened again."""
+    return Cache(folder, dtype="float32", variants=variants, mask_variants=variants)
+
+
+def digests(batch):
     """A text for each sample: all that the batch holds of it."""
     count = len(batch["index"])
     texts = []
@@ -91,6 +111,30 @@ def digests(batch, *more):
             )
         texts.append(whole.hexdigest())
     return texts
+
+
+def loader_of(data, rank=0, ranks=1):
+    """The training loader of one rank."""
+    data.pixels.setup()
+    data.pixels.trainer = type("Ranks", (), {"distributed_sampler_kwargs": {"num_replicas": ranks, "rank": rank}})()
+    loader = data.pixels.train_dataloader()
+    data.pixels.trainer = None
+    return loader
+
+
+def steps(folder, source, ranks=1, workers=0, epoch=0, state=None):
+    """The digests of each step: of crops, mirroring, masks, noise and captions, of all ranks in turns."""
+    of_ranks = []
+    for rank in range(ranks):
+        data = latent_data(folder, source, batch_size=GLOBAL_BATCH // ranks, num_workers=workers)
+        loader = loader_of(data, rank, ranks)
+        loader.sampler.set_epoch(epoch)
+        if state:
+            loader.load_state_dict(state)
+        batches = [(batch, data.process(dict(batch), "cpu")) for batch in loader]
+        # the pixels apart: the encoder uses them up
+        of_ranks.append([list(zip(digests(raw), digests(made), strict=True)) for raw, made in batches])
+    return [[sample for row in zip(*step, strict=True) for sample in row] for step in zip(*of_ranks, strict=True)]
 
 
 class Learner(LightningModule):
@@ -147,8 +191,8 @@ def noted(folder, ranks=1):
     }
 
 
-def train(folder, source, notes, *, ranks=1, workers=0, kill=0, save="steps", resume=False, **settings):
-    """Fit; the weights at the end lie in ``notes/weights.pt``."""
+def train(folder, source, notes, *, ranks=1, workers=0, kill=0, save="steps", resume=False, data=None, **settings):
+    """Fit; ``data`` are settings of `latent_data`, and the others the Trainer's."""
     settings = {"max_epochs": 3} | settings
     every = {
         "each": {"every_n_train_steps": 1},
@@ -167,10 +211,8 @@ def train(folder, source, notes, *, ranks=1, workers=0, kill=0, save="steps", re
         **settings,
     )
     last = notes / "last.ckpt"
-    data = latent_data(folder, source, batch_size=GLOBAL_BATCH // ranks, num_workers=workers)
-    trainer.fit(model, datamodule=data, ckpt_path=str(last) if resume and last.exists() else None)
-    if trainer.is_global_zero:
-        torch.save(model.state_dict(), notes / "weights.pt")
+    datamodule = latent_data(folder, source, batch_size=GLOBAL_BATCH // ranks, num_workers=workers, **data or {})
+    trainer.fit(model, datamodule=datamodule, ckpt_path=str(last) if resume and last.exists() else None)
 
 
 def forked(*arguments, **settings):

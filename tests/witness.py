@@ -5,6 +5,8 @@ checkpoint. What it writes can be compared: one line of JSON a step and rank wit
 from the data module, and one with a digest of the final weights.
 """
 
+import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -42,9 +44,13 @@ from latentdm.masks import RandomMask
 
 SOURCES = ("folder", "buckets", "huggingface", "webdataset")
 IMAGES, SHARDS, EPOCH_LENGTH, SIZE = 27, 3, 24, 32
-END_OF_STEP = ("exception", "disk", "SIGTERM", "SIGINT", "SIGKILL", "SIGSTOP")
+TROUBLES = ("exception", "disk", "SIGTERM", "SIGINT", "SIGKILL", "SIGSTOP")
+END_OF_STEP = {kind: kind for kind in TROUBLES}
+WITHIN_STEP = {f"{kind} within": kind for kind in TROUBLES}
 WATCH_EVERY = 20
 """Steps from one look at memory and descriptors to the next."""
+SHOW_STACKS = signal.SIGUSR1
+"""Lets a process print what each of its threads is doing."""
 FULL_AT = 12_000
 """Bytes of a file on a disk that is full: more than what the witness writes, less than a checkpoint."""
 
@@ -67,7 +73,7 @@ class Run:
         timeout_s: for which a rank waits for another.
         strategy: Lightning's, or ``"fsdp2"``; None: alone, or DDP.
         accelerator: Lightning's.
-        trouble: one of ``END_OF_STEP``, or ``"exception within"`` the step that follows: what happens …
+        trouble: one of ``TROUBLES``, or one ``within`` the step that follows: what happens …
         trouble_step: … at the end of this step …
         trouble_rank: … on this rank, or on all (-1).
     """
@@ -200,6 +206,9 @@ class Witness(Callback):
         with (Path(self.run.folder) / f"seen.{trainer.global_rank}.jsonl").open("a") as file:
             file.write(json.dumps({"step": trainer.global_step} | row) + "\n")
 
+    def on_train_start(self, trainer, pl_module):
+        gc.freeze()  # so that collecting what came since takes no time, and memory shows what is held
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         exact = sorted(batch.keys() - {"latents", "masked_latents"})  # whose bits depend on the batch's shape
         samples, drawn = (
@@ -210,28 +219,27 @@ class Witness(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step % WATCH_EVERY == 0:
+            gc.collect()
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
             self.write(trainer, resident_kib=resident, descriptors=len(os.listdir("/proc/self/fd")))
-        if (
-            self.run.trouble in END_OF_STEP
-            and trainer.global_step == self.run.trouble_step
-            and self.run.trouble_rank in (-1, trainer.global_rank)
-        ):
-            self.make_trouble(trainer)
+        self.make_trouble(trainer, END_OF_STEP)
 
     def on_before_backward(self, trainer, pl_module, loss):
-        if self.run.trouble == "exception within" and trainer.global_step == self.run.trouble_step:
-            raise ArithmeticError("trouble in the middle of a step")
+        self.make_trouble(trainer, WITHIN_STEP)
 
-    def make_trouble(self, trainer):
-        if self.run.trouble == "exception":
+    def make_trouble(self, trainer, kinds):
+        run = self.run
+        if trainer.global_step != run.trouble_step or run.trouble_rank not in (-1, trainer.global_rank):
+            return
+        kind = kinds.get(run.trouble)
+        if kind == "exception":
             raise ArithmeticError(f"trouble on rank {trainer.global_rank}")
-        if self.run.trouble == "disk":
+        if kind == "disk":
             import resource
 
             resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_AT, FULL_AT))
-        else:
-            os.kill(os.getpid(), signal.Signals[self.run.trouble])
+        elif kind:
+            os.kill(os.getpid(), signal.Signals[kind])
 
     def on_train_end(self, trainer, pl_module):
         whole = [getattr(weight, "full_tensor", lambda weight=weight: weight)() for weight in pl_module.parameters()]
@@ -304,6 +312,7 @@ def rank_process(run, rank, port):
     output = os.open(Path(run.folder) / f"output.{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.register(SHOW_STACKS, all_threads=True)
     warnings.simplefilter("ignore")
     if run.ranks > 1:
         os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(run.ranks)}

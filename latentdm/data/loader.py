@@ -12,10 +12,11 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from latentdm.data.order import GlobalOrder, Taken
+from latentdm.data.order import GlobalOrder, RankBatches, Taken
 from latentdm.data.watch import watched
 from latentdm.errors import RunError, UserError
 from latentdm.progress import Progress
+from latentdm.ranks import process_ranks
 
 WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 """How PyTorch's error begins."""
@@ -37,10 +38,12 @@ class PixelLoader(DataLoader[Any]):
     Attributes:
         owner: the class that a warning names.
         progress: what the trainer has counted; None: without one.
+        by_hand: whether no trainer has said how many ranks there are, but `process_ranks` has.
     """
 
     owner = "PixelLoader"
     progress: Progress | None = None
+    by_hand = False
     _state: Mapping[str, Any] | None = None
     _epoch = 0
     _taken: Taken = ()
@@ -63,9 +66,18 @@ class PixelLoader(DataLoader[Any]):
             RunError: a worker died; it names the sample that it was reading.
             SampleError: a sample cannot be read.
             TooManySkipped: more samples cannot be read than may be skipped.
+            UserError: without a trainer, there are other ranks now than when the loader was made.
         """
         # A generator, so that all of this waits for the first batch: Lightning calls iter() before it sets the epoch.
         order: GlobalOrder = self.sampler
+        if self.by_hand and (ranks := process_ranks()["num_replicas"]) != order.num_replicas:
+            raise UserError(
+                f"{self.owner}: the loader was made for {order.num_replicas} of the {ranks} processes that share the "
+                "data now; make it after torch's process group, as after fabric.launch(), Accelerator() or "
+                "init_process_group(), or give a Trainer the data module instead of its loaders"
+            )
+        if isinstance(self.batch_sampler, RankBatches):
+            self.batch_sampler.locked = False
         state, self._state = self._state, None
         self._epoch, self._yielded = order.epoch, 0
         self._taken = state["steps"] if state and state["epoch"] == order.epoch else ()

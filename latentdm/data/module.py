@@ -23,6 +23,7 @@ from latentdm.data.skips import SampleError, Skips
 from latentdm.draws import sample_seed
 from latentdm.errors import UserError, attributed
 from latentdm.progress import Progress
+from latentdm.ranks import process_ranks
 from latentdm.shown import one_line
 from latentdm.validation import Check
 
@@ -205,7 +206,8 @@ class PixelDataModule(LightningDataModule):
 
     def _loader(self, dataset: PixelDataset, training: bool) -> DataLoader[Sample]:
         # The strategy knows which ranks share the data: under tensor parallelism that is not every rank.
-        ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        shared = process_ranks() if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        ranks = shared or {"num_replicas": 1, "rank": 0}
         dataset.skips = self._skips(ranks["num_replicas"], ranks["rank"])
         dataset.owner = type(self).__name__
         dataset.read_timeout = self.read_timeout
@@ -223,8 +225,11 @@ class PixelDataModule(LightningDataModule):
         make = GlobalOrder if training and not overfits else InOrder
         drop_last = training and dataset.bucket_of is None
         order = make(dataset, self.batch_size, training, drop_last, seed=self.seed, **ranks)
-        loader = PixelLoader(dataset, batch_sampler=RankBatches(order, self.batch_size), **settings)
+        batches = RankBatches(order, self.batch_size)
+        loader = PixelLoader(dataset, batch_sampler=batches, **settings)
         loader.owner = type(self).__name__
+        loader.by_hand = self.trainer is None
+        batches.locked = loader.by_hand and order.num_replicas > 1
         if training:
             loader.progress = Progress(self.trainer) if isinstance(self.trainer, Trainer) else None
         return loader

@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, Dataset, DistributedSampler, Sequenti
 
 from latentdm.data.layout import Alike, Bucketed, Dealt, Layout
 from latentdm.data.permutation import Numbers, Permutation
+from latentdm.errors import UserError
 
 Key = int | tuple[int, int]
 """What a dataset is asked for: ``(position, epoch)`` in training, else the position."""
@@ -224,9 +225,14 @@ class InOrder(GlobalOrder, SequentialSampler):  # type: ignore[misc]  # which yi
 
 
 class RankBatches(BatchSampler):
-    """The batches of a `GlobalOrder`, as a batch sampler that Lightning can take apart to note what is predicted."""
+    """The batches of a `GlobalOrder`, as a batch sampler that Lightning can take apart to note what is predicted.
+
+    Attributes:
+        locked: whether nobody but its own loader may ask for them, as whoever does would share them out once more.
+    """
 
     sampler: GlobalOrder  # type: ignore[assignment]  # which yields batches itself
+    locked = False
 
     def __init__(self, sampler: GlobalOrder, batch_size: int, drop_last: bool = False) -> None:
         super().__init__(sampler, batch_size, drop_last)  # type: ignore[arg-type]
@@ -236,5 +242,14 @@ class RankBatches(BatchSampler):
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[list[Key]]:  # type: ignore[override]  # tuples and all
-        """This rank's batches."""
+        """This rank's batches.
+
+        Raises:
+            UserError: they are `locked`.
+        """
+        if self.locked:
+            raise UserError(
+                f"{getattr(self.sampler.dataset, 'owner', 'RankBatches')}: the loader yields the share of its rank "
+                "already, and would be shared out once more; iterate over it without accelerator.prepare"
+            )
         return iter(self.sampler)

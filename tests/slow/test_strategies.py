@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from running import ABORTED_AT_EXIT, run_ranks
-from witness import IMAGES, Run, steps_seen, weights, write_data
+from witness import IMAGES, Run, steps_seen, weights
 
 PATIENCE_S = 170
 BATCH, STEPS = 4, 4
@@ -18,16 +18,9 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("strategies")
-    write_data(folder / "data")
-    return folder / "data"
-
-
-@pytest.fixture(scope="module")
-def alone(data):
+def alone(witness_data, tmp_path_factory):
     """Index → what one process draws for it in the first epoch."""
-    run = run_of(data, data.parent / "alone", ranks=1, steps=EPOCH // BATCH)
+    run = run_of(witness_data, tmp_path_factory.mktemp("alone"), ranks=1, steps=EPOCH // BATCH)
     execute(run.command())
     drawn, index = steps_seen(run, "drawn"), steps_seen(run, "index")
     return {number: each for step in drawn for number, each in zip(index[step][0], drawn[step][0], strict=True)}
@@ -68,14 +61,14 @@ def check(run, alone):
     [(None, 2), (None, 4), ("ddp_spawn", 2), ("fsdp2", 2)],
     ids=["ddp2", "ddp4", "spawn", "fsdp2"],
 )
-def test_ranks_share_the_images(strategy, ranks, data, alone, tmp_path):
-    run = run_of(data, tmp_path / "run", ranks=ranks, strategy=strategy)
+def test_ranks_share_the_images(strategy, ranks, witness_data, alone, tmp_path):
+    run = run_of(witness_data, tmp_path / "run", ranks=ranks, strategy=strategy)
     execute(run.command())
     check(run, alone)
 
 
-def test_two_nodes_under_torchrun_share_the_images(data, alone, tmp_path):
-    run = run_of(data, tmp_path / "run", nodes=2)
+def test_two_nodes_under_torchrun_share_the_images(witness_data, alone, tmp_path):
+    run = run_of(witness_data, tmp_path / "run", nodes=2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -87,8 +80,8 @@ def test_two_nodes_under_torchrun_share_the_images(data, alone, tmp_path):
 
 @two_gpus
 @pytest.mark.parametrize("strategy", [None, "fsdp2"])
-def test_gpus_share_the_images(strategy, data, tmp_path):
-    run = run_of(data, tmp_path / "run", ranks=2, strategy=strategy, accelerator="gpu")
+def test_gpus_share_the_images(strategy, witness_data, tmp_path):
+    run = run_of(witness_data, tmp_path / "run", ranks=2, strategy=strategy, accelerator="gpu")
     execute(run.command())
     index = steps_seen(run, "index")
     seen = [number for step in sorted(index) for number in index[step][0]]

@@ -7,7 +7,7 @@ import sys
 
 from running import ROOT
 
-MINUTES = "1"
+MINUTES = "2"
 
 
 def test_torture():

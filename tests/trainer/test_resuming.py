@@ -1,13 +1,17 @@
 """A fit that is broken off and goes on sees what it would have seen: samples, noise and weights."""
 
+import re
+import warnings
 from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 from four_sources import digests
-from helpers import LatentModel, Photos, noise_vae, photo_columns, quiet_trainer
+from helpers import LatentModel, Samples, noise_vae, photo_columns, quiet_trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from latentdm import LatentDataModule, PlainEncoder
 from latentdm.data import PixelDataModule, PixelDataset
@@ -68,10 +72,10 @@ class Learner(LatentModel):
             raise Stopped
 
 
-def fit(tmp_path=None, callbacks=(), fail_at=None, after=False, ckpt_path=None, data=None, **settings):
+def fit(tmp_path=None, callbacks=(), fail_at=None, after=False, ckpt_path=None, data=None, pixels=None, **settings):
     """The model, trained or stopped."""
     model = Learner(fail_at, after)
-    datamodule = LatentDataModule(TilesData(**(data or {})), PlainEncoder(noise_vae()))
+    datamodule = LatentDataModule(pixels or TilesData(**(data or {})), PlainEncoder(noise_vae()))
     settings = {"max_epochs": 3, "num_sanity_val_steps": 0, "callbacks": list(callbacks)} | settings
     trainer = quiet_trainer(enable_checkpointing=bool(callbacks), default_root_dir=tmp_path, **settings)
     if fail_at is None:
@@ -214,28 +218,61 @@ def test_with_another_batch_size_the_epoch_s_other_samples_follow(batch_size, bu
     assert set(of_epoch[1]) == whole[1]
 
 
-def test_a_foreign_loader_without_a_state_is_told_of_once(tmp_path):
-    def trained(**settings):
-        model = Learner(settings.pop("fail_at", None))
-        datamodule = LatentDataModule(Photos(photo_columns(12)), PlainEncoder(noise_vae()))
-        trainer = quiet_trainer(
-            max_epochs=2, limit_val_batches=0, enable_checkpointing="callbacks" in settings, **settings
-        )
-        trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
-        return model
+class Foreign(LightningDataModule):
+    """Shuffles as PyTorch's own sampler does; its loader keeps no state."""
 
-    ckpt_path = None
-    with pytest.raises(Stopped):
-        trained(fail_at=4, callbacks=saving("exception", tmp_path))
-    ckpt_path = tmp_path / "saved.ckpt"
-    with (
-        pytest.warns(UserWarning, match="your dataloader is not resumable"),  # Lightning's
-        pytest.warns(UserWarning, match="goes on after 4 batches of this epoch") as caught,
-    ):
-        trained()
-    texts = [str(warning.message) for warning in caught]
-    (ours,) = [text for text in texts if text.startswith("LatentDataModule")]
-    assert "torchdata.stateful_dataloader.StatefulDataLoader" in ours
+    def train_dataloader(self):
+        tiles = Samples(photo_columns(COUNT))
+        order = DistributedSampler(tiles, num_replicas=1, rank=0)
+        return DataLoader(tiles, BATCH, sampler=order, drop_last=True)
+
+    def val_dataloader(self):
+        return DataLoader(Samples(photo_columns(2)))
+
+
+class ForeignStream(Foreign):
+    """Has no length."""
+
+    def train_dataloader(self):
+        return DataLoader(Stream(), BATCH)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        tiles = Samples(photo_columns(STEPS * BATCH))
+        return (tiles[number] for number in range(STEPS * BATCH))
+
+
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable:UserWarning")  # Lightning's
+@pytest.mark.parametrize(
+    ("kind", "run", "validations", "told"),
+    [
+        ("exception", "epochs", 1, "goes on after 2 batches of this epoch.*stateful_dataloader.StatefulDataLoader"),
+        ("exception", "steps", 1, "goes on after 2 batches of this epoch.*stateful_dataloader.StatefulDataLoader"),
+        ("epochs", "steps", 1, "from the end of an epoch.*where DataLoader is.*Set max_epochs"),
+        ("epochs", "steps", 0, "from the end of an epoch.*where DataLoader is.*Set max_epochs"),
+        ("epochs", "epochs", 1, None),
+    ],
+)
+def test_a_foreign_loader_without_a_state_is_told_of_once_and_keeps_one_clock(kind, run, validations, told, tmp_path):
+    settings = {"pixels": Foreign(), "limit_val_batches": validations, **RUNS[run]}
+    whole = fit(**settings | {"max_epochs": 4, "max_steps": -1})
+    fit(tmp_path, saving(kind, tmp_path), fail_at=STEPS + 2, **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rest = fit(ckpt_path=tmp_path / "saved.ckpt", **settings)
+    # Whatever of an epoch is seen again or left out, a batch meets the noise of the epoch that ordered it.
+    assert all(batch in whole.trained for batch in rest.trained)
+    ours = [text for text in map(str, (each.message for each in caught)) if text.startswith("LatentDataModule")]
+    assert len(ours) == (told is not None)
+    assert told is None or re.search(told, ours[0])
+
+
+def test_of_a_foreign_stream_nothing_is_lost_and_nothing_told(tmp_path):
+    settings = {"pixels": ForeignStream(), "limit_val_batches": 0, **RUNS["steps"]}
+    straight = fit(**settings)
+    fit(tmp_path, saving("epochs", tmp_path), fail_at=STEPS + 2, **settings)
+    assert fit(ckpt_path=tmp_path / "saved.ckpt", **settings).trained == straight.trained[STEPS:]
 
 
 def test_a_state_holds_plain_values(tmp_path):

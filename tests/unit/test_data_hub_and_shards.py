@@ -342,7 +342,6 @@ def test_a_data_set_as_a_stream(rows, ranks, workers):
 
 def test_files_of_a_stream_are_dealt_to_its_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s, whenever a part is given up
     features = datasets.Features({"photo": datasets.Image()})
     (tmp_path / "rows").mkdir()
     with quiet_datasets():

@@ -1,7 +1,9 @@
 """Every source gives the same steps for any ranks and workers, and goes on where a state was saved."""
 
 import pytest
-from four_sources import COUNT, GLOBAL_BATCH, SOURCES, digests, latent_data, pixels, write_sources
+import torch
+from four_sources import COUNT, GLOBAL_BATCH, SOURCES, latent_data, loader_of, pixels, steps, write_sources
+from helpers import tiny_kl
 
 from latentdm.batch import EPOCH
 
@@ -13,30 +15,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     write_sources(folder)
     return folder
-
-
-def loader_of(data, rank=0, ranks=1):
-    """The training loader of one rank."""
-    data.pixels.setup()
-    data.pixels.trainer = type("Ranks", (), {"distributed_sampler_kwargs": {"num_replicas": ranks, "rank": rank}})()
-    loader = data.pixels.train_dataloader()
-    data.pixels.trainer = None
-    return loader
-
-
-def steps(folder, source, ranks=1, workers=0, epoch=0, state=None):
-    """The digests of each step: of crops, mirroring, masks, noise and captions, of all ranks in turns."""
-    of_ranks = []
-    for rank in range(ranks):
-        data = latent_data(folder, source, batch_size=GLOBAL_BATCH // ranks, num_workers=workers)
-        loader = loader_of(data, rank, ranks)
-        loader.sampler.set_epoch(epoch)
-        if state:
-            loader.load_state_dict(state)
-        batches = [(batch, data.process(dict(batch), "cpu")) for batch in loader]
-        # the pixels apart: the encoder uses them up
-        of_ranks.append([list(zip(digests(raw), digests(made), strict=True)) for raw, made in batches])
-    return [[sample for row in zip(*step, strict=True) for sample in row] for step in zip(*of_ranks, strict=True)]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes:UserWarning")
@@ -54,6 +32,27 @@ def test_a_step_is_the_same_on_any_number_of_ranks_and_workers(folder, source):
             assert list(map(set, steps(folder, source, ranks))) == list(map(set, alone))
     assert steps(folder, source, workers=3) == alone
     assert steps(folder, source, epoch=1) != alone
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_latents_agree_on_any_number_of_ranks(folder, source):
+    def latents(ranks):
+        found = {}
+        for rank in range(ranks):
+            data = latent_data(folder, source, tiny_kl(), batch_size=GLOBAL_BATCH // ranks)
+            for batch in loader_of(data, rank, ranks):
+                made = data.process(dict(batch), "cpu")
+                found |= zip(
+                    batch["index"].tolist(), zip(made["latents"], made["masked_latents"], strict=True), strict=True
+                )
+        return found
+
+    alone = latents(1)
+    for ranks in (2, 4):
+        shared = latents(ranks)
+        assert shared.keys() == alone.keys()
+        for index, made in shared.items():
+            torch.testing.assert_close(made, alone[index], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("source", SOURCES)
