@@ -79,7 +79,7 @@ class LatentDiffusion(LightningModule):
         return F.mse_loss(predicted.float(), self.scheduler.get_velocity(latents, noise, times).float())
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        # Encoding costs more than this small UNet does, so each image meets several noises and times.
+        # Encoding costs more than this small UNet does, so each image may meet several noises and times.
         keys = [key for key in ("latents", "latent_mask", "masked_latents") if key in batch]
         batch = {key: batch[key].repeat_interleave(self.hparams.noises, dim=0) for key in keys}
         latents = batch["latents"]
