@@ -199,9 +199,12 @@ class Cache:
             return
         assert self.store is not None
         both = [moments.mean] if moments.logvar is None else [moments.mean, moments.logvar]
+        kept = torch.stack(both, dim=1).to(self._kept)
         fields: dict[str, Tensor] = {
-            MOMENTS: torch.stack(both, dim=1).to(self._kept),
+            MOMENTS: kept,
             SIZES: torch.tensor([rows.sizes[row] for row in missing], dtype=torch.int32),
+            # Here and not in the writer's thread; see there.
+            "keep": kept.isfinite().flatten(1).all(1),
         }
         if name == MASKED_LATENTS:
             masks = mask()
@@ -225,14 +228,8 @@ class Cache:
 
 
 def _prepared(fields: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the host: masks in bits, and no rows that are not finite."""
-    ready = dict(fields)
-    if MASK in ready:
-        ready[MASK] = packed(ready[MASK])
-    finite = ready[MOMENTS].isfinite().flatten(1).all(1)
-    if not bool(finite.all()):
-        ready["keep"] = finite
-    return ready
+    """On the host: masks in bits."""
+    return fields | {MASK: packed(fields[MASK])} if MASK in fields else fields
 
 
 class Flush(Callback):

@@ -230,7 +230,7 @@ def test_the_example_needs_no_setting(tmp_path):
 
 @pytest.mark.parametrize(("count", "epochs"), [(1024, 2), (100, 3), (5, 40)])
 def test_the_example_meets_its_crops_again(tmp_path, count, epochs):
-    """With what it takes with a cache: twenty crops of each photograph, in however many epochs."""
+    """As it does with a cache: so many crops of each photograph, in however many epochs."""
     pixels = SamplesData(size=SIZE, batch_size=16, epoch_length=count, val_length=0)
     cache = Cache(tmp_path / "cache", variants=20, mask_variants=1)
     datamodule = LatentDataModule(pixels, inpainting()[0], masks=RandomMask(), cache=cache)

@@ -146,7 +146,7 @@ def test_the_example_with_a_cache_takes_what_comes_again_soon():
         return cfg and (cfg.variants, cfg.mask_variants)
 
     assert cache() is None
-    assert cache("cache=disk") == cache("cache=memory") == (20, 1)
+    assert cache("cache=disk") == cache("cache=memory") == (100, 1)
     assert cache("cache=disk", "cache.variants=8", "cache.mask_variants=null") == (8, None)
     assert cache("cache=disk", "pixels=folder", "pixels.root=photos") == (4, None)
     assert cache("cache=disk", "experiment=sd15_inpaint", "pixels=folder", "pixels.root=photos") == (4, None)
