@@ -4,12 +4,15 @@ A process that is killed cannot say why. Each worker notes in shared memory what
 PyTorch's error holds the ids of the processes that died, and so the note can be found.
 """
 
+import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from time import sleep
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.multiprocessing import get_sharing_strategy
 from torch.utils.data import DataLoader
 
 from latentdm.data.order import GlobalOrder, RankBatches, Taken
@@ -26,6 +29,12 @@ CONNECTION_LOST = (ConnectionError, EOFError)
 
 SIGNAL_S = 0.5
 """Seconds within which the signal of that death comes, if at all; PyTorch answers it with an error that says which."""
+
+SOCKET = "/pymp-01234567/listener-01234567"
+"""How multiprocessing names a socket below the folder of temporary files."""
+
+SOCKET_BYTES = 107
+"""The longest name of a socket on Linux."""
 
 
 class PixelLoader(DataLoader[Any]):
@@ -66,7 +75,8 @@ class PixelLoader(DataLoader[Any]):
             RunError: a worker died; it names the sample that it was reading.
             SampleError: a sample cannot be read.
             TooManySkipped: more samples cannot be read than may be skipped.
-            UserError: without a trainer, there are other ranks now than when the loader was made.
+            UserError: without a trainer, there are other ranks now than when the loader was made; or workers could not
+                hand over their batches.
         """
         # A generator, so that all of this waits for the first batch: Lightning calls iter() before it sets the epoch.
         order: GlobalOrder = self.sampler
@@ -76,6 +86,8 @@ class PixelLoader(DataLoader[Any]):
                 "data now; make it after torch's process group, as after fabric.launch(), Accelerator() or "
                 "init_process_group(), or give a Trainer the data module instead of its loaders"
             )
+        if self.num_workers:
+            _check_sockets(self.owner)
         if isinstance(self.batch_sampler, RankBatches):
             self.batch_sampler.locked = False
         state, self._state = self._state, None
@@ -147,6 +159,17 @@ class PixelLoader(DataLoader[Any]):
         )
         if self.progress:
             self.progress.move(len(order) - rest - self.progress.batches)
+
+
+def _check_sockets(owner: str) -> None:
+    """Raise UserError where no worker could hand over a batch: whoever waits for it would hear nothing."""
+    folder, room = tempfile.gettempdir(), SOCKET_BYTES - len(SOCKET)
+    if get_sharing_strategy() == "file_descriptor" and len(os.fsencode(folder)) > room:
+        raise UserError(
+            f"{owner}: workers hand over batches through sockets in the folder of temporary files, and the name of "
+            f"{folder} is longer than the {room} bytes that leave room for theirs; set TMPDIR to a shorter one, or "
+            "num_workers=0"
+        )
 
 
 def explained(batches: Iterator[Any], dataset: Any) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 
 import numpy as np
 import pytest
@@ -60,6 +61,19 @@ class Deadly(PixelDataset):
         if position == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return {"pixels": torch.zeros(3, 4, 4, dtype=torch.uint8), "index": position}
+
+
+@pytest.mark.parametrize(("length", "told"), [(75, False), (76, True)])
+def test_a_folder_whose_name_leaves_no_room_for_sockets_is_told(length, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/".ljust(length, "x"))
+    loader = PixelLoader(Indexes(), batch_sampler=RankBatches(GlobalOrder(Indexes(), BATCH), BATCH), num_workers=1)
+    if told:
+        with pytest.raises(UserError, match=r"PixelLoader: workers .* longer than the 75 bytes .* TMPDIR"):
+            next(iter(loader))
+    else:
+        os.makedirs(tempfile.tempdir, exist_ok=True)
+        assert len(next(iter(loader))["index"]) == BATCH
+        os.rmdir(tempfile.tempdir)
 
 
 @pytest.mark.parametrize("buckets", [None, np.zeros(4, dtype=np.int32)])
