@@ -164,7 +164,8 @@ class PixelLoader(DataLoader[Any]):
 def _check_sockets(owner: str) -> None:
     """Raise UserError where no worker could hand over a batch: whoever waits for it would hear nothing."""
     folder, room = tempfile.gettempdir(), SOCKET_BYTES - len(SOCKET)
-    if get_sharing_strategy() == "file_descriptor" and len(os.fsencode(folder)) > room:
+    strategy = get_sharing_strategy()  # type: ignore[no-untyped-call]  # torch does not annotate it
+    if strategy == "file_descriptor" and len(os.fsencode(folder)) > room:
         raise UserError(
             f"{owner}: workers hand over batches through sockets in the folder of temporary files, and the name of "
             f"{folder} is longer than the {room} bytes that leave room for theirs; set TMPDIR to a shorter one, or "
