@@ -109,9 +109,9 @@ class Writer:
         Args:
             store: where they belong.
             keys: ``n`` of them.
-            fields: name → ``n …`` on any device, which nobody changes afterwards.
-            prepare: turns the fields on the host into those that are written; called by the writer's thread. It may
-                leave out rows by a field ``keep`` ``n`` bool.
+            fields: name → ``n …`` on any device, which nobody changes afterwards. Of them ``keep``, ``n`` bool, is not
+                written: it leaves out rows.
+            prepare: turns the fields on the host into those that are written; called by the writer's thread.
             wait: rather than drop what comes too fast.
         """
         self._warn()
