@@ -96,6 +96,13 @@ def count(text: str) -> int:
     return found
 
 
+def with_data(parser: ArgumentParser) -> ArgumentParser:
+    """Add the options of commands that encode some samples: whose data, and where."""
+    parser.add_argument("--stage", choices=["train", "val"], default="train", help="whose data (default: train)")
+    parser.add_argument("--device", help="where to encode (default: cuda if there is one, else cpu)")
+    return parser
+
+
 def device_of(name: str | None) -> Any:
     """The torch device of ``--device``, which can hold a tensor; None takes CUDA's first, or the CPU without one.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from latentdm.commands.config import compose_config, count, device_of, parse
+from latentdm.commands.config import compose_config, count, device_of, parse, with_data
 from latentdm.errors import RunError, UserError, plain_errors
 
 
@@ -27,9 +27,7 @@ def run(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--samples", type=count, default=4, help="rows of the picture (default: 4)")
     parser.add_argument("--output", type=Path, default=Path("preview.png"), help="the PNG (default: preview.png)")
-    parser.add_argument("--stage", choices=["train", "val"], default="train", help="whose data (default: train)")
-    parser.add_argument("--device", help="where to encode (default: cuda if there is one, else cpu)")
-    settings = parse(parser, arguments)
+    settings = parse(with_data(parser), arguments)
     cfg = compose_config(settings)
     with plain_errors(cfg):
         _draw(cfg, settings)

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from latentdm.commands.config import compose_config, count, device_of, parse
+from latentdm.commands.config import compose_config, count, device_of, parse, with_data
 from latentdm.errors import UserError, plain_errors
 
 SECRET = re.compile(r"(^|_)(token|secret|passw(or)?d|api_?key|access_key|credentials?)$", re.IGNORECASE)
@@ -37,9 +37,7 @@ def run(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--samples", type=count, default=64, help="how many to look at (default: 64)")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (default: report.html)")
-    parser.add_argument("--stage", choices=["train", "val"], default="train", help="whose data (default: train)")
-    parser.add_argument("--device", help="where to encode (default: cuda if there is one, else cpu)")
-    settings = parse(parser, arguments)
+    settings = parse(with_data(parser), arguments)
     cfg = compose_config(settings)
     with plain_errors(cfg):
         _write(cfg, settings)
