@@ -252,4 +252,4 @@ class LatentDataModule(Wrapper):
         if not self._warned and (lost := hooks.rounded_pixels(found, self.trainer)) is not None:
             self._warned = True
             rank_zero_warn(f"LatentDataModule: {lost}")
-        return self._batch_draws(found, self.seed, self.trainer, loader=".".join(map(str, path)))
+        return self._batch_draws(found, self.seed, self.trainer, path)

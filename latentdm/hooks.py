@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from latentdm.batch import CAPTION, EPOCH, INDEX, MASK, PIXELS, BatchKeys, Key, sample_ids
+from latentdm.batch import CAPTION, EPOCH, INDEX, MASK, PIXELS, BatchKeys, Key, Path, sample_ids
 from latentdm.containers import is_frozen, rebuild
 from latentdm.data.module import PixelDataModule
 from latentdm.draws import Draws, FreshDraws
@@ -23,6 +23,7 @@ from latentdm.stages import Stage
 from latentdm.tensors import describe
 
 HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+_ATTRIBUTED = attributed("LatentDataModule")
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -102,7 +103,7 @@ def is_example_input(batch: Any, trainer: Trainer | None) -> bool:
 
 def movable(batch: Any, pixels: LightningDataModule) -> Any:
     """A batch in a form that Lightning moves to a device, unless the data module of the pixels has a hook that does."""
-    if is_frozen(batch) and not is_overridden("transfer_batch_to_device", pixels):
+    if type(batch) is not dict and is_frozen(batch) and not is_overridden("transfer_batch_to_device", pixels):
         return rebuild(batch, {})
     return batch
 
@@ -149,7 +150,7 @@ class BatchDraws:
         finally:
             self._training, self._epoch = before
 
-    def __call__(self, found: Mapping[str, Any], seed: int, trainer: Trainer | None, loader: str) -> Draws | None:
+    def __call__(self, found: Mapping[str, Any], seed: int, trainer: Trainer | None, path: Path) -> Draws | None:
         """The draws of a batch; None as long as nobody can tell how many samples it has.
 
         Args:
@@ -157,28 +158,29 @@ class BatchDraws:
             seed: of the data module.
             trainer: whose stage counts, and whose epoch where the batch brings none; evaluation draws as in epoch 0, so
                 that its figures compare.
-            loader: where the batch comes from.
+            path: where the batch comes from.
 
         Returns:
             Keyed on ``index``, else on rank, loader, batch and row; without a running trainer on a count of the calls.
         """
-        trains = trainer is not None and bool(trainer.training)
-        training = trains or self._training
-        epoch = training_epoch(trainer) if trainer is not None and trains else self._epoch
+        training, epoch = self._training, self._epoch
+        if trainer is not None and trainer.training:
+            training, epoch = True, training_epoch(trainer)
+            if self._trainer != id(trainer):
+                self._trainer = id(trainer)
+                if (repeats := repeated_batches(trainer)) is not None:
+                    rank_zero_warn(f"LatentDataModule: {repeats}")
         if (travelled := found.get(EPOCH)) is not None:
             epoch = int(travelled[0])
         count = _count(found)
-        if trainer is not None and trains and self._trainer != id(trainer):
-            self._trainer = id(trainer)
-            if (repeats := repeated_batches(trainer)) is not None:
-                rank_zero_warn(f"LatentDataModule: {repeats}")
         if count is None:
             return None
-        if found.get(INDEX) is not None:
-            with attributed("LatentDataModule"):
-                return Draws(seed, epoch, sample_ids(found[INDEX], count), training)
+        if (index := found.get(INDEX)) is not None:
+            with _ATTRIBUTED:
+                return Draws(seed, epoch, sample_ids(index, count), training)
         if trainer is None or trainer.state.status != TrainerStatus.RUNNING:
             return Draws(seed, epoch, self._fresh(count).ids, training)
+        loader = ".".join(map(str, path))
         prefix = f"rank{trainer.global_rank}.loader{loader}.batch{_batch_number(trainer)}"
         return Draws(seed, epoch, [f"{prefix}.{row}" for row in range(count)], training)
 
@@ -208,8 +210,12 @@ def repeated_batches(trainer: Trainer) -> str | None:
 def _count(found: Mapping[str, Any]) -> int | None:
     """How many samples a batch holds; None where nothing in it tells."""
     for name in (PIXELS, INDEX, CAPTION):
-        if hasattr(found.get(name), "__len__"):
-            return len(found[name])
+        held: Any = found.get(name)
+        if isinstance(held, Tensor):
+            if held.ndim:
+                return held.shape[0]  # len of a tensor is slow
+        elif hasattr(held, "__len__"):
+            return len(held)
     return None
 
 

@@ -87,9 +87,9 @@ class Network:
 
         Twice that in the contiguous layout, of which a CPU's convolutions make a copy in one of their own.
         """
-        weights = self._weights
-        copies = 2 if weights.layout(weights.first.dtype) == torch.contiguous_format else 1
-        return copies * self._first_channels * prod(size) * weights.first.element_size()
+        weights, first = self._weights, self._weights.first
+        copies = 2 if weights.layout(first.dtype) == torch.contiguous_format else 1
+        return copies * self._first_channels * prod(size) * first.element_size()
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from latentdm.autoencoders.network import Network
 from latentdm.autoencoders.posterior import Posterior
 from latentdm.draws import FreshDraws
 from latentdm.errors import UserError, attributed
+from latentdm.frozen.allocator import keep_freed
 from latentdm.frozen.chunks import Chunks, best_chunk
 from latentdm.frozen.compilation import compile_mode
 from latentdm.frozen.contexts import untracked
@@ -99,6 +100,9 @@ class FrozenVAE:
         self._normalization = family.normalization(autoencoder).to("cpu")
         self._chunks = Chunks(tiling, fixed=mode is not None, owner=self.class_name)
         self._network = Network(autoencoder, family, self._weights)
+        self._planned: dict[
+            tuple[int, Sequence[int], int | None], int | None
+        ] = {}  # a small batch feels each calculation
         if encoder_only:
             for part in family.decoder_parts:
                 if isinstance(getattr(autoencoder, part, None), nn.Module):
@@ -203,6 +207,7 @@ class FrozenVAE:
     def to(self, device: torch.device | str, rest: bool = False) -> Self:
         """Move it to a device; the first time, settle its dtype there. At ``rest`` it goes when it is first needed."""
         self._weights.to(torch.device(device), rest)
+        self._planned = {}
         self._normalization = self._normalization.to(device)
         return self
 
@@ -284,9 +289,19 @@ class FrozenVAE:
         encode = partial(self._network.moments, sets)
         count, shape = sum(map(len, sets)), sets[0].pixels.shape[2:]
         with untracked():
-            size = per_batch or self.best_chunk(shape)
+            plan = count, shape, per_batch
+            size = self._planned[plan] if plan in self._planned else self._plan(*plan)
             moments = Posterior.cat(self._chunks.run(encode, count, size, shape, self.dtype, progress))
             return moments if moments.is_finite() else self._mend(moments, sets, name)
+
+    def _plan(self, count: int, shape: Sequence[int], per_batch: int | None) -> int | None:
+        """Images in a chunk, for the first batch of its kind; a CPU's allocator is made ready for them."""
+        size = self._planned[count, shape, per_batch] = per_batch or self.best_chunk(shape)
+        if self.device.type == "cpu":
+            keep_freed(
+                2 * min(size or count, count) * self._network.activation_bytes(shape)
+            )  # the largest buffer of a convolution
+        return size
 
     def draw(self, moments: Posterior, noise: Tensor | None) -> Tensor:
         """Latents of a posterior.

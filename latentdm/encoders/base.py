@@ -68,6 +68,7 @@ class Encoder(Stage):
         self.progress = progress
         self.multiple = multiple
         self._fresh = FreshDraws()
+        self._attributed = attributed(check.owner)
         self._check_made()
 
     def _check_made(self) -> None:
@@ -129,7 +130,7 @@ class Encoder(Stage):
         Raises:
             UserError: pixels or mask of a wrong shape, dtype or range; the message names what would be right.
         """
-        with attributed(type(self).__name__):
+        with self._attributed:
             if not isinstance(batch, MAPPINGS):
                 named = fields_of(batch)
                 if named is None:
@@ -155,7 +156,7 @@ class Encoder(Stage):
         Returns:
             Output key → ``b 3 h w`` (clips ``b 3 f h w``) float32 in 0…1.
         """
-        with attributed(type(self).__name__):
+        with self._attributed:
             self._check(batch)
             to_encode, _ = self._prepare(batch)
             return {key: images.unit() for key, images in to_encode.items()}

@@ -1,42 +1,45 @@
 """How many images are encoded at once where nobody says: ``per_batch: null``."""
 
+import platform
+
 import pytest
 import torch
 from helpers import images, tiny_kl
 
 from latentdm import FrozenVAE, PlainEncoder
-from latentdm.frozen.chunks import CACHE_BYTES, MAX_IMAGES_ON_CPU, best_chunk
+from latentdm.frozen import allocator
+from latentdm.frozen.chunks import CACHE_BYTES, KEPT_BYTES, MAX_IMAGES_ON_CPU, best_chunk
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("image_bytes", "expected"),
-    [
-        (CACHE_BYTES, 1),
-        (CACHE_BYTES // 2, 2),
-        (CACHE_BYTES // 4, 4),
-        (CACHE_BYTES // 3, 3),
-        (10 * CACHE_BYTES, 1),  # one image always goes through
-        (1, MAX_IMAGES_ON_CPU),
-        (0, MAX_IMAGES_ON_CPU),  # no convolution, no activations
-    ],
-)
-def test_a_chunk_fills_the_cache_of_a_cpu(image_bytes, expected):
-    assert best_chunk(CPU, image_bytes) == expected
+@pytest.mark.parametrize(("keeps", "widest"), [(True, KEPT_BYTES), (False, CACHE_BYTES)])
+def test_a_cpu_is_given_as_many_images_as_its_allocator_bears(keeps, widest, monkeypatch):
+    monkeypatch.setattr("latentdm.frozen.chunks.keeps_freed", lambda: keeps)
+    cases = {
+        widest: 1,
+        widest // 2: 2,
+        widest // 4: 4,
+        widest // 3: 3,
+        10 * widest: 1,  # one image always goes through
+        1: MAX_IMAGES_ON_CPU,
+        0: MAX_IMAGES_ON_CPU,  # no convolution, no activations
+    }
+    assert {size: best_chunk(CPU, size) for size in cases} == cases
 
 
-@pytest.mark.parametrize("image_bytes", [1, 10 * CACHE_BYTES])
+@pytest.mark.parametrize("image_bytes", [1, 10 * KEPT_BYTES])
 def test_an_accelerator_is_given_the_whole_batch(image_bytes):
     assert best_chunk(torch.device("cuda"), image_bytes) is None
 
 
 @pytest.fixture
 def tried(monkeypatch):
-    """An autoencoder whose cache holds two images of 32² in float32, and the sizes of its chunks."""
+    """An autoencoder that takes two images of 32² in float32 at once, and the sizes of its chunks."""
     autoencoder, sizes = tiny_kl(), []
     channels = autoencoder.encoder.conv_in.out_channels
-    monkeypatch.setattr("latentdm.frozen.chunks.CACHE_BYTES", 2 * 2 * channels * 32 * 32 * 4)
+    for name in ("KEPT_BYTES", "CACHE_BYTES"):
+        monkeypatch.setattr(f"latentdm.frozen.chunks.{name}", 2 * 2 * channels * 32 * 32 * 4)
     autoencoder.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     return autoencoder, sizes
 
@@ -64,3 +67,28 @@ def test_a_number_of_the_users_is_obeyed(per_batch, tried):
     PlainEncoder(FrozenVAE(autoencoder, dtype="float32"), per_batch=per_batch)({"pixels": images(5, 32, 32)})
     assert sizes[0] == per_batch
     assert sum(sizes) == 5
+
+
+# ---------------------------------------------------------------- what the allocator keeps
+
+
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+
+
+@needs_glibc
+@pytest.mark.parametrize("name", sorted(allocator.CHOSEN_BY))
+def test_whoever_sets_the_allocator_is_left_alone(name, monkeypatch):
+    for chosen in allocator.CHOSEN_BY:
+        monkeypatch.delenv(chosen, raising=False)
+    allocator.keeps_freed.cache_clear()
+    assert allocator.keeps_freed()
+    monkeypatch.setenv(name, "1")
+    allocator.keeps_freed.cache_clear()
+    assert not allocator.keeps_freed()
+
+
+@pytest.fixture(autouse=True)
+def asked_anew():
+    """The environment of the next test."""
+    yield
+    allocator.keeps_freed.cache_clear()
