@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from latentdm.batch import (
     CROP_TOP_LEFT,
@@ -25,7 +26,6 @@ from latentdm.finetune.base import CONDITIONS, FACTOR, FineTune
 from latentdm.finetune.lora import Lora
 from latentdm.finetune.objectives import Diffusion
 from latentdm.finetune.sampling import frozen_vae, generators
-from latentdm.finetune.widen import widen_input
 from latentdm.validation import Check
 
 SIZES = (ORIGINAL_SIZE, CROP_TOP_LEFT, TARGET_SIZE)
@@ -131,8 +131,13 @@ class StableDiffusion(FineTune):
             )
 
     def _adapt(self, network: Any) -> None:
+        """Widen the first convolution, with zeros: what the UNet computes stays what it was until they are trained."""
         if self.widen:
-            widen_input(network, self.in_channels)
+            conv = network.conv_in
+            added = self.in_channels - conv.in_channels
+            conv.weight = nn.Parameter(F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, added)))
+            conv.in_channels = self.in_channels
+            network.register_to_config(in_channels=self.in_channels)
 
     def network_input(self, batch: Mapping[str, Any], noisy: Tensor, times: Tensor) -> dict[str, Any]:
         """``sample`` ``b 4 h w`` or ``b 9 h w``, ``timestep``, the text, and SDXL's sizes."""
