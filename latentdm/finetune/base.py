@@ -20,6 +20,7 @@ from latentdm.finetune.checks import check_batch, check_latents, check_scaling, 
 from latentdm.finetune.lora import Lora
 from latentdm.finetune.objectives import Objective
 from latentdm.finetune.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, make_optimizer
+from latentdm.finetune.sampling import sample
 from latentdm.finetune.sharding import shard
 from latentdm.frozen.weights import DTYPES
 from latentdm.pipelines import PipelineSource
@@ -233,9 +234,14 @@ class FineTune(LightningModule):
             times: ``b``, of the objective.
         """
 
-    @abstractmethod
     def predict(self, batch: Mapping[str, Any], noisy: Tensor, times: Tensor) -> Tensor:
         """What the denoiser predicts, ``b z h w``."""
+        predicted = self.network(**self.network_input(batch, noisy, times), return_dict=False)[0]
+        return self.unpacked(predicted, *noisy.shape[-2:])
+
+    def unpacked(self, output: Tensor, h: int, w: int) -> Tensor:
+        """Latents ``b z h w`` of what the denoiser, or the pipeline around it, gives."""
+        return output
 
     def losses(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
         """``loss`` and, with a mask, ``loss_in_mask``: means over a batch.
@@ -290,6 +296,31 @@ class FineTune(LightningModule):
         for name, loss in losses.items():
             self.log(f"{stage}/{name}", loss, batch_size=len(rows), **settings)
         return losses["loss"]
+
+    # ---------------------------------------------------------------- samples
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Sample with diffusers' own pipeline, as a user of the result will.
+
+        Args:
+            batch: of the data module.
+            batch_idx: keys the noise, the same in every validation.
+
+        Returns:
+            ``b 3 H W`` float32 in 0…1.
+
+        Raises:
+            UserError: no `latentdm.LatentDataModule` is there, whose autoencoder decodes.
+        """
+        return sample(self, batch, batch_idx)
+
+    @abstractmethod
+    def sampler(self, **parts: Any) -> Any:
+        """The pipeline that samples, made of its parts; it is given embeddings, and has no text encoder."""
+
+    @abstractmethod
+    def sampler_input(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Its arguments beside the size, the steps and the generators."""
 
     # ---------------------------------------------------------------- training
 
