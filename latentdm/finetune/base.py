@@ -82,6 +82,12 @@ class FineTune(LightningModule):
 
     latent_channels: int
     """``z``."""
+    text_width: int
+    """Channels of the prompt embeddings."""
+    conditions: tuple[str, ...]
+    """What a batch must hold besides latents and prompt embeddings."""
+    pipeline_class: str
+    """The pipeline that a full save is loaded with: the source's own, unless a model says otherwise."""
     network: Any
     objective: Objective
 
@@ -131,6 +137,7 @@ class FineTune(LightningModule):
         self.seed = check.integer("seed", seed, 0)
         require("transformers", "finetune", self.owner)
         self.pipeline = PipelineSource(self.owner, pretrained, revision, variant)
+        self.pipeline_class = self.pipeline.pipeline_class
         self.config = dict(self._read_config())
         self.save_hyperparameters(
             {
@@ -268,16 +275,6 @@ class FineTune(LightningModule):
             "loss_in_mask": (error * mask).sum().detach() / mask.sum().clamp(min=1e-6),
         }
 
-    @property
-    @abstractmethod
-    def conditions(self) -> tuple[str, ...]:
-        """What a batch must hold besides latents and prompt embeddings."""
-
-    @property
-    @abstractmethod
-    def text_width(self) -> int:
-        """Channels of the prompt embeddings."""
-
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The loss of a batch."""
         return self._logged("train", batch, batch_idx, training_epoch(self.trainer), prog_bar=True)
@@ -355,8 +352,3 @@ class FineTune(LightningModule):
                 f"{self.owner}: the checkpoint lacks {len(missing)} of the weights that are trained, the first "
                 f"{missing[0]!r}; resume with the LoRA settings that it was written with"
             )
-
-    @property
-    def pipeline_class(self) -> str:
-        """The pipeline that a full save is loaded with."""
-        return self.pipeline.pipeline_class

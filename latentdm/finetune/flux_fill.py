@@ -59,6 +59,8 @@ class FluxFill(FineTune):
         density = Check(self.owner).choice("times", times, TIMES)
         self.objective = FlowMatching(self.pipeline.config("scheduler"), density, self.owner)
         self.latent_channels = int(self.config.get("out_channels") or 64) // 4
+        self.text_width = int(self.config["joint_attention_dim"])  # T5's
+        self.pipeline_class = "FluxFillPipeline"
         expected = 4 * (2 * self.latent_channels + FACTOR**2)
         if self.config["in_channels"] != expected:
             raise UserError(
@@ -66,16 +68,6 @@ class FluxFill(FineTune):
                 f"channels, and FLUX Fill's {expected}; start from black-forest-labs/FLUX.1-Fill-dev or a model "
                 "made of it"
             )
-
-    @property
-    def pipeline_class(self) -> str:
-        """FLUX Fill's."""
-        return "FluxFillPipeline"
-
-    @property
-    def text_width(self) -> int:
-        """T5's."""
-        return int(self.config["joint_attention_dim"])
 
     def check_conditions(self, channels: Mapping[str, int]) -> None:
         """Raise UserError unless the encoder gives mask and masked image as this model sees them."""

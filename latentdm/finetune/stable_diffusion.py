@@ -86,28 +86,11 @@ class StableDiffusion(FineTune):
         self.widen = widen and self.in_channels == plain
         if self.widen:
             self.in_channels = inpaint
-
-    @property
-    def inpaints(self) -> bool:
-        """Whether the UNet sees a mask."""
-        return self.in_channels != self.latent_channels
-
-    @property
-    def conditions(self) -> tuple[str, ...]:
-        """Mask and masked image of an inpainting UNet, SDXL's pooled embeddings."""
-        return (CONDITIONS if self.inpaints else ()) + ((POOLED_PROMPT_EMBEDS,) if self.xl else ())
-
-    @property
-    def pipeline_class(self) -> str:
-        """The source's own, or the inpainting one where the UNet was widened."""
-        if not self.inpaints or "Inpaint" in self.pipeline.pipeline_class:
-            return self.pipeline.pipeline_class
-        return f"StableDiffusion{'XL' if self.xl else ''}InpaintPipeline"
-
-    @property
-    def text_width(self) -> int:
-        """CLIP's, or those of SDXL's two side by side."""
-        return int(self.config["cross_attention_dim"])
+        self.inpaints = self.in_channels == inpaint
+        self.conditions = (CONDITIONS if self.inpaints else ()) + ((POOLED_PROMPT_EMBEDS,) if self.xl else ())
+        self.text_width = int(self.config["cross_attention_dim"])
+        if self.inpaints and "Inpaint" not in self.pipeline_class:  # widened, or saved as another pipeline
+            self.pipeline_class = f"StableDiffusion{'XL' if self.xl else ''}InpaintPipeline"
 
     def check_conditions(self, channels: Mapping[str, int]) -> None:
         """Raise UserError unless the encoder gives mask and masked image as this model sees them."""
