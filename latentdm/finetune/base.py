@@ -19,7 +19,7 @@ from latentdm.extras import require
 from latentdm.finetune.checks import check_batch, check_latents, check_scaling, check_text
 from latentdm.finetune.lora import Lora
 from latentdm.finetune.objectives import Objective
-from latentdm.finetune.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, make_optimizer
+from latentdm.finetune.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer
 from latentdm.finetune.sampling import sample
 from latentdm.finetune.sharding import shard
 from latentdm.frozen.weights import DTYPES
@@ -127,7 +127,9 @@ class FineTune(LightningModule):
         self.learning_rate = check.number("learning_rate", learning_rate, 0)
         self.warmup_steps = check.integer("warmup_steps", warmup_steps, 0)
         self.schedule = check.choice("schedule", schedule, SCHEDULES)
-        self.optimizer = check_optimizer(check.choice("optimizer", optimizer, OPTIMIZERS), self.owner)
+        self.optimizer = check.choice("optimizer", optimizer, OPTIMIZERS)
+        if optimizer == "adamw_8bit":
+            require("bitsandbytes", None, f"{self.owner}: optimizer=adamw_8bit (unlike adamw)")
         self.weight_decay = check.number("weight_decay", weight_decay, 0)
         self.gradient_checkpointing = gradient_checkpointing
         self.weights_dtype = check.choice("dtype", dtype, DTYPES)
@@ -323,16 +325,7 @@ class FineTune(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW over what is trained, with its learning rate's schedule."""
-        weights = [weight for weight in self.parameters() if weight.requires_grad]
-        return make_optimizer(
-            weights,
-            self.optimizer,
-            self.learning_rate,
-            self.weight_decay,
-            self.schedule,
-            self.warmup_steps,
-            self.trainer,
-        )
+        return make_optimizer(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Of a LoRA keep the adapter alone: the rest lies in the pipeline as it was."""
