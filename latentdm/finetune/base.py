@@ -6,6 +6,7 @@ Shapes: ``b`` batch, ``z h w`` latents, ``r`` the VAE's factor, ``H W`` pixels.
 import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -121,7 +122,7 @@ class FineTune(LightningModule):
         super().__init__()
         self.owner = type(self).__name__
         check = Check(self.owner)
-        self.lora = Lora.of(lora)
+        self.lora = lora if isinstance(lora, Lora) else Lora(**dict(lora or {}))
         if learning_rate is None:
             learning_rate = LORA_RATE if self.lora.active else FULL_RATE
         self.learning_rate = check.number("learning_rate", learning_rate, 0)
@@ -200,7 +201,9 @@ class FineTune(LightningModule):
             return
         import diffusers
 
-        trainer = self._attached_trainer()
+        trainer: Any = None
+        with suppress(RuntimeError):  # made by hand, as in a notebook
+            trainer = self.trainer
         self.check(getattr(trainer, "datamodule", None))
         with torch.device("cpu"):  # the strategy moves it; on a GPU a whole model of random weights would come first
             network = self.pipeline.load(
@@ -218,12 +221,6 @@ class FineTune(LightningModule):
 
     def _adapt(self, network: Any) -> None:
         """Change the loaded denoiser before an adapter is added."""
-
-    def _attached_trainer(self) -> Any:
-        try:
-            return self.trainer
-        except RuntimeError:  # made by hand, as in a notebook
-            return None
 
     def _loading_dtype(self, precision: str) -> torch.dtype:
         wanted = DTYPES[self.weights_dtype]

@@ -1,8 +1,8 @@
 """`Lora`: low-rank adapters beside frozen weights, by peft, and what of them is saved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +54,6 @@ class Lora:
     def active(self) -> bool:
         """Whether there is one."""
         return self.rank is not None
-
-    @classmethod
-    def of(cls, settings: "Lora | Mapping[str, Any] | None") -> Self:
-        """The settings from a dict, as Hydra may hand them over; None is without a LoRA."""
-        if isinstance(settings, cls):
-            return settings
-        return cls(**dict(settings or {}))  # type: ignore[arg-type]
 
     def add_to(self, network: Any, targets: Sequence[str], owner: str) -> None:
         """Freeze a diffusers model and add the adapter, in float32.
