@@ -156,17 +156,10 @@ class FineTune(LightningModule):
 
     def _read_config(self) -> Mapping[str, Any]:
         """The denoiser's config; that all parts of the pipeline are there is looked at on the way."""
-        for component in (self.component, "scheduler", "vae"):
-            if component not in self.pipeline.components:
-                raise UserError(
-                    f"{self.owner}: the pipeline {self.pipeline.source!r} ({self.pipeline.pipeline_class}) has no "
-                    f"{component}; its components are {', '.join(sorted(self.pipeline.components))}"
-                )
-            self.pipeline.class_name(component)
-        found = self.pipeline.class_name(self.component)
-        if found != self.network_class:
+        classes = {name: self.pipeline.class_name(name) for name in (self.component, "scheduler", "vae")}
+        if classes[self.component] != self.network_class:
             raise UserError(
-                f"{self.owner}: the {self.component} of {self.pipeline.source!r} is a {found}, not a "
+                f"{self.owner}: the {self.component} of {self.pipeline.source!r} is a {classes[self.component]}, not a "
                 f"{self.network_class}; choose the model of its family: model=stable_diffusion, sdxl or flux_fill"
             )
         return self.pipeline.config(self.component)

@@ -111,10 +111,10 @@ class TextEncoder(Stage):
         parts = FAMILIES[family].parts
         if zero_empty is None:
             zero_empty = family == "sdxl" and bool(pipeline.index.get("force_zeros_for_empty_prompt", True))
-        tokenizers = [pipeline.load(transformers, f"tokenizer{part}", variant=None) for part in parts]
+        tokenizers = [pipeline.load(transformers, f"tokenizer{part}") for part in parts]
 
         def load(dtype: torch.dtype) -> list[nn.Module]:
-            return [_load(pipeline, transformers, f"text_encoder{part}", dtype) for part in parts]
+            return [pipeline.load(transformers, f"text_encoder{part}", dtype=dtype) for part in parts]
 
         return cls(tokenizers, load, family, dtype, max_length, zero_empty)
 
@@ -225,15 +225,3 @@ def _frozen(encoder: Any, dtype: torch.dtype | None = None) -> Any:
             "Diffusion or FLUX pipeline does; such an encoder is not supported"
         )
     return encoder.requires_grad_(False).eval().to(dtype)
-
-
-def _load(pipeline: PipelineSource, transformers: Any, component: str, dtype: torch.dtype) -> nn.Module:
-    """A text encoder with all its weights: transformers would fill missing ones at random."""
-    encoder, info = pipeline.load(transformers, component, dtype=dtype, output_loading_info=True)
-    missing = sorted(info.get("missing_keys") or ())
-    if missing:
-        raise UserError(
-            f"TextEncoder: the weights of {component} at {pipeline.source!r} lack {len(missing)} tensors of "
-            f"{type(encoder).__name__}, the first {missing[0]!r}; save the pipeline again, or name another source"
-        )
-    return encoder  # type: ignore[no-any-return]
