@@ -128,13 +128,14 @@ class TextEncoder(Stage):
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in. ``"auto"`` is settled by the first device that it is put on, and stays."""
-        dtype: torch.dtype = next(self._modules()[0].parameters()).dtype
+        dtype: torch.dtype = next(self.encoders[0].parameters()).dtype
         return dtype
 
     @property
     def encoders(self) -> list[Any]:
-        """The modules, made now if they were not yet."""
-        return self._modules()
+        """The modules, loaded now if they were not yet."""
+        self.load(self._device)
+        return self._encoders
 
     def setup(self, device: torch.device | str) -> None:
         """Load the weights, the first time, and move them to ``device``."""
@@ -142,25 +143,19 @@ class TextEncoder(Stage):
 
     def load(self, device: torch.device | str) -> None:
         """Load the weights in the dtype that they have on a device, and leave them on the CPU; once."""
-        if self._load is not None:
-            self._device = torch.device(device)
-            self._modules()
-            self._device = torch.device("cpu")
+        if self._load is None:
+            return
+        dtype = self._wanted or (torch.bfloat16 if computes_bfloat16(torch.device(device)) else torch.float32)
+        with torch.inference_mode(False):
+            self._encoders = [_frozen(encoder) for encoder in self._load(dtype)]
+        self._load = None
 
     def to(self, device: torch.device | str) -> Self:
         """Move it to a device; the first time, settle its dtype there."""
         self._device = torch.device(device)
         with torch.inference_mode(False):
-            self._encoders = [encoder.to(self._device) for encoder in self._modules()]
+            self._encoders = [encoder.to(self._device) for encoder in self.encoders]
         return self
-
-    def _modules(self) -> list[Any]:
-        if self._load is not None:
-            dtype = self._wanted or (torch.bfloat16 if computes_bfloat16(self._device) else torch.float32)
-            with torch.inference_mode(False):
-                self._encoders = [_frozen(encoder) for encoder in self._load(dtype)]
-            self._load = None
-        return self._encoders
 
     def __repr__(self) -> str:
         dtype = "not loaded yet" if self._load is not None else dtype_name(self.dtype)
@@ -190,7 +185,7 @@ class TextEncoder(Stage):
     def _encode(self, tokens: Sequence[Tensor]) -> dict[str, Tensor]:
         with untracked(), no_autocast(self._device):
             ids = [part.to(self._device, copy=part.is_inference()) for part in tokens]
-            prompt, pooled = self._family.encode(self._modules(), ids)
+            prompt, pooled = self._family.encode(self.encoders, ids)
             embeddings = {PROMPT_EMBEDS: prompt.float()}
             if pooled is not None:
                 embeddings[POOLED_PROMPT_EMBEDS] = pooled.float()
