@@ -93,7 +93,10 @@ def build_autoencoder(
 
 
 def _package_folder(source: str) -> Path:
-    spec = find_spec(source.removeprefix(PACKAGE))
+    try:
+        spec = find_spec(source.removeprefix(PACKAGE))
+    except (ModuleNotFoundError, ValueError):  # of a package above it, or of no name at all
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"{_OWNER}: {source!r} names no installed package")
     return Path(spec.submodule_search_locations[0])

@@ -303,6 +303,12 @@ def test_pickles_beside_safetensors_are_passed_over(folder):
     assert same(load(folder))
 
 
+@pytest.mark.parametrize("source", ["pkg://latentdm.demo", "pkg://latent_dm.demo_vae", "pkg://json.decoder", "pkg://"])
+def test_a_package_that_is_not_there(source):
+    with complains(repr(source), "names no installed package"):
+        load(source)
+
+
 def test_nothing_is_there(tmp_path, folder):
     with complains("no autoencoder at", str(tmp_path / "empty"), "folder with config.json"):
         (tmp_path / "empty").mkdir()
