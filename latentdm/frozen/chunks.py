@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
 
 from latentdm.errors import UserError
+from latentdm.frozen.contexts import NOTHING
 from latentdm.tensors import dtype_name
 from latentdm.validation import Check
 
@@ -25,8 +25,6 @@ fastest in float32 throughout, and in bfloat16 to within the noise.
 
 MAX_IMAGES_ON_CPU = 16
 """Beyond this many images, a pass costs next to nothing beside its arithmetic."""
-
-_NO_BAR = nullcontext()
 
 T = TypeVar("T")
 
@@ -92,7 +90,8 @@ class Chunks:
         size, tiled = self._start(key, rows, per_batch)
         limit, done = self._limits.get(key), 0
         encoded: list[T] = []
-        with self._bar(rows) if progress else _NO_BAR as bar:
+        shown: Any = tqdm(total=rows, desc="encode", unit="image", delay=2, leave=False) if progress else NOTHING
+        with shown as bar:
             while done < rows:
                 chunk = slice(done, min(done + size, rows))
                 images = size if self.fixed else chunk.stop - chunk.start
@@ -119,9 +118,6 @@ class Chunks:
         if self._limits.get(key) != limit:
             self._say(key, size, tiled)
         return encoded
-
-    def _bar(self, rows: int) -> Any:
-        return tqdm(total=rows, desc="encode", unit="image", delay=2, leave=False)
 
     def _start(self, key: Hashable, rows: int, per_batch: int | None) -> tuple[int, bool]:
         """Images in a chunk, and whether they are tiled."""
