@@ -17,7 +17,7 @@ from latentdm.batch import INDEX, LATENT_MASK, LATENTS, MASKED_LATENTS, sample_i
 from latentdm.draws import Draws
 from latentdm.errors import UserError
 from latentdm.extras import require
-from latentdm.finetune.checks import check_batch, check_latents, check_scaling, check_text
+from latentdm.finetune.checks import check_batch, check_text, check_vae
 from latentdm.finetune.lora import Lora
 from latentdm.finetune.objectives import Objective
 from latentdm.finetune.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer
@@ -178,9 +178,8 @@ class FineTune(LightningModule):
         check_text(self, datamodule)
         channels = getattr(datamodule, "channels", None)
         if isinstance(channels, Mapping) and LATENTS in channels:
-            check_latents(self, channels)
+            check_vae(self, channels, datamodule.encoder.vae.module)
             self.check_conditions(channels)
-            check_scaling(self, datamodule.encoder.vae.module)
 
     @abstractmethod
     def check_conditions(self, channels: Mapping[str, int]) -> None:
