@@ -99,18 +99,11 @@ def _local(pipeline: PipelineSource) -> Path:
 def _chosen(folder: Path, variant: str | None) -> list[Path]:
     """The files of a component: of weights in several variants the one that is asked for, safe before pickled."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    names = {path.name for path in files}
-    of_variant = {path.name for path in files if variant is not None and f".{variant}." in path.name}
-    safe = any(name.endswith(".safetensors") for name in names)
-
-    def wanted(path: Path) -> bool:
-        name = path.name
-        if path.suffix in (".bin", ".ckpt", ".msgpack", ".h5") and safe:
-            return False
-        weights = name.endswith((".safetensors", ".bin", ".index.json"))
-        return not (weights and of_variant) or name in of_variant
-
-    return [path for path in files if wanted(path)]
+    if any(path.suffix == ".safetensors" for path in files):
+        files = [path for path in files if path.suffix not in (".bin", ".ckpt", ".msgpack", ".h5")]
+    of_variant = [path for path in files if variant is not None and f".{variant}." in path.name]
+    weights = (".safetensors", ".bin", ".index.json")
+    return [path for path in files if not of_variant or path in of_variant or not path.name.endswith(weights)]
 
 
 def _link(source: Path, target: Path) -> None:

@@ -135,5 +135,4 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
 
 def token_positions(rows: int, columns: int) -> Tensor:
     """``rows·columns 3``: 0, row and column of each token."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1).float()
+    return torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).float()
