@@ -117,13 +117,9 @@ def kohya_weights(network: Any, state: dict[str, Tensor] | None = None) -> dict[
     ``lora_unet_down_blocks_0_….lora_down.weight``, ``.lora_up.weight`` and ``.alpha``, the true one: diffusers'
     conversion writes the rank there.
     """
-    from diffusers.utils import state_dict_utils
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 
     prefixed = {f"unet.{name}": weight for name, weight in adapter_weights(network, state).items()}
+    converted: dict[str, Tensor] = convert_state_dict_to_kohya(prefixed)
     alpha = float(network.peft_config[ADAPTER].lora_alpha)
-    convert: Any = state_dict_utils.convert_state_dict_to_kohya
-    converted: dict[str, Tensor] = convert(prefixed)
-    return {
-        name: torch.tensor(alpha) if name.endswith(".alpha") else weight.contiguous()
-        for name, weight in converted.items()
-    }
+    return converted | {name: torch.tensor(alpha) for name in converted if name.endswith(".alpha")}
