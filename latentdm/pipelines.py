@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from latentdm.errors import UserError
@@ -165,9 +166,10 @@ def load_weights(
     """
     place = f"{source}/{subfolder}" if subfolder else str(source)
     settings |= {"subfolder": subfolder, "variant": variant, "output_loading_info": True}
+    settings["ignore_mismatched_sizes"] = True  # and refuse them below, by their names
     try:
         loaded, info = model.from_pretrained(source, **settings)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         wanted = "" if variant is None else f" with variant={variant!r}"
         advice = (
             "If its files are named as in diffusion_pytorch_model.fp16.safetensors, set variant: fp16"
@@ -179,8 +181,6 @@ def load_weights(
         raise UserError(
             f"{owner}: {place!r} has a config but no weights that can be loaded{wanted}: {one_line(error)} {advice}"
         ) from error
-    except RuntimeError as error:  # sizes that differ
-        raise misfit(owner, place, model, one_line(error)) from error
     refuse_keys(owner, place, model, {kind: info.get(kind) or () for kind in refused})
     return loaded
 

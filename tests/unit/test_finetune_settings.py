@@ -121,11 +121,14 @@ def test_a_variant_that_is_not_there_is_told_by_its_name(folders):
         pipeline.load(diffusers, "unet")
 
 
-def test_a_denoiser_whose_weights_are_incomplete_is_refused(folders, tmp_path):
-    """diffusers would fill the gap at random, with no more than a line in its log."""
+def test_a_denoiser_whose_weights_do_not_fit_is_refused(folders, tmp_path):
+    """diffusers would fill what is missing at random, with no more than a line in its log."""
     folder = shutil.copytree(folders["sd15"], tmp_path / "pipeline")
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
+    save_file(weights | {"conv_out.bias": torch.zeros(3)}, file, metadata={"format": "pt"})
+    with complains("StableDiffusion: ", "unet' do not fit UNet2DConditionModel: ", "conv_out.bias"):
+        StableDiffusion(str(folder)).configure_model()
     del weights["conv_out.bias"]
     save_file(weights, file, metadata={"format": "pt"})
     with complains("StableDiffusion: ", "unet' do not fit UNet2DConditionModel: 1 missing keys", "'conv_out.bias'"):
