@@ -6,12 +6,12 @@ from typing import Any
 from latentdm.errors import MissingExtraError
 
 
-def require(module: str, extra: str, needed_by: str) -> Any:
+def require(module: str, extra: str | None, needed_by: str) -> Any:
     """Import an optional module.
 
     Args:
         module: dotted name, as in ``import module``.
-        extra: the extra of latentdm that installs it.
+        extra: the extra of latentdm that installs it; None where no extra does.
         needed_by: what asked for it, as the subject of the error.
 
     Raises:
@@ -20,6 +20,7 @@ def require(module: str, extra: str, needed_by: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
+        wanted = module if extra is None else f"'latentdm[{extra}]'"
         raise MissingExtraError(
-            f"{needed_by} needs the package {error.name!r}; install it with: pip install 'latentdm[{extra}]'"
+            f"{needed_by} needs the package {error.name!r}; install it with: pip install {wanted}"
         ) from error

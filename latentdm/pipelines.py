@@ -1,14 +1,22 @@
-"""A diffusers pipeline in a folder or on a hub: its parts and their classes, before any of them is loaded."""
+"""What ``save_pretrained`` wrote into a folder or onto a hub: a pipeline's parts, and weights that are loaded whole."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from torch import nn
+
 from latentdm.errors import UserError
 
 INDEX = "model_index.json"
+NOT_FOUND = (
+    "there is no such folder here, and the hub gave nothing: offline and not in its cache, a repository that wants a "
+    "login (hf auth login), or a wrong id"
+)
+"""What diffusers says of a hub that it cannot reach sounds like a wrong id."""
 
 
 class PipelineSource:
@@ -65,33 +73,36 @@ class PipelineSource:
             UserError: the pipeline has no such component, or its folder is gone.
         """
         if component not in self.components:
-            raise self._missing(component, f"its components are {', '.join(sorted(self.components))}")
+            raise UserError(
+                f"{self.owner}: the pipeline {self.source!r} ({self.pipeline_class}) has no {component}; its "
+                f"components are {', '.join(sorted(self.components))}"
+            )
         if self.folder is not None and not (self.folder / component).is_dir():
             raise self._missing(component, f"{INDEX} names it, but the folder {component}/ is not there")
         return self.components[component]
 
     def config(self, component: str) -> Mapping[str, Any]:
         """The config of a diffusers model or scheduler, without its weights."""
-        from diffusers.configuration_utils import ConfigMixin
+        from diffusers import AutoencoderKL, DDPMScheduler
 
         self.class_name(component)
-        reader: Any = type("Reader", (ConfigMixin,), {"config_name": _config_name(component)})
+        reader: Any = DDPMScheduler if component == "scheduler" else AutoencoderKL  # for the name of its file
         try:
             config = reader.load_config(self.source, subfolder=component, revision=self.revision)
         except OSError as error:
-            raise self._missing(component, _one_line(error)) from error
+            raise self._missing(component, one_line(error)) from error
         return config  # type: ignore[no-any-return]
 
     def load(self, module: Any, component: str, **settings: Any) -> Any:
-        """Load a component with its weights.
+        """Load a component.
 
         Args:
             module: the library that has its class: diffusers or transformers.
             component: its name.
-            settings: of the class's ``from_pretrained``; ``variant`` is this one's unless told.
+            settings: of `load_weights`, for a component that has any.
 
         Raises:
-            UserError: the class is unknown to the library, or there are no weights for it.
+            UserError: the class is unknown to the library, or its files are incomplete.
         """
         name = self.class_name(component)
         found = getattr(module, name, None)
@@ -100,18 +111,13 @@ class PipelineSource:
                 f"{self.owner}: {self.source!r}: {component} is a {name}, which {module.__name__} "
                 f"{module.__version__} does not have; update it: pip install -U {module.__name__}"
             )
-        if settings.setdefault("variant", self.variant) is None:  # some tokenizers would keep it
-            del settings["variant"]
+        settings |= {"subfolder": component, "revision": self.revision}
+        if issubclass(found, nn.Module):
+            return load_weights(self.owner, found, self.source, variant=self.variant, **settings)
         try:
-            return found.from_pretrained(self.source, subfolder=component, revision=self.revision, **settings)
+            return found.from_pretrained(self.source, **settings)
         except OSError as error:
-            given = settings.get("variant")
-            advice = (
-                "If its files are named as in model.fp16.safetensors, set variant: fp16"
-                if given is None
-                else f"It may have no files of variant={given!r}: leave variant out"
-            )
-            raise self._missing(component, f"{_one_line(error)} {advice}") from error
+            raise self._missing(component, one_line(error)) from error
 
     def _read_index(self) -> Mapping[str, Any]:
         from diffusers import DiffusionPipeline
@@ -124,12 +130,7 @@ class PipelineSource:
         try:
             index: Mapping[str, Any] = DiffusionPipeline.load_config(self.source, revision=self.revision)
         except OSError as error:
-            where = (
-                f"the folder has no {INDEX}"
-                if self.folder is not None
-                else "there is no such folder here, and the hub gave nothing: offline and not in its cache, a "
-                "repository that wants a login (hf auth login), or a wrong id"
-            )
+            where = f"the folder has no {INDEX}" if self.folder is not None else NOT_FOUND
             raise UserError(
                 f"{self.owner}: no pipeline at {self.source!r}: {where}; "
                 "give a hub id or a folder that a pipeline's save_pretrained wrote"
@@ -140,9 +141,66 @@ class PipelineSource:
         return UserError(f"{self.owner}: the pipeline {self.source!r} ({self.pipeline_class}) lacks {component}: {why}")
 
 
-def _config_name(component: str) -> str:
-    return "scheduler_config.json" if component == "scheduler" else "config.json"
+def load_weights(
+    owner: str,
+    model: Any,
+    source: str | PathLike[str],
+    subfolder: str | None,
+    variant: str | None,
+    refused: Sequence[str] = ("missing_keys", "mismatched_keys"),
+    **settings: Any,
+) -> Any:
+    """Load a model of diffusers or transformers, which would fill what its weights lack at random.
+
+    Args:
+        owner: the class that an error names.
+        model: its class.
+        source: a folder or a hub id.
+        subfolder: where in it.
+        variant: of the weights' files, such as ``"fp16"``.
+        refused: which keys of the loading info there must be none of.
+        settings: others of ``from_pretrained``.
+
+    Raises:
+        UserError: there are no weights, or they do not fit the class.
+    """
+    place = f"{source}/{subfolder}" if subfolder else str(source)
+    settings |= {"subfolder": subfolder, "variant": variant, "output_loading_info": True}
+    settings["ignore_mismatched_sizes"] = True  # and refuse them below, by their names
+    try:
+        loaded, info = model.from_pretrained(source, **settings)
+    except (OSError, SafetensorError) as error:
+        wanted = "" if variant is None else f" with variant={variant!r}"
+        advice = (
+            "If its files are named as in diffusion_pytorch_model.fp16.safetensors, set variant: fp16"
+            if variant is None
+            else "It may have no such files: leave variant out"
+        )
+        if settings.get("use_safetensors"):
+            advice += "; if it has only a .bin file and you trust it, use_safetensors: false"
+        raise UserError(
+            f"{owner}: {place!r} has a config but no weights that can be loaded{wanted}: {one_line(error)} {advice}"
+        ) from error
+    refuse_keys(owner, place, model, {kind: info.get(kind) or () for kind in refused})
+    return loaded
 
 
-def _one_line(error: Exception) -> str:
+def refuse_keys(owner: str, source: object, model: type, keys: Mapping[str, Collection[Any]]) -> None:
+    """Raise UserError if there are any: names of weights by what is wrong with them, such as ``missing_keys``."""
+    for kind, names in keys.items():
+        if names:
+            found = f"{len(names)} {kind.replace('_', ' ')}, the first {min(map(str, names))!r}"
+            raise misfit(owner, source, model, found)
+
+
+def misfit(owner: str, source: object, model: type, what: str) -> UserError:
+    """The error that weights do not fit a class, for a caller to raise."""
+    return UserError(
+        f"{owner}: the weights at {str(source)!r} do not fit {model.__name__}: {what}; save the model again, or name "
+        "another source"
+    )
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, for use within another's text."""
     return " ".join(str(error).split())

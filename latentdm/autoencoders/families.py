@@ -18,11 +18,6 @@ from latentdm.errors import UserError, UserTypeError
 from latentdm.frozen.weights import config_value, first_weight, is_of_diffusers
 
 
-def _decode(autoencoder: Any, z: Tensor) -> Tensor:
-    decoded: Tensor = autoencoder.decode(z).sample
-    return decoded
-
-
 @dataclass(frozen=True)
 class Family:
     """What `FrozenVAE` asks of one autoencoder class. Each callable is given the autoencoder.
@@ -51,7 +46,7 @@ class Family:
     pixel_range: tuple[float, float] = (-1.0, 1.0)
     patch: Callable[[Any], int] = lambda _: 1
     has_posterior: bool = True
-    decode: Callable[[Any, Tensor], Tensor] = _decode
+    decode: Callable[[Any, Tensor], Tensor] = lambda autoencoder, z: autoencoder.decode(z).sample
     decoder_parts: tuple[str, ...] = ("decoder", "post_quant_conv")
 
 
@@ -220,10 +215,7 @@ def class_named(name: object, owner: str) -> Any:
         ValueError: it is not known, or is not in the installed diffusers.
     """
     if name not in FAMILIES:
-        raise UserError(
-            f"{owner} names the class {name!r}, which is not known; known are {', '.join(sorted(FAMILIES))}. "
-            "Teach it with latentdm.register_family"
-        )
+        raise _unknown(owner, name)
     import diffusers
 
     found = CLASSES.get(name) or getattr(diffusers, name, None)
@@ -253,11 +245,15 @@ def family_of(autoencoder: nn.Module) -> Family:
             "a folder with FrozenVAE.from_pretrained"
         )
     if is_of_diffusers(autoencoder):
-        raise UserError(
-            f"FrozenVAE: the class {name} is not known; known are {', '.join(sorted(FAMILIES))}. "
-            "Teach it with latentdm.register_family"
-        )
+        raise _unknown("FrozenVAE", name)
     return _plain_family(autoencoder)
+
+
+def _unknown(owner: str, name: object) -> UserError:
+    return UserError(
+        f"{owner}: the class {name!r} is not known; known are {', '.join(sorted(FAMILIES))}. Teach it with "
+        "latentdm.register_family"
+    )
 
 
 def _plain_family(autoencoder: Any) -> Family:

@@ -4,26 +4,21 @@ Shapes: ``f h w`` frames and pixels, ``r`` and ``t`` the spatial and the tempora
 """
 
 import warnings
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from latentdm.errors import UserError
 from latentdm.frozen.weights import config_value
-from latentdm.tensors import check_range, describe, how_to_convert
+from latentdm.tensors import check_pixels, describe, how_to_convert
+
+if TYPE_CHECKING:
+    from latentdm.autoencoders.vae import FrozenVAE
 
 POSTERIORS = ("sample", "mode")
 
 
-class Limits(Protocol):
-    """What is asked of an autoencoder: see `latentdm.FrozenVAE`."""
-
-    class_name: str
-    spatial_compression: int
-    temporal_compression: int | None
-
-
-def check_encodable(pixels: Tensor, vae: Limits) -> None:
+def check_encodable(pixels: Tensor, vae: "FrozenVAE") -> None:
     """Raise UserError unless pixels are ``b 3 h w`` or ``b 3 f h w`` in 0…1, of whole latents and latent frames."""
     if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5) or pixels.shape[1] != 3:
         got = tuple(pixels.shape) if isinstance(pixels, Tensor) else describe(pixels)
@@ -31,16 +26,15 @@ def check_encodable(pixels: Tensor, vae: Limits) -> None:
     if pixels.ndim == 5:
         check_clip(pixels.shape[2], vae)
     r = vae.spatial_compression
-    if pixels.shape[-2] % r or pixels.shape[-1] % r or not pixels.numel():
+    if pixels.shape[-2] % r or pixels.shape[-1] % r:
         raise UserError(
             f"{pixels.shape[-2]}×{pixels.shape[-1]} is no multiple of the factor {r}; crop the images first, as "
             "latentdm.tensors.crop does"
         )
-    if pixels.is_floating_point():
-        check_range(pixels, "pixels")
+    check_pixels(pixels, r)
 
 
-def check_clip(frames: int, vae: Limits) -> None:
+def check_clip(frames: int, vae: "FrozenVAE") -> None:
     """Raise UserError unless clips of so many frames can be encoded whole."""
     t = vae.temporal_compression
     if t is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from latentdm.autoencoders.families import class_named
 from latentdm.errors import UserError
+from latentdm.pipelines import NOT_FOUND, load_weights, misfit, one_line, refuse_keys
 
 CONFIG = "config.json"
 PACKAGE = "pkg://"
@@ -55,31 +56,25 @@ def load_autoencoder(
         return _load_single_file(path, config, use_safetensors)
     if config is not None:
         raise UserError(f"{_OWNER}: config={str(config)!r} is for a single file; {str(source)!r} has its own")
-    if path.is_dir():
-        # Joined here: given both, diffusers would read the subfolder's config and then weights that lie above it.
-        source, subfolder = path / (_subfolder(path, subfolder) or ""), None
-        _refuse_pickles(source, use_safetensors)
-    settings, subfolder = _read_config(source, subfolder, revision)
+    if subfolder is not None and (path / CONFIG).exists() and not (path / subfolder).is_dir():
+        subfolder = None
+    settings, source, subfolder = _find_config(source, subfolder, revision)
+    if use_safetensors and path.is_dir():
+        _refuse_pickles(Path(source))
     autoencoder_class = class_named(settings.get("_class_name"), f"FrozenVAE: {source}")
-    try:
-        # Building the module draws weights that are then overwritten; and what does not fit is said once, below.
-        with torch.random.fork_rng(devices=[]), _quiet("diffusers.models.modeling_utils"):
-            model, info = autoencoder_class.from_pretrained(
-                source,
-                subfolder=subfolder,
-                revision=revision,
-                use_safetensors=use_safetensors,
-                variant=variant,
-                output_loading_info=True,
-                low_cpu_mem_usage=False,
-            )
-    except OSError as error:
-        raise _no_weights(source, subfolder, variant, error) from error
-    except RuntimeError as error:  # sizes that differ
-        raise UserError(_misfit(source, autoencoder_class.__name__, _one_line(error))) from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        _refuse_keys(kind, info.get(kind) or (), source, autoencoder_class.__name__)
-    return model  # type: ignore[no-any-return]
+    # Building the module draws weights that are then overwritten; and what does not fit is said once, as an error.
+    with torch.random.fork_rng(devices=[]), _quiet("diffusers.models.modeling_utils"):
+        return load_weights(  # type: ignore[no-any-return]
+            _OWNER,
+            autoencoder_class,
+            source,
+            subfolder,
+            variant,
+            refused=("missing_keys", "unexpected_keys", "mismatched_keys"),
+            revision=revision,
+            use_safetensors=use_safetensors,
+            low_cpu_mem_usage=False,
+        )
 
 
 def build_autoencoder(
@@ -87,7 +82,8 @@ def build_autoencoder(
 ) -> nn.Module:
     """Build the class that a config names with random weights drawn from ``seed``; ``source`` is to be their origin."""
     settings = config if isinstance(config, Mapping) else _read_json(Path(config))
-    autoencoder_class = class_named(settings.get("_class_name"), "FrozenVAE: the config")
+    named = "FrozenVAE: the config" if source is None else f"FrozenVAE: the config of {source}"
+    autoencoder_class = class_named(settings.get("_class_name"), named)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return autoencoder_class.from_config({**settings, "_name_or_path": source})  # type: ignore[no-any-return]
@@ -97,69 +93,46 @@ def build_autoencoder(
 
 
 def _package_folder(source: str) -> Path:
-    spec = find_spec(source.removeprefix(PACKAGE))
+    try:
+        spec = find_spec(source.removeprefix(PACKAGE))
+    except (ModuleNotFoundError, ValueError):  # of a package above it, or of no name at all
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"{_OWNER}: {source!r} names no installed package")
     return Path(spec.submodule_search_locations[0])
 
 
-def _subfolder(folder: Path, subfolder: str | None) -> str | None:
-    """Where in a local folder the autoencoder lies."""
-    holds_one = (folder / CONFIG).exists()
-    if subfolder is None:
-        return "vae" if not holds_one and (folder / "vae").is_dir() else None
-    return None if holds_one and not (folder / subfolder).is_dir() else subfolder
-
-
-def _read_config(
+def _find_config(
     source: str | PathLike[str], subfolder: str | None, revision: str | None
-) -> tuple[Mapping[str, Any], str | None]:
-    """The config, and the subfolder it was found in: a pipeline on the hub has one in ``vae`` and none above."""
+) -> tuple[Mapping[str, Any], str | PathLike[str], str | None]:
+    """The config, with the source and subfolder that it was found in: a pipeline has one in ``vae`` and none above."""
     from diffusers import AutoencoderKL
 
-    def read(place: str | None) -> Mapping[str, Any]:
-        return AutoencoderKL.load_config(source, subfolder=place, revision=revision)  # type: ignore[no-any-return]
-
-    try:
-        return read(subfolder), subfolder
-    except OSError as error:
-        if subfolder is None and not Path(source).exists():
-            try:
-                return read("vae"), "vae"
-            except OSError:
-                pass  # the first error says more
-        place = f"{source}/{subfolder}" if subfolder else f"{source}"
-        advice = "Give a hub id, a folder with config.json or a vae/ folder in it, or a .safetensors file"
-        if not Path(source).exists():  # what diffusers says of a hub that it cannot reach sounds like a wrong id
-            advice = (
-                "There is no such folder here, and the hub gave nothing: offline and not in its cache, a repository "
-                f"that wants a login (hf auth login), or a wrong id. {advice}"
-            )
-        raise UserError(f"{_OWNER}: no autoencoder at {place!r}: {_one_line(error)} {advice}") from error
+    path, failures = Path(source), []
+    for place in (None, "vae") if subfolder is None else (subfolder,):
+        # A local folder is joined: given both, diffusers would take a config or weights that lie above the subfolder.
+        at = (path / (place or ""), None) if path.is_dir() else (source, place)
+        try:
+            return AutoencoderKL.load_config(at[0], subfolder=at[1], revision=revision), *at
+        except OSError as error:
+            failures.append(error)
+    first = failures[0]  # it says more
+    wanted = f"{source}/{subfolder}" if subfolder else f"{source}"
+    advice = "Give a hub id, a folder with config.json or a vae/ folder in it, or a .safetensors file"
+    if not path.exists():
+        advice = f"{NOT_FOUND[0].upper()}{NOT_FOUND[1:]}. {advice}"
+    raise UserError(f"{_OWNER}: no autoencoder at {wanted!r}: {one_line(first)} {advice}") from first
 
 
-def _refuse_pickles(folder: Path, use_safetensors: bool) -> None:
+def _refuse_pickles(source: Path) -> None:
     """Pickled weights can run code: they are loaded where somebody asks for them, not where nothing else lies."""
-    pickled = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
-    if use_safetensors and pickled and not any(folder.glob("*.safetensors*")):
+    files = [source] if source.is_file() else sorted(source.iterdir())
+    pickled = [file.name for file in files if file.suffix in PICKLES]
+    if pickled and not any(".safetensors" in file.name for file in files):
         raise UserError(
-            f"{_OWNER}: {str(folder)!r} has only pickled weights ({pickled[0]}), which are not loaded unasked; "
+            f"{_OWNER}: {str(source)!r} has only pickled weights ({pickled[0]}), which are not loaded unasked; "
             "save them as .safetensors, or set use_safetensors: false if you trust them"
         )
-
-
-def _no_weights(source: object, subfolder: str | None, variant: str | None, error: OSError) -> UserError:
-    place = f"{source}/{subfolder}" if subfolder else f"{source}"
-    wanted = "" if variant is None else f" with variant={variant!r}"
-    advice = (
-        "If its file is named as in diffusion_pytorch_model.fp16.safetensors, set variant: fp16"
-        if variant is None
-        else "It may have no such file: leave variant out"
-    )
-    return UserError(
-        f"{_OWNER}: {place!r} has a config but no weights that can be loaded{wanted}: {_one_line(error)} {advice}; if "
-        "it has only a .bin file and you trust it, use_safetensors: false"
-    )
 
 
 # ---------------------------------------------------------------- single files
@@ -168,11 +141,8 @@ def _no_weights(source: object, subfolder: str | None, variant: str | None, erro
 def _load_single_file(path: Path, config: str | PathLike[str] | None, use_safetensors: bool) -> nn.Module:
     if not path.is_file():
         raise UserError(f"{_OWNER}: no file {str(path)!r}")
-    if path.suffix in PICKLES and use_safetensors:
-        raise UserError(
-            f"{_OWNER}: {path.name} is a pickle, which is not loaded unasked; save it as .safetensors, "
-            "or set use_safetensors: false if you trust it"
-        )
+    if use_safetensors:
+        _refuse_pickles(path)
     settings_at = Path(config) if config is not None else path.parent / CONFIG
     if not settings_at.exists():
         raise UserError(
@@ -180,16 +150,13 @@ def _load_single_file(path: Path, config: str | PathLike[str] | None, use_safete
             "not there; put the model's config.json beside the file, or name one with config: a folder or a JSON file"
         )
     settings = _read_json(settings_at)
-    autoencoder_class = class_named(settings.get("_class_name"), f"FrozenVAE: {settings_at}")
     model = build_autoencoder(settings, source=str(path))
     weights = _in_diffusers_keys(_read_weights(path), model, settings, path)
-    expected = model.state_dict()
-    _refuse_keys("missing_keys", expected.keys() - weights.keys(), path, autoencoder_class.__name__)
-    _refuse_keys("unexpected_keys", weights.keys() - expected.keys(), path, autoencoder_class.__name__)
     try:
-        model.load_state_dict(weights)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # sizes that differ
-        raise UserError(_misfit(path, autoencoder_class.__name__, _one_line(error))) from error
+        raise misfit(_OWNER, path, type(model), one_line(error)) from error
+    refuse_keys(_OWNER, path, type(model), {"missing_keys": missing, "unexpected_keys": unexpected})
     return model
 
 
@@ -216,34 +183,17 @@ def _in_diffusers_keys(
     if 2 * len(own & weights.keys()) < len(own):
         from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-        name = type(model).__name__
-        conversions: dict[str, Any] = SINGLE_FILE_LOADABLE_CLASSES
-        convert = conversions.get(name, {}).get("checkpoint_mapping_fn")
+        convert = SINGLE_FILE_LOADABLE_CLASSES.get(type(model).__name__, {}).get("checkpoint_mapping_fn")
         if convert is None:
             return weights  # whose keys are then refused by name
         try:
             weights = convert(checkpoint=weights, config={**model.config, **settings})
         except (KeyError, IndexError, RuntimeError) as error:
-            raise UserError(_misfit(path, name, f"no conversion from its format: {_one_line(error)}")) from error
+            what = f"no conversion from its format: {one_line(error)}"
+            raise misfit(_OWNER, path, type(model), what) from error
     if hasattr(model, "_fix_state_dict_keys_on_load"):  # the attention of old Stable Diffusion files
         model._fix_state_dict_keys_on_load(weights)
     return weights
-
-
-# ---------------------------------------------------------------- errors
-
-
-def _refuse_keys(kind: str, keys: Any, source: object, class_name: str) -> None:
-    if keys:
-        first, *_ = sorted(str(key) for key in keys)
-        raise UserError(_misfit(source, class_name, f"{len(keys)} {kind.replace('_', ' ')}, the first {first!r}"))
-
-
-def _misfit(source: object, class_name: str, what: str) -> str:
-    return (
-        f"{_OWNER}: the weights at {str(source)!r} do not fit {class_name}: {what}; "
-        "save the model again, or name another source"
-    )
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
@@ -262,7 +212,3 @@ def _quiet(logger_name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -6,6 +6,7 @@ Shapes: ``b`` batch, ``z h w`` latents, ``r`` the VAE's factor, ``H W`` pixels.
 import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -16,10 +17,11 @@ from latentdm.batch import INDEX, LATENT_MASK, LATENTS, MASKED_LATENTS, sample_i
 from latentdm.draws import Draws
 from latentdm.errors import UserError
 from latentdm.extras import require
-from latentdm.finetune.checks import check_batch, check_latents, check_scaling, check_text
+from latentdm.finetune.checks import check_batch, check_text, check_vae
 from latentdm.finetune.lora import Lora
 from latentdm.finetune.objectives import Objective
-from latentdm.finetune.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, make_optimizer
+from latentdm.finetune.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer
+from latentdm.finetune.sampling import sample
 from latentdm.finetune.sharding import shard
 from latentdm.frozen.weights import DTYPES
 from latentdm.pipelines import PipelineSource
@@ -81,6 +83,12 @@ class FineTune(LightningModule):
 
     latent_channels: int
     """``z``."""
+    text_width: int
+    """Channels of the prompt embeddings."""
+    conditions: tuple[str, ...]
+    """What a batch must hold besides latents and prompt embeddings."""
+    pipeline_class: str
+    """The pipeline that a full save is loaded with: the source's own, unless a model says otherwise."""
     network: Any
     objective: Objective
 
@@ -114,13 +122,15 @@ class FineTune(LightningModule):
         super().__init__()
         self.owner = type(self).__name__
         check = Check(self.owner)
-        self.lora = Lora.of(lora)
+        self.lora = lora if isinstance(lora, Lora) else Lora(**dict(lora or {}))
         if learning_rate is None:
             learning_rate = LORA_RATE if self.lora.active else FULL_RATE
         self.learning_rate = check.number("learning_rate", learning_rate, 0)
         self.warmup_steps = check.integer("warmup_steps", warmup_steps, 0)
         self.schedule = check.choice("schedule", schedule, SCHEDULES)
-        self.optimizer = check_optimizer(check.choice("optimizer", optimizer, OPTIMIZERS), self.owner)
+        self.optimizer = check.choice("optimizer", optimizer, OPTIMIZERS)
+        if optimizer == "adamw_8bit":
+            require("bitsandbytes", None, f"{self.owner}: optimizer=adamw_8bit (unlike adamw)")
         self.weight_decay = check.number("weight_decay", weight_decay, 0)
         self.gradient_checkpointing = gradient_checkpointing
         self.weights_dtype = check.choice("dtype", dtype, DTYPES)
@@ -130,6 +140,7 @@ class FineTune(LightningModule):
         self.seed = check.integer("seed", seed, 0)
         require("transformers", "finetune", self.owner)
         self.pipeline = PipelineSource(self.owner, pretrained, revision, variant)
+        self.pipeline_class = self.pipeline.pipeline_class
         self.config = dict(self._read_config())
         self.save_hyperparameters(
             {
@@ -145,17 +156,10 @@ class FineTune(LightningModule):
 
     def _read_config(self) -> Mapping[str, Any]:
         """The denoiser's config; that all parts of the pipeline are there is looked at on the way."""
-        for component in (self.component, "scheduler", "vae"):
-            if component not in self.pipeline.components:
-                raise UserError(
-                    f"{self.owner}: the pipeline {self.pipeline.source!r} ({self.pipeline.pipeline_class}) has no "
-                    f"{component}; its components are {', '.join(sorted(self.pipeline.components))}"
-                )
-            self.pipeline.class_name(component)
-        found = self.pipeline.class_name(self.component)
-        if found != self.network_class:
+        classes = {name: self.pipeline.class_name(name) for name in (self.component, "scheduler", "vae")}
+        if classes[self.component] != self.network_class:
             raise UserError(
-                f"{self.owner}: the {self.component} of {self.pipeline.source!r} is a {found}, not a "
+                f"{self.owner}: the {self.component} of {self.pipeline.source!r} is a {classes[self.component]}, not a "
                 f"{self.network_class}; choose the model of its family: model=stable_diffusion, sdxl or flux_fill"
             )
         return self.pipeline.config(self.component)
@@ -174,9 +178,8 @@ class FineTune(LightningModule):
         check_text(self, datamodule)
         channels = getattr(datamodule, "channels", None)
         if isinstance(channels, Mapping) and LATENTS in channels:
-            check_latents(self, channels)
+            check_vae(self, channels, datamodule.encoder.vae.module)
             self.check_conditions(channels)
-            check_scaling(self, datamodule.encoder.vae.module)
 
     @abstractmethod
     def check_conditions(self, channels: Mapping[str, int]) -> None:
@@ -190,7 +193,9 @@ class FineTune(LightningModule):
             return
         import diffusers
 
-        trainer = self._attached_trainer()
+        trainer: Any = None
+        with suppress(RuntimeError):  # made by hand, as in a notebook
+            trainer = self.trainer
         self.check(getattr(trainer, "datamodule", None))
         with torch.device("cpu"):  # the strategy moves it; on a GPU a whole model of random weights would come first
             network = self.pipeline.load(
@@ -208,12 +213,6 @@ class FineTune(LightningModule):
 
     def _adapt(self, network: Any) -> None:
         """Change the loaded denoiser before an adapter is added."""
-
-    def _attached_trainer(self) -> Any:
-        try:
-            return self.trainer
-        except RuntimeError:  # made by hand, as in a notebook
-            return None
 
     def _loading_dtype(self, precision: str) -> torch.dtype:
         wanted = DTYPES[self.weights_dtype]
@@ -233,9 +232,14 @@ class FineTune(LightningModule):
             times: ``b``, of the objective.
         """
 
-    @abstractmethod
     def predict(self, batch: Mapping[str, Any], noisy: Tensor, times: Tensor) -> Tensor:
         """What the denoiser predicts, ``b z h w``."""
+        predicted = self.network(**self.network_input(batch, noisy, times), return_dict=False)[0]
+        return self.unpacked(predicted, *noisy.shape[-2:])
+
+    def unpacked(self, output: Tensor, h: int, w: int) -> Tensor:
+        """Latents ``b z h w`` of what the denoiser, or the pipeline around it, gives."""
+        return output
 
     def losses(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
         """``loss`` and, with a mask, ``loss_in_mask``: means over a batch.
@@ -262,16 +266,6 @@ class FineTune(LightningModule):
             "loss_in_mask": (error * mask).sum().detach() / mask.sum().clamp(min=1e-6),
         }
 
-    @property
-    @abstractmethod
-    def conditions(self) -> tuple[str, ...]:
-        """What a batch must hold besides latents and prompt embeddings."""
-
-    @property
-    @abstractmethod
-    def text_width(self) -> int:
-        """Channels of the prompt embeddings."""
-
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The loss of a batch."""
         return self._logged("train", batch, batch_idx, training_epoch(self.trainer), prog_bar=True)
@@ -291,20 +285,36 @@ class FineTune(LightningModule):
             self.log(f"{stage}/{name}", loss, batch_size=len(rows), **settings)
         return losses["loss"]
 
+    # ---------------------------------------------------------------- samples
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Sample with diffusers' own pipeline, as a user of the result will.
+
+        Args:
+            batch: of the data module.
+            batch_idx: keys the noise, the same in every validation.
+
+        Returns:
+            ``b 3 H W`` float32 in 0…1.
+
+        Raises:
+            UserError: no `latentdm.LatentDataModule` is there, whose autoencoder decodes.
+        """
+        return sample(self, batch, batch_idx)
+
+    @abstractmethod
+    def sampler(self, **parts: Any) -> Any:
+        """The pipeline that samples, made of its parts; it is given embeddings, and has no text encoder."""
+
+    @abstractmethod
+    def sampler_input(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Its arguments beside the size, the steps and the generators."""
+
     # ---------------------------------------------------------------- training
 
     def configure_optimizers(self) -> Any:
         """AdamW over what is trained, with its learning rate's schedule."""
-        weights = [weight for weight in self.parameters() if weight.requires_grad]
-        return make_optimizer(
-            weights,
-            self.optimizer,
-            self.learning_rate,
-            self.weight_decay,
-            self.schedule,
-            self.warmup_steps,
-            self.trainer,
-        )
+        return make_optimizer(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Of a LoRA keep the adapter alone: the rest lies in the pipeline as it was."""
@@ -324,8 +334,3 @@ class FineTune(LightningModule):
                 f"{self.owner}: the checkpoint lacks {len(missing)} of the weights that are trained, the first "
                 f"{missing[0]!r}; resume with the LoRA settings that it was written with"
             )
-
-    @property
-    def pipeline_class(self) -> str:
-        """The pipeline that a full save is loaded with."""
-        return self.pipeline.pipeline_class

@@ -20,17 +20,14 @@ def check_text(model: Any, datamodule: Any) -> None:
         )
 
 
-def check_latents(model: Any, channels: Mapping[str, int]) -> None:
-    """Raise UserError where the latents are those of another kind of VAE."""
+def check_vae(model: Any, channels: Mapping[str, int], autoencoder: Any) -> None:
+    """Raise UserError where the latents are another VAE's: SDXL's have the channels of SD 1.5's, in another scale."""
+    remedy = f"use the pipeline's own: vae.source={model.pipeline.source} vae.subfolder=vae"
     if channels[LATENTS] != model.latent_channels:
         raise UserError(
             f"{model.owner}: the VAE gives latents of {channels[LATENTS]} channels, and the {model.component} of "
-            f"{model.pipeline.source!r} takes {model.latent_channels}; {_own_vae(model)}"
+            f"{model.pipeline.source!r} takes {model.latent_channels}; {remedy}"
         )
-
-
-def check_scaling(model: Any, autoencoder: Any) -> None:
-    """Raise UserError where the latents have another scale: SDXL's have as many channels as those of SD 1.5."""
     own = model.pipeline.config("vae")
     given = getattr(autoencoder, "config", {})
     if own.get("_class_name") != type(autoencoder).__name__ or "scaling_factor" not in given:
@@ -39,7 +36,7 @@ def check_scaling(model: Any, autoencoder: Any) -> None:
     if given["scaling_factor"] != expected:
         raise UserError(
             f"{model.owner}: the VAE's scaling_factor is {given['scaling_factor']}, and that of "
-            f"{model.pipeline.source!r} {expected}: it belongs to another family; {_own_vae(model)}"
+            f"{model.pipeline.source!r} {expected}: it belongs to another family; {remedy}"
         )
 
 
@@ -60,7 +57,3 @@ def check_batch(model: Any, batch: Mapping[str, Any]) -> None:
             f"{model.pipeline.source!r} reads {model.text_width}; use its own text encoders: "
             f"text.source={model.pipeline.source}"
         )
-
-
-def _own_vae(model: Any) -> str:
-    return f"use the pipeline's own: vae.source={model.pipeline.source} vae.subfolder=vae"

@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
+from uuid import uuid4
 
 from torch import Tensor
 
-from latentdm.errors import UserError
+from latentdm.finetune.base import FineTune
 from latentdm.finetune.lora import adapter_metadata, adapter_weights, kohya_weights
+from latentdm.finetune.sharding import assembled
 from latentdm.pipelines import INDEX, PipelineSource
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -22,11 +23,10 @@ KOHYA_FILE = "lora_kohya.safetensors"
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that takes its name when all is written; after an error it is gone."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}-{uuid4().hex}")
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp's folders are for their owner alone
         old = temporary.with_name(f"{temporary.name}-old")
         if folder.exists():
             folder.rename(old)
@@ -36,21 +36,19 @@ def written_whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_pipeline(
-    folder: Path, network: Any, component: str, pipeline: PipelineSource, class_name: str, previous: Path | None
-) -> None:
+def write_pipeline(folder: Path, model: FineTune, state: dict[str, Tensor] | None, previous: Path | None) -> None:
     """Write a pipeline: the trained component, and all others as they were.
 
     Args:
         folder: an empty one.
-        network: the trained diffusers model.
-        component: its name.
-        pipeline: where the others come from.
-        class_name: of the pipeline, for its index.
+        model: whose denoiser was trained.
+        state: the denoiser's weights, where its own are split over ranks.
         previous: a folder that an earlier call wrote, whose unchanged files are linked instead of copied.
     """
+    component, pipeline = model.component, model.pipeline
+    network = assembled(model.network, model.network_class, state)
     network.save_pretrained(folder / component)
-    index = dict(pipeline.index) | {"_class_name": class_name}
+    index = dict(pipeline.index) | {"_class_name": model.pipeline_class}
     index[component] = ["diffusers", type(network).__name__]
     source = previous if previous is not None and (previous / INDEX).exists() else _local(pipeline)
     copy = _link if source == previous else shutil.copy2
@@ -66,19 +64,19 @@ def write_pipeline(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_lora(folder: Path, network: Any, component: str, kohya: bool, state: dict[str, Tensor] | None = None) -> None:
+def write_lora(folder: Path, model: FineTune, state: dict[str, Tensor] | None, kohya: bool) -> None:
     """Write a LoRA in diffusers' format with its adapter's settings and, if asked for, in kohya's beside it.
 
     Args:
         folder: an empty one.
-        network: a diffusers model with an adapter.
-        component: its name, which the keys begin with.
+        model: whose denoiser has an adapter.
+        state: the denoiser's weights, where its own are split over ranks.
         kohya: also write ``lora_kohya.safetensors``, which ComfyUI reads.
-        state: the weights, where the model's own are split over ranks.
     """
     from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin, StableDiffusionLoraLoaderMixin
     from safetensors.torch import save_file
 
+    component, network = model.component, model.network
     loader: Any = StableDiffusionLoraLoaderMixin if component == "unet" else FluxLoraLoaderMixin
     settings = {
         f"{component}_lora_layers": adapter_weights(network, state),
@@ -87,15 +85,6 @@ def write_lora(folder: Path, network: Any, component: str, kohya: bool, state: d
     loader.save_lora_weights(folder, weight_name=LORA_FILE, **settings)
     if kohya:
         save_file(kohya_weights(network, state), folder / KOHYA_FILE, metadata={"format": "pt"})
-
-
-def check_kohya(component: str, owner: str) -> None:
-    """Raise UserError for FLUX, of whose keys in kohya's names the loaders drop some without a word."""
-    if component != "unet":
-        raise UserError(
-            f"{owner}: kohya=true is for Stable Diffusion; of a FLUX LoRA in kohya's names diffusers drops layers in "
-            "silence, and ComfyUI reads diffusers' own; set kohya: false"
-        )
 
 
 def _local(pipeline: PipelineSource) -> Path:
@@ -110,18 +99,11 @@ def _local(pipeline: PipelineSource) -> Path:
 def _chosen(folder: Path, variant: str | None) -> list[Path]:
     """The files of a component: of weights in several variants the one that is asked for, safe before pickled."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    names = {path.name for path in files}
-    of_variant = {path.name for path in files if variant is not None and f".{variant}." in path.name}
-    safe = any(name.endswith(".safetensors") for name in names)
-
-    def wanted(path: Path) -> bool:
-        name = path.name
-        if path.suffix in (".bin", ".ckpt", ".msgpack", ".h5") and safe:
-            return False
-        weights = name.endswith((".safetensors", ".bin", ".index.json"))
-        return not (weights and of_variant) or name in of_variant
-
-    return [path for path in files if wanted(path)]
+    if any(path.suffix == ".safetensors" for path in files):
+        files = [path for path in files if path.suffix not in (".bin", ".ckpt", ".msgpack", ".h5")]
+    of_variant = [path for path in files if variant is not None and f".{variant}." in path.name]
+    weights = (".safetensors", ".bin", ".index.json")
+    return [path for path in files if not of_variant or path in of_variant or not path.name.endswith(weights)]
 
 
 def _link(source: Path, target: Path) -> None:
@@ -130,9 +112,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

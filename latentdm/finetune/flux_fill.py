@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentdm.batch import LATENT_MASK, LATENTS, MASKED_LATENTS, POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
+from latentdm.batch import LATENT_MASK, MASKED_LATENTS, POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
 from latentdm.errors import UserError
 from latentdm.finetune.base import CONDITIONS, FACTOR, FineTune
 from latentdm.finetune.lora import Lora
 from latentdm.finetune.objectives import TIMES, FlowMatching
-from latentdm.finetune.sampling import frozen_vae, generators
 from latentdm.validation import Check
 
 
@@ -60,6 +59,8 @@ class FluxFill(FineTune):
         density = Check(self.owner).choice("times", times, TIMES)
         self.objective = FlowMatching(self.pipeline.config("scheduler"), density, self.owner)
         self.latent_channels = int(self.config.get("out_channels") or 64) // 4
+        self.text_width = int(self.config["joint_attention_dim"])  # T5's
+        self.pipeline_class = "FluxFillPipeline"
         expected = 4 * (2 * self.latent_channels + FACTOR**2)
         if self.config["in_channels"] != expected:
             raise UserError(
@@ -67,16 +68,6 @@ class FluxFill(FineTune):
                 f"channels, and FLUX Fill's {expected}; start from black-forest-labs/FLUX.1-Fill-dev or a model "
                 "made of it"
             )
-
-    @property
-    def pipeline_class(self) -> str:
-        """FLUX Fill's."""
-        return "FluxFillPipeline"
-
-    @property
-    def text_width(self) -> int:
-        """T5's."""
-        return int(self.config["joint_attention_dim"])
 
     def check_conditions(self, channels: Mapping[str, int]) -> None:
         """Raise UserError unless the encoder gives mask and masked image as this model sees them."""
@@ -108,52 +99,28 @@ class FluxFill(FineTune):
             "img_ids": token_positions(h // 2, w // 2).to(prompt),
         }
 
-    def predict(self, batch: Mapping[str, Any], noisy: Tensor, times: Tensor) -> Tensor:
-        """What the transformer predicts, ``b z h w``."""
-        predicted = self.network(**self.network_input(batch, noisy, times), return_dict=False)[0]
-        return unpack(predicted, *noisy.shape[-2:])
+    def unpacked(self, output: Tensor, h: int, w: int) -> Tensor:
+        """Of tokens."""
+        return unpack(output, h, w)
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Sample with diffusers' own pipeline, as a user of the result will.
-
-        Args:
-            batch: of the data module.
-            batch_idx: keys the noise.
-
-        Returns:
-            ``b 3 H W`` float32 in 0…1.
-        """
+    def sampler(self, **parts: Any) -> Any:
+        """FLUX Fill's pipeline."""
         import diffusers
 
-        vae = frozen_vae(self)
-        latents, masked = batch[LATENTS], batch[MASKED_LATENTS]
-        h, w = latents.shape[-2:]
-        # The pipeline documents that it takes latents of the masked image, and then insists on pixels.
+        # It documents that it takes latents of the masked image, and then insists on pixels.
         unchecked: dict[str, Any] = {"check_inputs": lambda *_, **__: None}
         make: Any = type("FluxFillPipeline", (diffusers.FluxFillPipeline,), unchecked)
-        pipeline = make(
-            vae=vae.module,
-            transformer=self.network,
-            scheduler=self.pipeline.load(diffusers, "scheduler"),
-            text_encoder=None,
-            tokenizer=None,
-            text_encoder_2=None,
-            tokenizer_2=None,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        sampled = pipeline(
-            image=masked,  # from pure noise: it gives the size alone
-            masked_image_latents=torch.cat([pack(masked), pack(batch[LATENT_MASK].to(masked.dtype))], dim=2),
-            prompt_embeds=batch[PROMPT_EMBEDS],
-            pooled_prompt_embeds=batch[POOLED_PROMPT_EMBEDS],
-            height=h * FACTOR,
-            width=w * FACTOR,
-            num_inference_steps=self.sampling_steps,
-            guidance_scale=self.guidance_scale,
-            generator=generators(self, len(latents), batch_idx),
-            output_type="latent",
-        ).images
-        return vae.decode(unpack(sampled.float(), h, w))  # type: ignore[no-any-return]
+        return make(text_encoder_2=None, tokenizer_2=None, **parts)
+
+    def sampler_input(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The embeddings, and mask and masked image as tokens."""
+        masked = batch[MASKED_LATENTS]
+        return {
+            "image": masked,  # from pure noise: it gives the size alone
+            "masked_image_latents": torch.cat([pack(masked), pack(batch[LATENT_MASK].to(masked.dtype))], dim=2),
+            PROMPT_EMBEDS: batch[PROMPT_EMBEDS],
+            POOLED_PROMPT_EMBEDS: batch[POOLED_PROMPT_EMBEDS],
+        }
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -168,5 +135,4 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
 
 def token_positions(rows: int, columns: int) -> Tensor:
     """``rows·columns 3``: 0, row and column of each token."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1).float()
+    return torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).float()

@@ -1,8 +1,8 @@
 """`Lora`: low-rank adapters beside frozen weights, by peft, and what of them is saved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +54,6 @@ class Lora:
     def active(self) -> bool:
         """Whether there is one."""
         return self.rank is not None
-
-    @classmethod
-    def of(cls, settings: "Lora | Mapping[str, Any] | None") -> Self:
-        """The settings from a dict, as Hydra may hand them over; None is without a LoRA."""
-        if isinstance(settings, cls):
-            return settings
-        return cls(**dict(settings or {}))  # type: ignore[arg-type]
 
     def add_to(self, network: Any, targets: Sequence[str], owner: str) -> None:
         """Freeze a diffusers model and add the adapter, in float32.
@@ -124,13 +117,9 @@ def kohya_weights(network: Any, state: dict[str, Tensor] | None = None) -> dict[
     ``lora_unet_down_blocks_0_….lora_down.weight``, ``.lora_up.weight`` and ``.alpha``, the true one: diffusers'
     conversion writes the rank there.
     """
-    from diffusers.utils import state_dict_utils
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 
     prefixed = {f"unet.{name}": weight for name, weight in adapter_weights(network, state).items()}
+    converted: dict[str, Tensor] = convert_state_dict_to_kohya(prefixed)
     alpha = float(network.peft_config[ADAPTER].lora_alpha)
-    convert: Any = state_dict_utils.convert_state_dict_to_kohya
-    converted: dict[str, Tensor] = convert(prefixed)
-    return {
-        name: torch.tensor(alpha) if name.endswith(".alpha") else weight.contiguous()
-        for name, weight in converted.items()
-    }
+    return converted | {name: torch.tensor(alpha) for name in converted if name.endswith(".alpha")}

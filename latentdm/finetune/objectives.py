@@ -58,8 +58,7 @@ class Diffusion(Objective):
                 f"{owner}: the pipeline's scheduler is a {scheduler.get('_class_name')} (prediction_type "
                 f"{self.prediction!r}); Stable Diffusion has one with betas that predicts {', '.join(PREDICTIONS)}"
             )
-        make: Any = DDPMScheduler.from_config
-        self.scheduler = make(dict(scheduler))
+        self.scheduler = DDPMScheduler.from_config(dict(scheduler))
         self.snr_gamma = snr_gamma
 
     def times(self, uniform: Tensor, tokens: int) -> Tensor:

@@ -4,15 +4,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 
 from latentdm.errors import UserError
 from latentdm.finetune.base import FineTune
-from latentdm.finetune.export import check_kohya, write_lora, write_pipeline, written_whole
-from latentdm.finetune.sharding import assembled, gathered
+from latentdm.finetune.export import write_lora, write_pipeline, written_whole
+from latentdm.finetune.sharding import gathered
 from latentdm.validation import Check
 
 FOLDERS = {True: "lora", False: "pipeline"}
@@ -72,8 +73,11 @@ class SaveForDiffusers(Callback):
             )
         if self.kohya and not pl_module.lora.active:
             raise UserError("SaveForDiffusers: kohya=true without a LoRA; set model.lora.rank, or kohya: false")
-        if self.kohya:
-            check_kohya(pl_module.component, "SaveForDiffusers")
+        if self.kohya and pl_module.component != "unet":
+            raise UserError(
+                "SaveForDiffusers: kohya=true is for Stable Diffusion; of a FLUX LoRA in kohya's names diffusers drops "
+                "layers in silence, and ComfyUI reads diffusers' own; set kohya: false"
+            )
         self._saved_at = -1
 
     def on_train_batch_end(
@@ -86,8 +90,8 @@ class SaveForDiffusers(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what training came to, unless this step was saved already and no averages have come since."""
-        averages: Any = getattr(callbacks, "WeightAveraging", ())  # Lightning has it from 2.6 on
-        averaged = any(isinstance(callback, averages) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        averaged = any(isinstance(callback, WeightAveraging) for callback in callbacks)
         if averaged or trainer.global_step != self._saved_at:
             self.save(trainer, pl_module)
 
@@ -95,24 +99,17 @@ class SaveForDiffusers(Callback):
         """Write the folder now."""
         assert isinstance(pl_module, FineTune)
         self._saved_at = trainer.global_step
-        lora, network = pl_module.lora.active, pl_module.network
-        state = gathered(network, trained=lora)  # every rank has a part
+        lora = pl_module.lora.active
+        state = gathered(pl_module.network, trained=lora)  # every rank has a part
         if not trainer.is_global_zero:
             return
         folder = Path(self.dirpath if self.dirpath is not None else trainer.default_root_dir) / FOLDERS[lora]
         try:
             with written_whole(folder) as temporary:
                 if lora:
-                    write_lora(temporary, network, pl_module.component, self.kohya, state)
+                    write_lora(temporary, pl_module, state, self.kohya)
                 else:
-                    write_pipeline(
-                        temporary,
-                        assembled(network, pl_module.network_class, state),
-                        pl_module.component,
-                        pl_module.pipeline,
-                        pl_module.pipeline_class,
-                        previous=folder if self.latest == folder else None,
-                    )
+                    write_pipeline(temporary, pl_module, state, previous=folder if self.latest == folder else None)
         except (OSError, SafetensorError) as error:
             rank_zero_warn(
                 f"SaveForDiffusers: step {trainer.global_step} was not saved to {str(folder)!r}: {error}; training "

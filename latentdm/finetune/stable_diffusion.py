@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from latentdm.batch import (
     CROP_TOP_LEFT,
@@ -24,8 +25,6 @@ from latentdm.errors import UserError
 from latentdm.finetune.base import CONDITIONS, FACTOR, FineTune
 from latentdm.finetune.lora import Lora
 from latentdm.finetune.objectives import Diffusion
-from latentdm.finetune.sampling import frozen_vae, generators
-from latentdm.finetune.widen import widen_input
 from latentdm.validation import Check
 
 SIZES = (ORIGINAL_SIZE, CROP_TOP_LEFT, TARGET_SIZE)
@@ -87,28 +86,11 @@ class StableDiffusion(FineTune):
         self.widen = widen and self.in_channels == plain
         if self.widen:
             self.in_channels = inpaint
-
-    @property
-    def inpaints(self) -> bool:
-        """Whether the UNet sees a mask."""
-        return self.in_channels != self.latent_channels
-
-    @property
-    def conditions(self) -> tuple[str, ...]:
-        """Mask and masked image of an inpainting UNet, SDXL's pooled embeddings."""
-        return (CONDITIONS if self.inpaints else ()) + ((POOLED_PROMPT_EMBEDS,) if self.xl else ())
-
-    @property
-    def pipeline_class(self) -> str:
-        """The source's own, or the inpainting one where the UNet was widened."""
-        if not self.inpaints or "Inpaint" in self.pipeline.pipeline_class:
-            return self.pipeline.pipeline_class
-        return f"StableDiffusion{'XL' if self.xl else ''}InpaintPipeline"
-
-    @property
-    def text_width(self) -> int:
-        """CLIP's, or those of SDXL's two side by side."""
-        return int(self.config["cross_attention_dim"])
+        self.inpaints = self.in_channels == inpaint
+        self.conditions = (CONDITIONS if self.inpaints else ()) + ((POOLED_PROMPT_EMBEDS,) if self.xl else ())
+        self.text_width = int(self.config["cross_attention_dim"])
+        if self.inpaints and "Inpaint" not in self.pipeline_class:  # widened, or saved as another pipeline
+            self.pipeline_class = f"StableDiffusion{'XL' if self.xl else ''}InpaintPipeline"
 
     def check_conditions(self, channels: Mapping[str, int]) -> None:
         """Raise UserError unless the encoder gives mask and masked image as this model sees them."""
@@ -131,8 +113,13 @@ class StableDiffusion(FineTune):
             )
 
     def _adapt(self, network: Any) -> None:
+        """Widen the first convolution, with zeros: what the UNet computes stays what it was until they are trained."""
         if self.widen:
-            widen_input(network, self.in_channels)
+            conv = network.conv_in
+            added = self.in_channels - conv.in_channels
+            conv.weight = nn.Parameter(F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, added)))
+            conv.in_channels = self.in_channels
+            network.register_to_config(in_channels=self.in_channels)
 
     def network_input(self, batch: Mapping[str, Any], noisy: Tensor, times: Tensor) -> dict[str, Any]:
         """``sample`` ``b 4 h w`` or ``b 9 h w``, ``timestep``, the text, and SDXL's sizes."""
@@ -149,63 +136,32 @@ class StableDiffusion(FineTune):
             }
         return arguments
 
-    def predict(self, batch: Mapping[str, Any], noisy: Tensor, times: Tensor) -> Tensor:
-        """What the UNet predicts, ``b 4 h w``."""
-        predicted: Tensor = self.network(**self.network_input(batch, noisy, times), return_dict=False)[0]
-        return predicted
-
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Sample with diffusers' own pipeline, as a user of the result will.
-
-        Args:
-            batch: of the data module.
-            batch_idx: keys the noise.
-
-        Returns:
-            ``b 3 H W`` float32 in 0…1.
-        """
-        latents = batch[LATENTS]
-        vae = frozen_vae(self)
-        prompts = self._prompts(batch)
-        settings: dict[str, Any] = {
-            "height": latents.shape[-2] * FACTOR,
-            "width": latents.shape[-1] * FACTOR,
-            "num_inference_steps": self.sampling_steps,
-            "guidance_scale": self.guidance_scale if len(prompts) > 1 + self.xl else 1.0,
-            "generator": generators(self, len(latents), batch_idx),
-            "output_type": "latent",
-        }
-        if self.inpaints:
-            # From pure noise, and without the picture: what lies under the mask must not show through.
-            settings |= {"image": batch[MASKED_LATENTS], "masked_image_latents": batch[MASKED_LATENTS]}
-            settings |= {"mask_image": batch[NOISE_MASK], "strength": 1.0}
-        return vae.decode(self._pipeline(vae)(**prompts, **settings).images.float())  # type: ignore[no-any-return]
-
-    def _prompts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The batch's embeddings and, where there is a text encoder to ask, those for no prompt."""
-        names = (PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS) if self.xl else (PROMPT_EMBEDS,)
-        prompts = {name: batch[name] for name in names}
-        text: Any = getattr(getattr(self.trainer, "datamodule", None), "text", None)
-        if self.guidance_scale > 1 and hasattr(text, "encode"):
-            for name, embedding in text.encode([""]).items():
-                given = prompts[name]
-                prompts[f"negative_{name}"] = embedding.to(given).expand_as(given)
-        return prompts
-
-    def _pipeline(self, vae: Any) -> Any:
+    def sampler(self, **parts: Any) -> Any:
+        """The pipeline of its family, for inpainting if the UNet does that."""
         import diffusers
 
-        kind = "StableDiffusionXL" if self.xl else "StableDiffusion"
-        parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
         if self.xl:
             parts |= {"text_encoder_2": None, "tokenizer_2": None, "add_watermarker": False}
         else:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = getattr(diffusers, f"{kind}{'Inpaint' if self.inpaints else ''}Pipeline")(
-            vae=vae.module, unet=self.network, scheduler=self.pipeline.load(diffusers, "scheduler"), **parts
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        kind = f"StableDiffusion{'XL' if self.xl else ''}{'Inpaint' if self.inpaints else ''}Pipeline"
+        return getattr(diffusers, kind)(**parts)
+
+    def sampler_input(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The embeddings, those for no prompt where a text encoder can be asked, and what an inpainting UNet sees."""
+        names = (PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS) if self.xl else (PROMPT_EMBEDS,)
+        given = {name: batch[name] for name in names}
+        text: Any = getattr(getattr(self.trainer, "datamodule", None), "text", None)
+        if self.guidance_scale > 1 and hasattr(text, "encode"):
+            for name, embedding in text.encode([""]).items():
+                given[f"negative_{name}"] = embedding.to(given[name]).expand_as(given[name])
+        else:
+            given["guidance_scale"] = 1.0
+        if self.inpaints:
+            # From pure noise, and without the picture: what lies under the mask must not show through.
+            given |= {"image": batch[MASKED_LATENTS], "masked_image_latents": batch[MASKED_LATENTS]}
+            given |= {"mask_image": batch[NOISE_MASK], "strength": 1.0}
+        return given
 
 
 def time_ids(batch: Mapping[str, Any]) -> Tensor:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +9,7 @@ from tqdm.auto import tqdm
 
 from latentdm.errors import UserError
 from latentdm.frozen.allocator import keeps_freed
+from latentdm.frozen.contexts import NOTHING
 from latentdm.tensors import dtype_name
 from latentdm.validation import Check
 
@@ -27,8 +27,6 @@ to four times slower what is larger than a core's cache.
 
 MAX_IMAGES_ON_CPU = 16
 """Beyond this many images, a pass costs next to nothing beside its arithmetic."""
-
-_NO_BAR = nullcontext()
 
 T = TypeVar("T")
 
@@ -94,7 +92,8 @@ class Chunks:
         size, tiled = self._start(key, rows, per_batch)
         limit, done = self._limits.get(key), 0
         encoded: list[T] = []
-        with self._bar(rows) if progress else _NO_BAR as bar:
+        shown: Any = tqdm(total=rows, desc="encode", unit="image", delay=2, leave=False) if progress else NOTHING
+        with shown as bar:
             while done < rows:
                 chunk = slice(done, min(done + size, rows))
                 images = size if self.fixed else chunk.stop - chunk.start
@@ -121,9 +120,6 @@ class Chunks:
         if self._limits.get(key) != limit:
             self._say(key, size, tiled)
         return encoded
-
-    def _bar(self, rows: int) -> Any:
-        return tqdm(total=rows, desc="encode", unit="image", delay=2, leave=False)
 
     def _start(self, key: Hashable, rows: int, per_batch: int | None) -> tuple[int, bool]:
         """Images in a chunk, and whether they are tiled."""

@@ -111,10 +111,10 @@ class TextEncoder(Stage):
         parts = FAMILIES[family].parts
         if zero_empty is None:
             zero_empty = family == "sdxl" and bool(pipeline.index.get("force_zeros_for_empty_prompt", True))
-        tokenizers = [pipeline.load(transformers, f"tokenizer{part}", variant=None) for part in parts]
+        tokenizers = [pipeline.load(transformers, f"tokenizer{part}") for part in parts]
 
         def load(dtype: torch.dtype) -> list[nn.Module]:
-            return [_load(pipeline, transformers, f"text_encoder{part}", dtype) for part in parts]
+            return [pipeline.load(transformers, f"text_encoder{part}", dtype=dtype) for part in parts]
 
         return cls(tokenizers, load, family, dtype, max_length, zero_empty)
 
@@ -128,13 +128,14 @@ class TextEncoder(Stage):
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in. ``"auto"`` is settled by the first device that it is put on, and stays."""
-        dtype: torch.dtype = next(self._modules()[0].parameters()).dtype
+        dtype: torch.dtype = next(self.encoders[0].parameters()).dtype
         return dtype
 
     @property
     def encoders(self) -> list[Any]:
-        """The modules, made now if they were not yet."""
-        return self._modules()
+        """The modules, loaded now if they were not yet."""
+        self.load(self._device)
+        return self._encoders
 
     def setup(self, device: torch.device | str) -> None:
         """Load the weights, the first time, and move them to ``device``."""
@@ -142,25 +143,19 @@ class TextEncoder(Stage):
 
     def load(self, device: torch.device | str) -> None:
         """Load the weights in the dtype that they have on a device, and leave them on the CPU; once."""
-        if self._load is not None:
-            self._device = torch.device(device)
-            self._modules()
-            self._device = torch.device("cpu")
+        if self._load is None:
+            return
+        dtype = self._wanted or (torch.bfloat16 if computes_bfloat16(torch.device(device)) else torch.float32)
+        with torch.inference_mode(False):
+            self._encoders = [_frozen(encoder) for encoder in self._load(dtype)]
+        self._load = None
 
     def to(self, device: torch.device | str) -> Self:
         """Move it to a device; the first time, settle its dtype there."""
         self._device = torch.device(device)
         with torch.inference_mode(False):
-            self._encoders = [encoder.to(self._device) for encoder in self._modules()]
+            self._encoders = [encoder.to(self._device) for encoder in self.encoders]
         return self
-
-    def _modules(self) -> list[Any]:
-        if self._load is not None:
-            dtype = self._wanted or (torch.bfloat16 if computes_bfloat16(self._device) else torch.float32)
-            with torch.inference_mode(False):
-                self._encoders = [_frozen(encoder) for encoder in self._load(dtype)]
-            self._load = None
-        return self._encoders
 
     def __repr__(self) -> str:
         dtype = "not loaded yet" if self._load is not None else dtype_name(self.dtype)
@@ -190,7 +185,7 @@ class TextEncoder(Stage):
     def _encode(self, tokens: Sequence[Tensor]) -> dict[str, Tensor]:
         with untracked(), no_autocast(self._device):
             ids = [part.to(self._device, copy=part.is_inference()) for part in tokens]
-            prompt, pooled = self._family.encode(self._modules(), ids)
+            prompt, pooled = self._family.encode(self.encoders, ids)
             embeddings = {PROMPT_EMBEDS: prompt.float()}
             if pooled is not None:
                 embeddings[POOLED_PROMPT_EMBEDS] = pooled.float()
@@ -225,15 +220,3 @@ def _frozen(encoder: Any, dtype: torch.dtype | None = None) -> Any:
             "Diffusion or FLUX pipeline does; such an encoder is not supported"
         )
     return encoder.requires_grad_(False).eval().to(dtype)
-
-
-def _load(pipeline: PipelineSource, transformers: Any, component: str, dtype: torch.dtype) -> nn.Module:
-    """A text encoder with all its weights: transformers would fill missing ones at random."""
-    encoder, info = pipeline.load(transformers, component, dtype=dtype, output_loading_info=True)
-    missing = sorted(info.get("missing_keys") or ())
-    if missing:
-        raise UserError(
-            f"TextEncoder: the weights of {component} at {pipeline.source!r} lack {len(missing)} tensors of "
-            f"{type(encoder).__name__}, the first {missing[0]!r}; save the pipeline again, or name another source"
-        )
-    return encoder  # type: ignore[no-any-return]

@@ -22,16 +22,21 @@ class TextFamily:
     """A kind of text conditioning.
 
     Attributes:
-        parts: ends of the components' names: ``""`` for ``tokenizer`` and ``text_encoder``, ``"_2"`` for the second.
+        classes: of a pipeline's text encoders.
         encode: what the pipeline's ``encode_prompt`` computes.
         pooled: whether it gives pooled embeddings.
         long_part: index of the part whose length a user chooses, the default length being 512; None has none.
     """
 
-    parts: tuple[str, ...]
+    classes: tuple[str, ...]
     encode: Encode
     pooled: bool
     long_part: int | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Ends of the components' names: ``""`` for ``tokenizer`` and ``text_encoder``, ``"_2"`` for the second."""
+        return ("", "_2")[: len(self.classes)]
 
 
 def _clip(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> tuple[Tensor, None]:
@@ -50,18 +55,11 @@ def _flux(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> tuple[Tensor, Te
 
 
 FAMILIES = {
-    "clip": TextFamily(parts=("",), encode=_clip, pooled=False),
-    "sdxl": TextFamily(parts=("", "_2"), encode=_sdxl, pooled=True),
-    "flux": TextFamily(parts=("", "_2"), encode=_flux, pooled=True, long_part=1),
+    "clip": TextFamily(("CLIPTextModel",), _clip, pooled=False),
+    "sdxl": TextFamily(("CLIPTextModel", "CLIPTextModelWithProjection"), _sdxl, pooled=True),
+    "flux": TextFamily(("CLIPTextModel", "T5EncoderModel"), _flux, pooled=True, long_part=1),
 }
 """Name → family: Stable Diffusion 1.x and 2.x, SDXL, FLUX.1."""
-
-CLASSES = {
-    ("CLIPTextModel",): "clip",
-    ("CLIPTextModel", "CLIPTextModelWithProjection"): "sdxl",
-    ("CLIPTextModel", "T5EncoderModel"): "flux",
-}
-"""Classes of a pipeline's text encoders → family."""
 
 
 def family_of(pipeline: PipelineSource) -> str:
@@ -72,13 +70,13 @@ def family_of(pipeline: PipelineSource) -> str:
     """
     names = [name for name in ("text_encoder", "text_encoder_2", "text_encoder_3") if name in pipeline.components]
     classes = tuple(pipeline.class_name(name) for name in names or ["text_encoder"])
-    name = CLASSES.get(classes)
-    if name is None:
-        known = "; ".join(" + ".join(each) for each in CLASSES)
-        raise UserError(
-            f"{pipeline.owner}: the text encoders of {pipeline.source!r} ({pipeline.pipeline_class}) are "
-            f"{' + '.join(classes)}; known are {known}"
-        )
-    for part in FAMILIES[name].parts:
-        pipeline.class_name(f"tokenizer{part}")
-    return name
+    for name, family in FAMILIES.items():
+        if family.classes == classes:
+            for part in family.parts:
+                pipeline.class_name(f"tokenizer{part}")
+            return name
+    known = "; ".join(" + ".join(family.classes) for family in FAMILIES.values())
+    raise UserError(
+        f"{pipeline.owner}: the text encoders of {pipeline.source!r} ({pipeline.pipeline_class}) are "
+        f"{' + '.join(classes)}; known are {known}"
+    )

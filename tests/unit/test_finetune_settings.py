@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from helpers import complains
+from safetensors.torch import load_file, save_file
 from tiny_models import close
 from tiny_pipelines import model_of, ready_batch, save_pipeline
 
@@ -116,8 +117,22 @@ def test_a_pipeline_that_lacks_a_component_is_told_before_anything_loads(compone
 
 def test_a_variant_that_is_not_there_is_told_by_its_name(folders):
     pipeline = PipelineSource("StableDiffusion", folders["sd15"], variant="fp16")
-    with complains("lacks unet", "no files of variant='fp16': leave variant out"):
+    with complains("StableDiffusion: ", "unet' has", "no weights", "with variant='fp16'", "leave variant out"):
         pipeline.load(diffusers, "unet")
+
+
+def test_a_denoiser_whose_weights_do_not_fit_is_refused(folders, tmp_path):
+    """diffusers would fill what is missing at random, with no more than a line in its log."""
+    folder = shutil.copytree(folders["sd15"], tmp_path / "pipeline")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"conv_out.bias": torch.zeros(3)}, file, metadata={"format": "pt"})
+    with complains("StableDiffusion: ", "unet' do not fit UNet2DConditionModel: ", "conv_out.bias"):
+        StableDiffusion(str(folder)).configure_model()
+    del weights["conv_out.bias"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with complains("StableDiffusion: ", "unet' do not fit UNet2DConditionModel: 1 missing keys", "'conv_out.bias'"):
+        StableDiffusion(str(folder)).configure_model()
 
 
 def test_no_pipeline_at_all_is_told(tmp_path):

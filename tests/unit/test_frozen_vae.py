@@ -180,6 +180,8 @@ WRONG_PIXELS = {
     "channels": (torch.rand(1, 4, 32, 32), ["b 3 h w", "(1, 4, 32, 32)"]),
     "rank": (torch.rand(3, 32, 32), ["b 3 h w", "(3, 32, 32)"]),
     "multiple": (torch.rand(1, 3, 32, 30), ["32×30", "multiple", "8", "crop"]),
+    "dtype": (torch.full((1, 3, 32, 32), 255), ["uint8 in 0…255 or float in 0…1", "int64"]),
+    "empty": (torch.rand(0, 3, 32, 32), ["the batch is empty"]),
 }
 
 

@@ -292,7 +292,7 @@ def test_pickles_are_loaded_when_asked_for_only(tmp_path):
     (pickle,) = folder.glob("*.bin")
     with complains(str(folder), "only pickled weights (diffusion_pytorch_model.bin)", "use_safetensors: false"):
         load(folder)
-    with complains("diffusion_pytorch_model.bin is a pickle", "use_safetensors: false"):
+    with complains(str(pickle), "only pickled weights (diffusion_pytorch_model.bin)", "use_safetensors: false"):
         load(pickle)
     assert same(load(folder, use_safetensors=False))
     assert same(load(pickle, use_safetensors=False))
@@ -301,6 +301,12 @@ def test_pickles_are_loaded_when_asked_for_only(tmp_path):
 def test_pickles_beside_safetensors_are_passed_over(folder):
     (folder / "diffusion_pytorch_model.bin").write_bytes(b"not a pickle")
     assert same(load(folder))
+
+
+@pytest.mark.parametrize("source", ["pkg://latentdm.demo", "pkg://latent_dm.demo_vae", "pkg://json.decoder", "pkg://"])
+def test_a_package_that_is_not_there(source):
+    with complains(repr(source), "names no installed package"):
+        load(source)
 
 
 def test_nothing_is_there(tmp_path, folder):

@@ -211,16 +211,22 @@ def test_a_pipeline_that_lacks_a_part_is_told_before_anything_loads(folders, tmp
             TextEncoder.from_pretrained(folder)
 
 
-def test_weights_that_are_incomplete_are_refused(folders, tmp_path):
+def test_weights_that_do_not_fit_are_refused(folders, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(folders["sd15"], tmp_path / "pipeline")
     file = folder / "text_encoder" / "model.safetensors"
     weights = load_file(file)
     name = next(name for name in weights if name.endswith("q_proj.weight"))
+    save_file(weights | {name: torch.zeros(3)}, file, metadata={"format": "pt"})
+    with complains("TextEncoder", "text_encoder' do not fit CLIPTextModel: 1 mismatched keys", "q_proj.weight"):
+        TextEncoder.from_pretrained(folder).setup("cpu")
     del weights[name]
     save_file(weights, file, metadata={"format": "pt"})
-    with complains("text_encoder", "lack 1 tensors of CLIPTextModel", "q_proj.weight"):
+    with complains("TextEncoder", "text_encoder' do not fit CLIPTextModel: 1 missing keys", "q_proj.weight"):
+        TextEncoder.from_pretrained(folder).setup("cpu")
+    file.write_bytes(file.read_bytes()[:500])
+    with complains("TextEncoder", "text_encoder' has a config but no weights that can be loaded", "header"):
         TextEncoder.from_pretrained(folder).setup("cpu")
 
 
