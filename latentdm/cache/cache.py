@@ -208,9 +208,9 @@ class Cache:
         }
         if name == MASKED_LATENTS:
             masks = mask()
-            fields[MASK] = masks if len(missing) == len(masks) else masks[list(missing)]
+            fields[MASK] = packed(masks if len(missing) == len(masks) else masks[list(missing)])
         keys = [rows.keys[name][row] for row in missing]
-        self.writer.put(self.store, keys, fields, _prepared, wait=rows.only)
+        self.writer.put(self.store, keys, fields, wait=rows.only)
 
     def flush(self) -> None:
         """Write what waits to be written, and know of it."""
@@ -225,11 +225,6 @@ class Cache:
             "entries": writer.entries, "bytes": writer.bytes, "hits": self.hits, "misses": self.misses,
             "failures": self.failures, "dropped": writer.dropped,
         }  # fmt: skip
-
-
-def _prepared(fields: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the host: masks in bits."""
-    return fields | {MASK: packed(fields[MASK])} if MASK in fields else fields
 
 
 class Flush(Callback):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from latentdm.autoencoders.images import Images
 from latentdm.autoencoders.posterior import Posterior
@@ -281,8 +282,11 @@ def rows_of(parts: Sequence[CachedSample], blank: tuple[int, int] | None) -> Cac
 
 
 def packed(masks: Tensor) -> Tensor:
-    """``n 1 H W`` bool on the CPU → ``n H ⌈W/8⌉`` uint8, eight pixels a byte."""
-    return torch.from_numpy(np.packbits(masks[:, 0].numpy(), axis=-1))
+    """``n 1 H W`` bool → ``n H ⌈W/8⌉`` uint8, eight pixels a byte, the first in the highest bit."""
+    n, _, height, width = masks.shape
+    bits = pad(masks[:, 0].byte(), (0, -width % 8)).view(n, height, -1, 8)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=masks.device)
+    return torch.sum(bits << shifts, -1, dtype=torch.uint8)
 
 
 def unpacked(bits: Tensor, width: int) -> Tensor:

@@ -96,7 +96,7 @@ def _compared(datamodule: Any, root: Path, settings: Namespace) -> dict[str, Any
     if settings.action == "export":
         return export(pixels.able(), settings.format, settings.output) | {"output": str(settings.output.resolve())}
     store = datamodule.cache.store
-    counts = totals(store)
+    counts = totals(store.folder)
     needed = set(needed_keys(pixels.able()))
     hits = sum(key in store for key in needed)
     texts = [each for each in datamodule.cache.stores if each is not store]
@@ -109,12 +109,12 @@ def _compared(datamodule: Any, root: Path, settings: Namespace) -> dict[str, Any
         "misses": len(needed) - hits,
         "failures": store.failures,
         "stale": counts["entries"] - hits,
-        **({"captions": totals(texts[0])["entries"]} if texts else {}),
+        **({"captions": totals(texts[0].folder)["entries"]} if texts else {}),
         "space": str(store.folder),
         "others": [f"{name} ({size / 2**20:.1f} MiB)" for name, size in sizes.items()],
     }
     if settings.action == "prune" and not settings.dry_run:
         freed = sum(remove(space) for space in others)
         compact(store.folder, keep=needed.__contains__, all_shards=True)
-        found["freed"] = freed + counts["bytes"] - totals(store)["bytes"]
+        found["freed"] = freed + counts["bytes"] - totals(store.folder)["bytes"]
     return found
