@@ -10,9 +10,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from latentdm.cache.rows import CACHED
-from latentdm.cache.samples import CAPTIONS, collate_samples
+from latentdm.cache.samples import CAPTIONS
 from latentdm.cache.wanted import Part, epochs_of, is_in, wanted_epochs
-from latentdm.data.dataset import PixelDataset, Sample
+from latentdm.data.dataset import PixelDataset, Sample, collate
 from latentdm.data.skips import SampleError, Skips
 from latentdm.data.stream import StreamImages
 
@@ -136,6 +136,6 @@ def collate_missing(samples: Sequence[Sample]) -> Any:
             lacking.append(sample)
     if not lacking:
         return Passed(passed, captions)
-    batch = collate_samples(lacking)
+    batch = collate(lacking)
     batch[CACHED].only, batch[CACHED].passed = True, passed
     return batch | ({CAPTIONS: captions} if any(captions) else {})

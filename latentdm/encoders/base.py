@@ -182,8 +182,8 @@ class Encoder(Stage):
         to_encode, ready = self._prepare(batch)
         vae, b, keys, cached = self.vae, len(draws.ids), list(to_encode), batch.get(CACHED)
         if isinstance(cached, CachedRows):
-            posteriors = self._completed(cached, to_encode, batch, draws)
-            moments, keys = Posterior.cat(list(posteriors.values())), list(posteriors)
+            completed = self._completed(cached, to_encode, batch, draws)
+            moments, keys = Posterior.unstacked(torch.cat(list(completed.values()))), list(completed)
         else:
             moments = vae.moments(
                 list(to_encode.values()),
@@ -200,8 +200,8 @@ class Encoder(Stage):
 
     def _completed(
         self, cached: CachedRows, to_encode: Mapping[str, Images], batch: Mapping[str, Any], draws: Draws
-    ) -> dict[str, Posterior]:
-        """The moments of all images, of which only those are encoded that the cache lacks."""
+    ) -> dict[str, Tensor]:
+        """The moments ``b k z h w`` of all images, of which only those are encoded that the cache lacks."""
 
         def encode(sets: Sequence[Images], order: Sequence[tuple[str, int]]) -> Posterior:
             return self.vae.moments(
