@@ -15,7 +15,7 @@ from latentdm.batch import LATENTS
 from latentdm.cache.cache import Cache
 from latentdm.cache.jobs import Jobs, Passed, StreamJobs, collate_missing
 from latentdm.cache.samples import CAPTIONS, CachedCrops, parts_of
-from latentdm.cache.wanted import Part, possible_captions
+from latentdm.cache.wanted import WHOLE, Part, possible_captions
 from latentdm.data.dataset import PixelDataset, Sample
 from latentdm.data.module import PixelDataModule
 from latentdm.data.stream import StreamImages
@@ -35,7 +35,7 @@ class FillData(PixelDataModule):
         caption: the column of the captions, where these are encoded as well.
     """
 
-    def __init__(self, pixels: PixelDataModule, part: Part = (0, 1), caption: str | None = None) -> None:
+    def __init__(self, pixels: PixelDataModule, part: Part = WHOLE, caption: str | None = None) -> None:
         super().__init__(pixels.batch_size, pixels.num_workers, pixels.seed, "skip", 1.0)
         self.inner = pixels
         self.part = part

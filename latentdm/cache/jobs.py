@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from latentdm.cache.rows import CACHED
 from latentdm.cache.samples import CAPTIONS
-from latentdm.cache.wanted import Part, epochs_of, is_in, wanted_epochs
+from latentdm.cache.wanted import WHOLE, Part, epochs_of, wanted_epochs
 from latentdm.data.dataset import PixelDataset, Sample, collate
 from latentdm.data.skips import SampleError, Skips
 from latentdm.data.stream import StreamImages
@@ -41,7 +41,7 @@ class Jobs(PixelDataset):
         part: see `Part`.
     """
 
-    def __init__(self, datasets: Sequence[PixelDataset], part: Part = (0, 1)) -> None:
+    def __init__(self, datasets: Sequence[PixelDataset], part: Part = WHOLE) -> None:
         self.datasets = list(datasets)
         rows = [_jobs(dataset, number, part) for number, dataset in enumerate(self.datasets)]
         self.rows: npt.NDArray[np.int64] = np.concatenate([*rows, np.empty((0, 3), np.int64)])
@@ -94,7 +94,7 @@ class StreamJobs(IterableDataset[Sample]):
 
     skips: Skips | None = None
 
-    def __init__(self, streams: Sequence[StreamImages], part: Part = (0, 1), rank: int = 0, ranks: int = 1) -> None:
+    def __init__(self, streams: Sequence[StreamImages], part: Part = WHOLE, rank: int = 0, ranks: int = 1) -> None:
         self.streams = list(streams)
         self.part = part
         self.rank = rank
@@ -111,17 +111,13 @@ class StreamJobs(IterableDataset[Sample]):
                 continue
             for record in stream.items(number, readers, 0, False):
                 try:
-                    yield from self._samples(stream.crops, record)
+                    if isinstance(record, SampleError):
+                        raise record
+                    crops: Any = stream.crops
+                    yield from (crops(record, epoch) for epoch in wanted_epochs(crops, record, self.part))
                 except SampleError as error:
                     if self.skips is not None:
                         self.skips.add(getattr(record, "name", str(error)), str(error), ENDLESS)
-
-    def _samples(self, crops: Any, record: Any) -> Iterator[Sample]:
-        if isinstance(record, SampleError):
-            raise record
-        for epoch in wanted_epochs(crops, record):
-            if is_in(self.part, crops, record, epoch):
-                yield crops(record, epoch)
 
 
 def collate_missing(samples: Sequence[Sample]) -> Any:

@@ -21,9 +21,21 @@ LOOKED_AT = 1000
 Part = tuple[int, int]
 """Which part of all, and of how many: by key, so that parts of different runs fit together."""
 
+WHOLE: Part = (0, 1)
 
-def wanted_epochs(crops: CachedCrops, record: Record) -> Iterator[int]:
+
+def wanted_epochs(crops: CachedCrops, record: Record, part: Part = WHOLE) -> Iterator[int]:
     """Epochs that together show an image in all of its variants, mirrored and not, and under all of its masks."""
+    for epoch in _epochs(crops, record):
+        try:
+            key = crops.keys(record, epoch)[0][LATENTS] if part != WHOLE else b""
+        except SampleError:
+            key = b""  # of a file that is gone the first part must say so
+        if int.from_bytes(key[:8], "big") % part[1] == part[0]:
+            yield epoch
+
+
+def _epochs(crops: CachedCrops, record: Record) -> Iterator[int]:
     turns = _turns(crops)
     if crops.plan.variants is not None:
         first, an_epoch = crops.turn(record, 0), crops.turn(record, 1) - crops.turn(record, 0)
@@ -49,51 +61,37 @@ def _turns(crops: CachedCrops) -> int:
     return lcm(plan.variants or 1, plan.mask_variants if plan.masked == VARIANTS else 1)
 
 
-def epochs_of(dataset: Any, position: int, part: Part = (0, 1)) -> Iterator[int]:
-    """The same of a sample at a position, and of a part of all."""
+def epochs_of(dataset: Any, position: int, part: Part = WHOLE) -> Iterator[int]:
+    """The same of a sample at a position."""
     crops: CachedCrops = dataset.crops
     photograph = isinstance(crops.crops, PhotographCrop)
     flips = crops.plan.variants is None and getattr(crops.crops, "flip", False)
-    if part[1] == 1 and not photograph and not flips:  # whatever the record, which may take long to read
+    if part == WHOLE and not photograph and not flips:  # whatever the record, which may take long to read
         yield from range(_turns(crops))
         return
     try:
-        record = dataset.record(position)
+        yield from wanted_epochs(crops, dataset.record(position), part)
     except SampleError:
         yield from [0] if part[0] == 0 else []  # somebody must say so
-        return
-    yield from (epoch for epoch in wanted_epochs(crops, record) if is_in(part, crops, record, epoch))
-
-
-def is_in(part: Part, crops: CachedCrops, record: Record, epoch: int) -> bool:
-    """Whether an image, as it is in an epoch, belongs to a part."""
-    if part[1] == 1:
-        return True
-    try:
-        key = crops.keys(record, epoch)[0][LATENTS]
-    except SampleError:
-        return part[0] == 0  # of a file that is gone somebody must say so
-    return int.from_bytes(key[:8], "big") % part[1] == part[0]
 
 
 def needed_keys(datasets: Sequence[Any]) -> Iterator[bytes]:
     """The keys of all that some data sets would look up."""
     for dataset in datasets:
-        if isinstance(dataset, StreamImages):
-            for record in dataset.items(0, 1, 0, False):
-                if isinstance(record, Record):
-                    crops: Any = dataset.crops
-                    yield from _keys(crops, record, wanted_epochs(crops, record))
-            continue
-        for position in range(len(dataset)):
-            with suppress(SampleError):
-                yield from _keys(dataset.crops, dataset.record(position), epochs_of(dataset, position))
+        for record in _records(dataset):
+            for epoch in wanted_epochs(dataset.crops, record):
+                with suppress(SampleError):  # a file that is gone needs nothing
+                    yield from dataset.crops.keys(record, epoch)[0].values()
 
 
-def _keys(crops: Any, record: Record, epochs: Iterator[int]) -> Iterator[bytes]:
-    for epoch in epochs:
-        with suppress(SampleError):  # a file that is gone needs nothing
-            yield from crops.keys(record, epoch)[0].values()
+def _records(dataset: Any) -> Iterator[Record]:
+    """All that can be read."""
+    if isinstance(dataset, StreamImages):
+        yield from (record for record in dataset.items(0, 1, 0, False) if isinstance(record, Record))
+        return
+    for position in range(len(dataset)):
+        with suppress(SampleError):
+            yield dataset.record(position)
 
 
 def possible_captions(stage: Stage | None, caption: Any) -> list[str]:
