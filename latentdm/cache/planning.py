@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from latentdm.batch import MASK, PIXELS, SEGMENTATION, SOURCE, SOURCE_LATENTS
 from latentdm.cache.keys import described
-from latentdm.cache.samples import FIXED, OWN, VARIANTS, Plan, can_look_up, draws_freely, look_up, parts_of
+from latentdm.cache.samples import FIXED, OWN, VARIANTS, Plan, can_look_up, draws_freely, look_up
 from latentdm.cache.steps import NO_KEY, CachedStep
 from latentdm.cache.store import Store
 from latentdm.data.dataset import PixelDataset
@@ -56,7 +56,7 @@ class Planner:
             dataset = getattr(pixels, name)
             if dataset is None:
                 continue
-            able = all(map(can_look_up, parts_of(dataset)))
+            able = can_look_up(dataset)
             its_why = why or self._set_reason(dataset, able, name == "train_set")
             if its_why and not why:
                 self._say_not(f"{type(pixels).__name__}'s {name}: {its_why}")
@@ -96,7 +96,7 @@ class Planner:
             except UserError as error:
                 return str(error)
             return ""
-        if any(map(draws_freely, parts_of(dataset))):
+        if draws_freely(dataset):
             return "each epoch draws other crops; set cache.variants, say 4 crops an image, or random_crop=false"
         if self.datamodule.augment is not None:
             return "augment changes images anew each epoch; set cache.variants, say 4 an image, or leave augment out"
@@ -111,7 +111,7 @@ class Planner:
         """How a data set's samples are looked up; with None, those of batches with a ``cache_key``."""
         datamodule, encoder = self.datamodule, self.datamodule.encoder
         augment = datamodule.augment if training else None
-        drawn = augment is not None or (dataset is not None and any(map(draws_freely, parts_of(dataset))))
+        drawn = augment is not None or (dataset is not None and draws_freely(dataset))
         if drawn and training:
             self._tell(f"crops are drawn from variants={self.cache.variants} an image")
         others = [s for s in datamodule.line.device if s is not encoder and not isinstance(s, CachedStep)]

@@ -112,16 +112,24 @@ class Plan:
 
 def draws_freely(dataset: PixelDataset) -> bool:
     """Whether a data set draws crops anew each epoch, beside mirroring."""
-    crops = getattr(dataset, "crops", None)
-    crops = crops.crops if isinstance(crops, CachedCrops) else crops
-    return crops.split == "train" if isinstance(crops, PhotographCrop) else bool(getattr(crops, "random_crop", False))
+    every = [_plain(part) for part in parts_of(dataset)]
+    return any(
+        crops.split == "train" if isinstance(crops, PhotographCrop) else getattr(crops, "random_crop", False)
+        for crops in every
+    )
 
 
 def can_look_up(dataset: PixelDataset) -> bool:
     """Whether it is one of ours, all of whose samples are made of records by what is known."""
+    parts = parts_of(dataset)
+    ours = all(type(part).sample.__module__.startswith("latentdm.data.") for part in parts)
+    return ours and all(isinstance(_plain(part), ResizeCrop | PhotographCrop) for part in parts)
+
+
+def _plain(dataset: PixelDataset) -> Any:
+    """What makes its samples, without the cache in front."""
     crops = getattr(dataset, "crops", None)
-    ours = type(dataset).sample.__module__.startswith("latentdm.data.")
-    return ours and isinstance(crops, ResizeCrop | PhotographCrop | CachedCrops)
+    return crops.crops if isinstance(crops, CachedCrops) else crops
 
 
 def parts_of(dataset: PixelDataset) -> Sequence[PixelDataset]:
@@ -132,8 +140,7 @@ def parts_of(dataset: PixelDataset) -> Sequence[PixelDataset]:
 def look_up(dataset: PixelDataset, plan: Plan | None) -> None:
     """Let a data set look its samples up, or with None no longer."""
     for part in parts_of(dataset):
-        crops: Any = part.crops  # type: ignore[attr-defined]
-        plain = crops.crops if isinstance(crops, CachedCrops) else crops
+        plain = _plain(part)
         part.crops = plain if plan is None else CachedCrops(plain, plan)  # type: ignore[attr-defined]
 
 

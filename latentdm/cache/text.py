@@ -152,8 +152,14 @@ class CachedTextEncoder(Stage):
         assert self.store is not None
         kept = {name: tensor.to(self._kept or self.text.dtype) for name, tensor in fresh.items()}
         self.writer.put(self.store, list(first), kept, wait=self.waits)
-        place = {key: number for number, key in enumerate(first)}
-        return {name: self._whole(cached, lacking, place, name, tensor) for name, tensor in fresh.items()}
+        order = {key: number for number, key in enumerate(first)}
+        spread = [order[cached.keys[row]] for row in lacking]
+        whole = {name: tensor.new_empty(len(cached.keys), *tensor.shape[1:]) for name, tensor in fresh.items()}
+        for name, tensor in fresh.items():
+            whole[name][lacking] = tensor[spread]
+            if cached.rows:
+                whole[name][cached.rows] = cached.found[name].to(tensor)
+        return whole
 
     def fill(self, captions: Sequence[str], at_once: int = 64) -> None:
         """Encode and keep those of some captions that are not there."""
@@ -161,15 +167,6 @@ class CachedTextEncoder(Stage):
             draws = Draws(0, 0, list(range(first, min(first + at_once, len(captions)))), training=False)
             batch = self.tokenizer({CAPTION: captions[first : first + at_once]}, draws)
             self({name: value.to(self._device) for name, value in batch.items()}, draws)
-
-    def _whole(
-        self, cached: CachedText, lacking: Sequence[int], place: Mapping[bytes, int], name: str, fresh: Tensor
-    ) -> Tensor:
-        whole = fresh.new_empty(len(cached.keys), *fresh.shape[1:])
-        whole[lacking] = fresh[[place[cached.keys[row]] for row in lacking]]
-        if cached.rows:
-            whole[cached.rows] = cached.found[name].to(fresh)
-        return whole
 
     def _encoded(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Tensor]:
         self._worked = True
