@@ -11,19 +11,29 @@ import torch
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
-from latentdm.batch import LATENTS
+from latentdm.batch import CAPTION, LATENTS
 from latentdm.cache.cache import Cache
-from latentdm.cache.jobs import Jobs, Passed, StreamJobs, collate_missing
 from latentdm.cache.samples import CAPTIONS, CachedCrops, parts_of
-from latentdm.cache.wanted import WHOLE, Part, possible_captions
+from latentdm.cache.wanted import WHOLE, Jobs, Part, Passed, StreamJobs, collate_missing
+from latentdm.captions import Captions
 from latentdm.data.dataset import PixelDataset, Sample
 from latentdm.data.module import PixelDataModule
 from latentdm.data.stream import StreamImages
+from latentdm.draws import Draws
 from latentdm.errors import UserError
 from latentdm.stages import Stage
 
 REMEMBERED = 100_000
 """Captions that are known to be there and not looked up again."""
+
+
+def ready_to_fill(datamodule: Any, device: torch.device | str) -> "FillData":
+    """Let a `latentdm.LatentDataModule` predict all that it would look up, without a trainer."""
+    datamodule.pixels = pixels = FillData(datamodule.pixels)
+    pixels.setup()
+    datamodule.line.setup(device)
+    datamodule.cache.setup(datamodule)
+    return pixels
 
 
 class FillData(PixelDataModule):
@@ -131,3 +141,18 @@ class Fill(LightningModule):
         added: Any = self.trainer.strategy.reduce(counts, reduce_op="sum")
         self.totals = dict(zip(mine, added.tolist(), strict=True))
         self.trainer.strategy.barrier()
+
+
+def possible_captions(stage: Stage | None, caption: Any) -> list[str]:
+    """All that training may make of a caption; of shuffled tags their own order, of foreign stages what comes first.
+
+    Args:
+        stage: of the data module.
+        caption: of an image: a text, several, or None.
+    """
+    if stage is None:
+        return list(caption) if isinstance(caption, list | tuple) else [caption or ""]
+    if isinstance(stage, Captions):
+        return stage.possible(caption)
+    made: list[str] = stage({CAPTION: [caption]}, Draws(0, 0, [0], training=False))[CAPTION]
+    return made

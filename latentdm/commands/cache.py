@@ -82,17 +82,14 @@ def _run(cfg: DictConfig, settings: Namespace) -> dict[str, Any]:
 def _compared(datamodule: Any, root: Path, settings: Namespace) -> dict[str, Any]:
     """What of a cache a configuration needs; for ``prune``, the rest is removed, for ``export`` it is written."""
     from latentdm.cache.export import export
-    from latentdm.cache.fill import FillData
+    from latentdm.cache.fill import ready_to_fill
     from latentdm.cache.upkeep import compact, remove, spaces, totals
     from latentdm.cache.wanted import needed_keys
     from latentdm.data.module import PixelDataModule
 
     if not isinstance(datamodule.pixels, PixelDataModule):
         raise UserError("latentdm cache: which entries this data module needs is not known before its batches are")
-    datamodule.pixels = pixels = FillData(datamodule.pixels)
-    pixels.setup()
-    datamodule.line.setup(device_of(settings.device))
-    datamodule.cache.setup(datamodule)
+    pixels = ready_to_fill(datamodule, device_of(settings.device))
     if settings.action == "export":
         return export(pixels.able(), settings.format, settings.output) | {"output": str(settings.output.resolve())}
     store = datamodule.cache.store
