@@ -234,6 +234,6 @@ class Writer:
 
 def _to_host(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu":
-        return tensor.detach()
+        return tensor.detach().contiguous()  # here and not in the thread, in which torch computes nothing
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
     return pinned.copy_(tensor.detach(), non_blocking=tensor.device.type == "cuda")
