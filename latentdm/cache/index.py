@@ -139,8 +139,8 @@ class Index:
             for name, kind in PARTS.items():
                 at = fields[name]
                 arrays[name] = mapped[at.offset : at.offset + at.shape[0] * at.row_bytes].view(kind)
-            index = cls(json.loads(metadata["shards"]), **arrays)
-        except (KeyError, TypeError, ValueError) as error:
+            index = cls([str(name) for name in json.loads(metadata["shards"])], **arrays)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise BrokenShard(f"its head cannot be read: {error}") from error
         if len({len(array) for array in arrays.values()}) > 1:
             raise BrokenShard("its arrays differ in length")

@@ -108,6 +108,8 @@ HEADS = {
     "another shape": {"moments": {"shape": [COUNT, 2, 4, 8, 9]}},
     "no such dtype": {"moments": {"dtype": "F3"}},
     "no number": {"moments": {"shape": ["ten", 2, 4, 8, 8]}},
+    "endless": {"keys": {"shape": [float("inf"), 16]}},
+    "no span": {"crc": {"data_offsets": None}},
 }
 
 
@@ -124,6 +126,30 @@ def test_a_head_that_makes_no_sense_is_a_counted_miss(tmp_path, changes):
     store = opened(tmp_path)
     assert found(store) == []
     assert store.failures > 0
+
+
+@pytest.mark.parametrize("head", [b"[" * 4088, b"[1]", b"7", b"{}", b'{"keys": 1}', b"\xff"])
+def test_a_head_of_another_kind_is_a_counted_miss(tmp_path, head):
+    write(tmp_path)
+    path = shard_of(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + head.ljust(4088) + content[4096:])
+    store = opened(tmp_path)
+    assert (found(store), store.failures > 0) == ([], True)
+
+
+@pytest.mark.parametrize("shards", ["7", "[[1], {}]", "{}", "[" * 5000])
+def test_an_index_of_what_are_no_names_is_harmless(tmp_path, shards):
+    write(tmp_path)
+    opened(tmp_path).keep_index(least=1)
+    [path] = (tmp_path / "index").iterdir()
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    head = json.loads(content[8 : 8 + length])
+    head["__metadata__"]["shards"] = shards
+    changed = json.dumps(head).encode()
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length :])
+    assert found(opened(tmp_path)) == list(range(COUNT))
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
