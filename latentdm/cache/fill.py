@@ -16,7 +16,7 @@ from latentdm.cache.cache import Cache
 from latentdm.cache.samples import CAPTIONS, CachedCrops, parts_of
 from latentdm.cache.wanted import WHOLE, Jobs, Part, Passed, StreamJobs, collate_missing
 from latentdm.captions import Captions
-from latentdm.data.dataset import PixelDataset, Sample
+from latentdm.data.dataset import Sample
 from latentdm.data.module import PixelDataModule
 from latentdm.data.stream import StreamImages
 from latentdm.draws import Draws
@@ -62,14 +62,15 @@ class FillData(PixelDataModule):
 
     def able(self) -> list[Any]:
         """The data sets that look up; UserError: none does."""
-        sets = [dataset for dataset in (self.train_set, self.val_set) if dataset is not None]
-        able = [part for dataset in sets for part in parts_of(dataset) if isinstance(_crops(part), CachedCrops)]
+        parts = [
+            part for dataset in (self.train_set, self.val_set) if dataset is not None for part in parts_of(dataset)
+        ]
+        able: list[Any] = [part for part in parts if isinstance(getattr(part, "crops", None), CachedCrops)]
         if not able:
             raise UserError(f"{type(self.inner).__name__}: nothing of it can be cached; the warning says why")
         for dataset in able:
-            crops: CachedCrops = dataset.crops  # type: ignore[attr-defined]
             # Nobody looks at what is there.
-            crops.plan = replace(crops.plan, needs_pixels=False, caption=self.caption)
+            dataset.crops.plan = replace(dataset.crops.plan, needs_pixels=False, caption=self.caption)
         return able
 
     def predict_dataloader(self) -> DataLoader[Sample]:
@@ -85,10 +86,6 @@ class FillData(PixelDataModule):
 
     def teardown(self, stage: str) -> None:
         """Says nothing: what could not be read is in the report."""
-
-
-def _crops(dataset: PixelDataset) -> Any:
-    return getattr(dataset, "crops", None)
 
 
 class Fill(LightningModule):

@@ -197,7 +197,8 @@ class Encoder(Stage):
 
         if isinstance(cached, CachedRows):  # only what the cache lacks is encoded
             completed = cached.complete(to_encode, encode, self.cache, hidden)
-            moments, keys = Posterior.unstacked(torch.cat(list(completed.values()))), list(completed)
+            keys, whole = list(completed), list(completed.values())
+            moments = Posterior.unstacked(whole[0] if len(whole) == 1 else torch.cat(whole))
         else:
             moments = encode(list(to_encode.values()), list(product(keys, range(b))))
         noise = None
