@@ -102,10 +102,6 @@ class Store:
         self.__init__(state["folder"])  # type: ignore[misc]  # a copy in another process opens its own files
         self.refresh()
 
-    def __len__(self) -> int:
-        """Entries known, those that were written twice counted twice."""
-        return len(self.index) + len(self.new)
-
     # ---------------------------------------------------------------- reading
 
     def read(self, key: bytes) -> Entry | None:
