@@ -196,7 +196,7 @@ def _samples() -> dict[str, Any]:
         with (pickled / f"{number}.pt").open("wb") as file:
             pickle.dump(moments[0].float().numpy(), file)
         held.append(moments[0].clone())
-    writer.close()
+    writer.flush()
     store.refresh()
     return {"store": store, "pickled": pickled, "held": held}
 

@@ -34,6 +34,15 @@ class Posterior:
         # exp in float32: a bf16 logvar loses nothing more on its way to a standard deviation
         return mean + torch.exp(0.5 * self.logvar.float()) * noise
 
+    def stacked(self) -> Tensor:
+        """``b k z h w``: the mean and, where there is one, the logvar."""
+        return torch.stack([self.mean] if self.logvar is None else [self.mean, self.logvar], dim=1)
+
+    @staticmethod
+    def unstacked(moments: Tensor) -> "Posterior":
+        """The same back."""
+        return Posterior(moments[:, 0], moments[:, 1] if moments.shape[1] > 1 else None)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Posterior":
         """The same change for both moments."""
         return Posterior(change(self.mean), None if self.logvar is None else change(self.logvar))

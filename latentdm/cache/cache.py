@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import WarningCache  # type: ignore[attr-defined]
 from torch import Tensor
 
-from latentdm.autoencoders.posterior import Posterior
 from latentdm.batch import MASK, MASKED_LATENTS
 from latentdm.cache.keys import IDENTITIES, decoder
 from latentdm.cache.memory import memory_folder
@@ -20,7 +19,7 @@ from latentdm.cache.rows import MOMENTS, SIZES, CachedRows, packed
 from latentdm.cache.shards import BrokenShard
 from latentdm.cache.steps import CachedAugment, CachedMasks, KeyedLookup
 from latentdm.cache.store import Store, open_space
-from latentdm.cache.text import CachedTextEncoder, TextCache
+from latentdm.cache.text import CachedTextEncoder
 from latentdm.cache.writer import Writer
 from latentdm.frozen.weights import DTYPES
 from latentdm.stages import Stage
@@ -82,7 +81,6 @@ class Cache:
     ) -> None:
         check = Check("Cache")
         self.dir = None if dir is None else Path(dir).expanduser()
-        self.in_memory = dir is None
         for name, value in (("variants", variants), ("mask_variants", mask_variants)):
             if value is not None:
                 check.integer(name, value, 1, hint="leave it out (null) for new ones each time")
@@ -92,8 +90,8 @@ class Cache:
         self.identity = check.choice("identity", identity, IDENTITIES)
         self.hits = self.misses = 0
         self.text: CachedTextEncoder | None = None
-        self.keyed = KeyedLookup()
-        self.said: set[str] = set()
+        self.said = WarningCache()
+        self.keyed = KeyedLookup(self.said)
         self.writer = Writer()
         self.store: Store | None = None
         self._kept = torch.float32
@@ -104,7 +102,7 @@ class Cache:
     def stages(self, masks: Any, augment: Any, text: Any, stages: Sequence[Stage]) -> dict[str, Any]:
         """A data module's steps, which look up what was made before."""
         if isinstance(text, TextEncoder):
-            self.text = CachedTextEncoder(text, TextCache(self.writer, DTYPES[self.dtype]))
+            self.text = CachedTextEncoder(text, self.writer, DTYPES[self.dtype])
             text = self.text
         return {
             "masks": CachedMasks(masks) if isinstance(masks, Stage) else masks,
@@ -136,20 +134,19 @@ class Cache:
 
     def _open_text(self, captions: Any, text: CachedTextEncoder) -> None:
         assert self.dir is not None
-        text.cache.store = None
+        text.store = None
         if not getattr(captions, "shuffle_tags", False):
-            text.cache.open(self.dir, text.text)
-        elif "shuffle_tags" not in self.said:
-            self.said.add("shuffle_tags")
-            rank_zero_warn(
-                "Cache: not cached: captions, whose tags come in another order each time; set "
-                "captions.shuffle_tags=false to encode each once"
-            )
+            text.open(self.dir)
+            return
+        self.said.warn(
+            "Cache: not cached: captions, whose tags come in another order each time; set captions.shuffle_tags=false "
+            "to encode each once"
+        )
 
     @property
     def stores(self) -> list[Store]:
         """Those that are open: of the encoder, and of the text encoder where there is one."""
-        every = [self.store, None if self.text is None else self.text.cache.store]
+        every = [self.store, None if self.text is None else self.text.store]
         return [store for store in every if store is not None]
 
     def keep_index(self) -> None:
@@ -186,31 +183,30 @@ class Cache:
         """Count what a batch found."""
         self.hits += rows.hits + rows.passed
         self.misses += rows.misses
-        self._read_failures += rows.failures
+        self._read_failures += sum(sample.failures for sample in rows.samples)
 
     @property
     def failures(self) -> int:
         """Entries that could not be read and shards that could not be written, so far."""
         return self._read_failures + self.writer.failures
 
-    def put(self, rows: CachedRows, name: str, missing: Sequence[int], moments: Posterior, mask: Any) -> None:
+    def put(self, rows: CachedRows, name: str, missing: Sequence[int], moments: Tensor, mask: Any) -> None:
         """Keep the moments of some rows of a batch; see `latentdm.cache.rows.Sink`."""
         if self.writer.stopped and self.writer.warned:
             return
         assert self.store is not None
-        both = [moments.mean] if moments.logvar is None else [moments.mean, moments.logvar]
-        kept = torch.stack(both, dim=1).to(self._kept)
+        samples = [rows.samples[row] for row in missing]
+        kept = moments.to(self._kept)
         fields: dict[str, Tensor] = {
             MOMENTS: kept,
-            SIZES: torch.tensor([rows.sizes[row] for row in missing], dtype=torch.int32),
+            SIZES: torch.tensor([sample.sizes for sample in samples], dtype=torch.int32),
             # Here and not in the writer's thread; see there.
             "keep": kept.isfinite().flatten(1).all(1),
         }
         if name == MASKED_LATENTS:
             masks = mask()
-            fields[MASK] = masks if len(missing) == len(masks) else masks[list(missing)]
-        keys = [rows.keys[name][row] for row in missing]
-        self.writer.put(self.store, keys, fields, _prepared, wait=rows.only)
+            fields[MASK] = packed(masks if len(missing) == len(masks) else masks[list(missing)])
+        self.writer.put(self.store, [sample.keys[name] for sample in samples], fields, wait=rows.only)
 
     def flush(self) -> None:
         """Write what waits to be written, and know of it."""
@@ -227,11 +223,6 @@ class Cache:
         }  # fmt: skip
 
 
-def _prepared(fields: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the host: masks in bits."""
-    return fields | {MASK: packed(fields[MASK])} if MASK in fields else fields
-
-
 class Flush(Callback):
     """Writes at the end of each epoch what waits, so that the next one finds it.
 
@@ -241,23 +232,15 @@ class Flush(Callback):
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self._missing = 0
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note how many captions were missing."""
-        self._missing = self._text_misses()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Flush on all ranks before any of them goes on; after an epoch that lacked no caption free the device."""
         self.cache.flush()
         if trainer.is_global_zero:
             self.cache.keep_index()
-        if self.cache.text is not None and self._text_misses() == self._missing:
+        if self.cache.text is not None:
             self.cache.text.rest()
         trainer.strategy.barrier()
-
-    def _text_misses(self) -> int:
-        return 0 if self.cache.text is None else self.cache.text.cache.misses
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Flush; nobody waits for others."""

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdm.batch import CAPTION, LATENTS, MASK, MASKED_LATENTS
-from latentdm.cache.jobs import Jobs, StreamJobs
 from latentdm.cache.rows import CACHED, MOMENTS, SIZES, CachedSample, packed
+from latentdm.cache.wanted import Jobs, StreamJobs
 from latentdm.data.dataset import PixelDataset, Sample
 from latentdm.data.latents import CACHED_COLUMNS, COLUMNS
 from latentdm.data.skips import SampleError
@@ -28,7 +29,7 @@ def export(datasets: Sequence[PixelDataset], kind: str, folder: Path) -> dict[st
 
     Args:
         datasets: that look up.
-        kind: a key of `WRITERS`.
+        kind: ``"safetensors"``, ``"webdataset"`` or ``"comfyui"``.
         folder: where to; made if need be.
 
     Returns:
@@ -36,8 +37,8 @@ def export(datasets: Sequence[PixelDataset], kind: str, folder: Path) -> dict[st
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = {"entries": 0, "bytes": 0, "misses": 0}
-    write = WRITERS[kind]
-    for size in write(_samples(datasets, found), folder):
+    samples = _samples(datasets, found)
+    for size in _write_shards(samples, folder) if kind == "webdataset" else _write_files(samples, folder, kind):
         found["entries"] += 1
         found["bytes"] += size
     return found
@@ -83,58 +84,50 @@ def columns_of(sample: Sample) -> dict[str, Any]:
     return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in columns.items()}
 
 
-def _safetensors(samples: Iterator[tuple[str, Sample]], folder: Path) -> Iterator[int]:
-    for stem, sample in samples:
-        yield _write(folder / f"{stem}.safetensors", _content(sample))
-
-
-def _content(sample: Sample) -> bytes:
+def _safetensors(sample: Sample) -> bytes:
     return save(tensors_of(sample), {COLUMNS: json.dumps(columns_of(sample), default=str)})
 
 
-def _webdataset(samples: Iterator[tuple[str, Sample]], folder: Path) -> Iterator[int]:
-    shard: tarfile.TarFile | None = None
-    for number, (stem, sample) in enumerate(samples):
-        if number % SAMPLES_A_SHARD == 0:
-            if shard is not None:
-                shard.close()
-            shard = tarfile.open(folder / f"latents-{number // SAMPLES_A_SHARD:06}.tar", "w")  # noqa: SIM115
-        assert shard is not None
-        key = stem.replace(".", "_")  # what follows a dot is the kind of a file there
-        content = _content(sample)
-        files: Mapping[str, bytes] = {
-            "safetensors": content,
-            "json": json.dumps(columns_of(sample), default=str).encode(),
-            **({"txt": str(sample[CAPTION]).encode()} if CAPTION in sample else {}),
-        }
-        for ending, data in files.items():
-            info = tarfile.TarInfo(f"{key}.{ending}")
-            info.size = len(data)
-            shard.addfile(info, io.BytesIO(data))
-        yield len(content)
-    if shard is not None:
-        shard.close()
-
-
-def _comfyui(samples: Iterator[tuple[str, Sample]], folder: Path) -> Iterator[int]:
+def _comfyui(sample: Sample) -> bytes:
     """As ComfyUI's node writes them: one latent before any scaling, the mean, as nodes that encode give none else."""
-    for stem, sample in samples:
-        mean = sample[CACHED].found[LATENTS][MOMENTS][0]
-        tensors = {"latent_tensor": mean[None].float().contiguous(), "latent_format_version_0": torch.zeros(0)}
-        columns = columns_of(sample) | {CACHED_COLUMNS: sample[CACHED].found[LATENTS][SIZES].tolist()}
-        content = save(tensors, {COLUMNS: json.dumps(columns, default=str)})
-        yield _write(folder / f"{stem}.latent", content)
+    entry = sample[CACHED].found[LATENTS]
+    tensors = {"latent_tensor": entry[MOMENTS][:1].float().contiguous(), "latent_format_version_0": torch.zeros(0)}
+    columns = columns_of(sample) | {CACHED_COLUMNS: entry[SIZES].tolist()}
+    return save(tensors, {COLUMNS: json.dumps(columns, default=str)})
 
 
-def _write(path: Path, content: bytes) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return len(content)
-
-
-WRITERS: dict[str, Callable[[Iterator[tuple[str, Sample]], Path], Iterator[int]]] = {
-    "safetensors": _safetensors,
-    "webdataset": _webdataset,
-    "comfyui": _comfyui,
+FILES: dict[str, tuple[str, Callable[[Sample], bytes]]] = {
+    "safetensors": (".safetensors", _safetensors),
+    "comfyui": (".latent", _comfyui),
 }
-"""Kind → what writes it."""
+"""Kind → the ending and the content of a sample's file."""
+
+
+def _write_files(samples: Iterator[tuple[str, Sample]], folder: Path, kind: str) -> Iterator[int]:
+    ending, content_of = FILES[kind]
+    for stem, sample in samples:
+        path = folder / f"{stem}{ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path.write_bytes(content_of(sample))
+
+
+def _write_shards(samples: Iterator[tuple[str, Sample]], folder: Path) -> Iterator[int]:
+    """WebDataset's: tar files of a fixed number of samples."""
+    for number in count():
+        first = next(samples, None)
+        if first is None:
+            return
+        with tarfile.open(folder / f"latents-{number:06}.tar", "w") as shard:
+            for stem, sample in chain([first], islice(samples, SAMPLES_A_SHARD - 1)):
+                key = stem.replace(".", "_")  # what follows a dot is the kind of a file there
+                content = _safetensors(sample)
+                files: Mapping[str, bytes] = {
+                    "safetensors": content,
+                    "json": json.dumps(columns_of(sample), default=str).encode(),
+                    **({"txt": str(sample[CAPTION]).encode()} if CAPTION in sample else {}),
+                }
+                for ending, data in files.items():
+                    info = tarfile.TarInfo(f"{key}.{ending}")
+                    info.size = len(data)
+                    shard.addfile(info, io.BytesIO(data))
+                yield len(content)

@@ -11,19 +11,29 @@ import torch
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
-from latentdm.batch import LATENTS
+from latentdm.batch import CAPTION, LATENTS
 from latentdm.cache.cache import Cache
-from latentdm.cache.jobs import Jobs, Passed, StreamJobs, collate_missing
 from latentdm.cache.samples import CAPTIONS, CachedCrops, parts_of
-from latentdm.cache.wanted import Part, possible_captions
-from latentdm.data.dataset import PixelDataset, Sample
+from latentdm.cache.wanted import WHOLE, Jobs, Part, Passed, StreamJobs, collate_missing
+from latentdm.captions import Captions
+from latentdm.data.dataset import Sample
 from latentdm.data.module import PixelDataModule
 from latentdm.data.stream import StreamImages
+from latentdm.draws import Draws
 from latentdm.errors import UserError
 from latentdm.stages import Stage
 
 REMEMBERED = 100_000
 """Captions that are known to be there and not looked up again."""
+
+
+def ready_to_fill(datamodule: Any, device: torch.device | str) -> "FillData":
+    """Let a `latentdm.LatentDataModule` predict all that it would look up, without a trainer."""
+    datamodule.pixels = pixels = FillData(datamodule.pixels)
+    pixels.setup()
+    datamodule.line.setup(device)
+    datamodule.cache.setup(datamodule)
+    return pixels
 
 
 class FillData(PixelDataModule):
@@ -35,7 +45,7 @@ class FillData(PixelDataModule):
         caption: the column of the captions, where these are encoded as well.
     """
 
-    def __init__(self, pixels: PixelDataModule, part: Part = (0, 1), caption: str | None = None) -> None:
+    def __init__(self, pixels: PixelDataModule, part: Part = WHOLE, caption: str | None = None) -> None:
         super().__init__(pixels.batch_size, pixels.num_workers, pixels.seed, "skip", 1.0)
         self.inner = pixels
         self.part = part
@@ -52,14 +62,15 @@ class FillData(PixelDataModule):
 
     def able(self) -> list[Any]:
         """The data sets that look up; UserError: none does."""
-        sets = [dataset for dataset in (self.train_set, self.val_set) if dataset is not None]
-        able = [part for dataset in sets for part in parts_of(dataset) if isinstance(_crops(part), CachedCrops)]
+        parts = [
+            part for dataset in (self.train_set, self.val_set) if dataset is not None for part in parts_of(dataset)
+        ]
+        able: list[Any] = [part for part in parts if isinstance(getattr(part, "crops", None), CachedCrops)]
         if not able:
             raise UserError(f"{type(self.inner).__name__}: nothing of it can be cached; the warning says why")
         for dataset in able:
-            crops: CachedCrops = dataset.crops  # type: ignore[attr-defined]
             # Nobody looks at what is there.
-            crops.plan = replace(crops.plan, needs_pixels=False, caption=self.caption)
+            dataset.crops.plan = replace(dataset.crops.plan, needs_pixels=False, caption=self.caption)
         return able
 
     def predict_dataloader(self) -> DataLoader[Sample]:
@@ -75,10 +86,6 @@ class FillData(PixelDataModule):
 
     def teardown(self, stage: str) -> None:
         """Says nothing: what could not be read is in the report."""
-
-
-def _crops(dataset: PixelDataset) -> Any:
-    return getattr(dataset, "crops", None)
 
 
 class Fill(LightningModule):
@@ -131,3 +138,18 @@ class Fill(LightningModule):
         added: Any = self.trainer.strategy.reduce(counts, reduce_op="sum")
         self.totals = dict(zip(mine, added.tolist(), strict=True))
         self.trainer.strategy.barrier()
+
+
+def possible_captions(stage: Stage | None, caption: Any) -> list[str]:
+    """All that training may make of a caption; of shuffled tags their own order, of foreign stages what comes first.
+
+    Args:
+        stage: of the data module.
+        caption: of an image: a text, several, or None.
+    """
+    if stage is None:
+        return list(caption) if isinstance(caption, list | tuple) else [caption or ""]
+    if isinstance(stage, Captions):
+        return stage.possible(caption)
+    made: list[str] = stage({CAPTION: [caption]}, Draws(0, 0, [0], training=False))[CAPTION]
+    return made

@@ -5,7 +5,6 @@ fields decides whether a row is the entry that was asked for.
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from latentdm.cache.keys import KEY_BYTES
-from latentdm.cache.shards import BrokenShard, Bytes, safetensors_head
+from latentdm.cache.shards import BrokenShard, Bytes, published, read_head, write_tensors
 
 VERSION = 1
 """Of the file; one of another version is passed over and made anew."""
 
 PARTS = {"prefix": "<u8", "shard": "<u4", "row": "<u4", "crc": "<u4"}
-"""The arrays of the file, in order."""
+"""The arrays of the file."""
 
 SAFETENSORS = {"<u8": "U64", "<u4": "U32"}
 """numpy → safetensors."""
-
-ENTRY_BYTES = sum(np.dtype(kind).itemsize for kind in PARTS.values())
 
 
 @dataclass(frozen=True)
@@ -115,25 +112,14 @@ class Index:
 
     def save(self, folder: Path, tmp: Path) -> Path:
         """Write it as a file of its own; readers take the newest."""
-        tensors = [
-            (name, SAFETENSORS[kind], [len(self)], len(self) * np.dtype(kind).itemsize) for name, kind in PARTS.items()
-        ]
-        head = safetensors_head(tensors, {"version": str(VERSION), "shards": json.dumps(self.shards)})
-        folder.mkdir(parents=True, exist_ok=True)
-        tmp.mkdir(parents=True, exist_ok=True)
-        new = tmp / uuid4().hex
-        try:
-            with new.open("wb") as file:
-                file.write(head)
-                for name, kind in PARTS.items():
-                    file.write(np.ascontiguousarray(getattr(self, name), dtype=kind).data)
-                file.flush()
-                os.fsync(file.fileno())
-            generations = [_generation(path) for path in folder.glob("*.safetensors")]
-            target = folder / f"{max(generations, default=0) + 1:08}-{uuid4().hex[:8]}.safetensors"
-            new.replace(target)
-        finally:
-            new.unlink(missing_ok=True)
+        tensors = {
+            name: (SAFETENSORS[kind], [len(self)], [np.ascontiguousarray(getattr(self, name), dtype=kind)])
+            for name, kind in PARTS.items()
+        }
+        generations = [_generation(path) for path in folder.glob("*.safetensors")]
+        target = folder / f"{max(generations, default=0) + 1:08}-{uuid4().hex[:8]}.safetensors"
+        with published(target, tmp) as new:
+            write_tensors(new, tensors, {"version": str(VERSION), "shards": json.dumps(self.shards)})
         return target
 
     @classmethod
@@ -144,33 +130,22 @@ class Index:
             BrokenShard: it is none, not whole, or of another version.
             OSError: it cannot be read.
         """
+        with path.open("rb") as file:
+            metadata, fields = read_head(file.fileno())
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                size = os.fstat(file.fileno()).st_size
-                if not 0 < length <= size - 8:
-                    raise BrokenShard("no head")
-                header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__")
             if metadata["version"] != str(VERSION):
                 raise BrokenShard(f"version {metadata['version']}")
-            count, base = int(header["prefix"]["shape"][0]), 8 + length
-            if base + count * ENTRY_BYTES != size:
-                raise BrokenShard(f"{size} bytes instead of {base + count * ENTRY_BYTES}")
-            if count == 0:
-                return cls.of([])
-            mapped = np.memmap(path, np.uint8, "r")
-            arrays = {}
+            mapped, arrays = np.memmap(path, np.uint8, "r"), {}
             for name, kind in PARTS.items():
-                start = base + int(header[name]["data_offsets"][0])
-                arrays[name] = mapped[start : start + count * np.dtype(kind).itemsize].view(kind)
-                if len(arrays[name]) != count:
-                    raise BrokenShard(f"{name} is cut short")
-            index = cls(json.loads(metadata["shards"]), **arrays)
-            index.name = path.name
-            return index
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                at = fields[name]
+                arrays[name] = mapped[at.offset : at.offset + at.shape[0] * at.row_bytes].view(kind)
+            index = cls([str(name) for name in json.loads(metadata["shards"])], **arrays)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise BrokenShard(f"its head cannot be read: {error}") from error
+        if len({len(array) for array in arrays.values()}) > 1:
+            raise BrokenShard("its arrays differ in length")
+        index.name = path.name
+        return index
 
 
 def newest(folder: Path, but: str = "") -> Index | None:

@@ -4,13 +4,14 @@ import atexit
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from shutil import rmtree
 from uuid import uuid4
 
 from lightning.pytorch import Trainer
 
-from latentdm.cache.store import is_old
+from latentdm.cache.store import remove_old
 
 SHARED = Path("/dev/shm")
 """Linux's file system in memory; elsewhere the folder for temporary files has to do."""
@@ -19,7 +20,7 @@ SHARED = Path("/dev/shm")
 def memory_folder(trainer: Trainer | None) -> Path:
     """A folder of the same name on all ranks, which goes when this process ends."""
     parent = SHARED if SHARED.is_dir() and os.access(SHARED, os.W_OK) else Path(tempfile.gettempdir())
-    _sweep(parent)
+    remove_old(_left(parent))
     name = f"latentdm-{os.getpid()}-{uuid4().hex}"
     if trainer is not None:
         name = trainer.strategy.broadcast(name)
@@ -33,12 +34,9 @@ def _remove(folder: Path, process: int) -> None:
         rmtree(folder, ignore_errors=True)
 
 
-def _sweep(parent: Path) -> None:
-    """Remove what processes that were killed have left, after a day."""
+def _left(parent: Path) -> Iterator[Path]:
+    """The folders of processes that are no more."""
     for folder in parent.glob("latentdm-*-*"):
         found = re.match(r"latentdm-(\d+)-", folder.name)
-        try:
-            if found and is_old(folder) and not Path(f"/proc/{found[1]}").exists():
-                rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue
+        if found and not Path(f"/proc/{found[1]}").exists():
+            yield folder

@@ -1,20 +1,22 @@
 """What of a data module can be looked up, and how; what cannot says so, with the remedy."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from latentdm.batch import MASK, PIXELS, SEGMENTATION, SOURCE, SOURCE_LATENTS
 from latentdm.cache.keys import described
-from latentdm.cache.samples import FIXED, OWN, VARIANTS, Plan, can_look_up, draws_freely, look_up, parts_of
-from latentdm.cache.steps import NO_KEY, CachedStep, KeyedLookup
+from latentdm.cache.samples import FIXED, OWN, VARIANTS, Plan, can_look_up, draws_freely, look_up
+from latentdm.cache.steps import NO_KEY, CachedStep
 from latentdm.cache.store import Store
 from latentdm.data.dataset import PixelDataset
 from latentdm.data.module import PixelDataModule
 from latentdm.errors import UserError
 from latentdm.hooks import HOOKS
+
+if TYPE_CHECKING:
+    from latentdm.cache.cache import Cache
 
 SETS = ("train_set", "val_set", "test_set", "predict_set")
 
@@ -24,48 +26,37 @@ MOVED = {PIXELS, SOURCE, MASK, SEGMENTATION}
 """What lies on an image, or is one."""
 
 
-class Settings(Protocol):
-    """Those of `latentdm.Cache` that matter here."""
-
-    variants: int | None
-    mask_variants: int | None
-    identity: str
-    keyed: KeyedLookup
-    said: set[str]
-
-
 class Planner:
     """Lets the data sets of one data module look their samples up.
 
     Args:
-        cache: its settings.
+        cache: whose settings these are.
         datamodule: a `latentdm.LatentDataModule` that is set up.
         store: where entries are.
     """
 
-    def __init__(self, cache: Settings, datamodule: Any, store: Store) -> None:
+    def __init__(self, cache: "Cache", datamodule: Any, store: Store) -> None:
         self.cache = cache
         self.datamodule = datamodule
         self.store = store
 
     def look_up(self) -> None:
         """Plan for each data set, or say why not."""
-        pixels, why = self.datamodule.pixels, self._reason()
+        pixels, why, keyed = self.datamodule.pixels, self._reason(), self.cache.keyed
         if why:
             self._say_not(why)
-        self.cache.keyed.plan = None if why else self.plan(None, training=False)
-        self.cache.keyed.owner = type(pixels).__name__
-        self.cache.keyed.augmented = self.datamodule.augment is not None
+        keyed.plan = None if why else self.plan(None, training=False)
+        keyed.augmented = self.datamodule.augment is not None
         if not isinstance(pixels, PixelDataModule):
+            keyed.no_key = NO_KEY.format(type(pixels).__name__)
             if not why:
                 self._tell(f"batches of {type(pixels).__name__} are looked up by their cache_key, a text an image")
             return
-        self.cache.keyed.told = True  # here, where a data set has none
         for name in SETS:
             dataset = getattr(pixels, name)
             if dataset is None:
                 continue
-            able = all(map(can_look_up, parts_of(dataset)))
+            able = can_look_up(dataset)
             its_why = why or self._set_reason(dataset, able, name == "train_set")
             if its_why and not why:
                 self._say_not(f"{type(pixels).__name__}'s {name}: {its_why}")
@@ -105,7 +96,7 @@ class Planner:
             except UserError as error:
                 return str(error)
             return ""
-        if any(map(draws_freely, parts_of(dataset))):
+        if draws_freely(dataset):
             return "each epoch draws other crops; set cache.variants, say 4 crops an image, or random_crop=false"
         if self.datamodule.augment is not None:
             return "augment changes images anew each epoch; set cache.variants, say 4 an image, or leave augment out"
@@ -120,7 +111,7 @@ class Planner:
         """How a data set's samples are looked up; with None, those of batches with a ``cache_key``."""
         datamodule, encoder = self.datamodule, self.datamodule.encoder
         augment = datamodule.augment if training else None
-        drawn = augment is not None or (dataset is not None and any(map(draws_freely, parts_of(dataset))))
+        drawn = augment is not None or (dataset is not None and draws_freely(dataset))
         if drawn and training:
             self._tell(f"crops are drawn from variants={self.cache.variants} an image")
         others = [s for s in datamodule.line.device if s is not encoder and not isinstance(s, CachedStep)]
@@ -171,11 +162,7 @@ class Planner:
         return FIXED if fixed else VARIANTS, [settings, source], MASK in masks.reads
 
     def _say_not(self, why: str) -> None:
-        if why not in self.cache.said:
-            self.cache.said.add(why)
-            rank_zero_warn(f"Cache: not cached: {why}")
+        self.cache.said.warn(f"Cache: not cached: {why}")
 
     def _tell(self, what: str) -> None:
-        if what not in self.cache.said:
-            self.cache.said.add(what)
-            rank_zero_info(f"Cache: {what}")
+        self.cache.said.info(f"Cache: {what}")

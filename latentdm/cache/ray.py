@@ -1,6 +1,6 @@
 """Filling a cache with Ray Data: an actor around the encoder. Ray itself is not needed to import this.
 
-Rows are jobs of `latentdm.cache.jobs.Jobs`, as numbers; images are read by the actor, by the data module's own code.
+Rows are jobs of `latentdm.cache.wanted.Jobs`, as numbers; images are read by the actor, by the data module's own code.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentdm.cache.fill import FillData
-from latentdm.cache.jobs import Jobs, Passed
+from latentdm.cache.fill import ready_to_fill
+from latentdm.cache.wanted import Jobs, Passed
 from latentdm.data.skips import SampleError
 
 MakeDataModule = Callable[[], Any]
@@ -19,11 +19,7 @@ MakeDataModule = Callable[[], Any]
 
 def _prepared(make_datamodule: MakeDataModule, device: torch.device) -> tuple[Any, Jobs]:
     datamodule = make_datamodule()
-    datamodule.pixels = data = FillData(datamodule.pixels)
-    data.setup()
-    datamodule.line.setup(device)
-    datamodule.cache.setup(datamodule)
-    return datamodule, Jobs(data.able())
+    return datamodule, Jobs(ready_to_fill(datamodule, device).able())
 
 
 def jobs(make_datamodule: MakeDataModule) -> list[dict[str, int]]:

@@ -8,16 +8,17 @@ Shapes: ``b`` batch, ``n`` found or missing rows, ``z h w`` latents, ``H W`` pix
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from latentdm.autoencoders.images import Images
 from latentdm.autoencoders.posterior import Posterior
-from latentdm.batch import MASK, PIXELS, SOURCE
+from latentdm.batch import MASK, PIXELS
 from latentdm.errors import UserError
 
 CACHED = "cached"
@@ -39,8 +40,8 @@ class Sink(Protocol):
     def count(self, rows: "CachedRows") -> None:
         """Count what a batch found."""
 
-    def put(self, rows: "CachedRows", name: str, missing: Sequence[int], moments: Posterior, mask: Any) -> None:
-        """Keep the moments of some rows of a batch."""
+    def put(self, rows: "CachedRows", name: str, missing: Sequence[int], moments: Tensor, mask: Any) -> None:
+        """Keep the moments ``n k z h w`` of some rows of a batch."""
 
 
 @dataclass
@@ -70,43 +71,42 @@ class CachedRows:
     """The same of a batch. It is no dataclass, whose fields Lightning would cast and copy one by one.
 
     Args:
-        keys: output → the keys of all rows.
-        rows: output → which rows were found.
-        moments: output → ``n k z h w`` of those.
-        sizes: of all rows.
-        variants: of all rows.
-        mask_variants: of all rows.
-        training: whether the rows are drawn as in training.
-        failures: entries that could not be read.
-        masks: rows whose mask was found, and ``n 1 H W`` uint8 of them.
+        samples: of all rows.
         blank: ``H W`` where no image was read, because all that they would give was found; else None.
 
     Attributes:
+        samples: of all rows; what was found is in ``moments`` and ``masks`` instead.
+        names: the outputs that have an entry for each row.
+        rows: output → which rows were found.
+        moments: output → ``n k z h w`` of those.
+        masks: rows whose mask was found, and ``n 1 H W`` uint8 of them.
         only: make nothing but what has a key: the cache is being filled.
         passed: entries found for samples that are not in the batch, as nothing of them is asked for.
     """
 
-    def __init__(
-        self,
-        keys: dict[str, list[bytes]],
-        rows: dict[str, list[int]],
-        moments: dict[str, Tensor],
-        sizes: list[tuple[int, ...]],
-        variants: list[int],
-        mask_variants: list[int],
-        training: bool,
-        failures: int = 0,
-        masks: tuple[list[int], Tensor] | None = None,
-        blank: tuple[int, int] | None = None,
-    ) -> None:
-        self.keys, self.rows, self.moments, self.sizes = keys, rows, moments, sizes
-        self.variants, self.mask_variants, self.training = variants, mask_variants, training
-        self.failures, self.masks, self.blank = failures, masks, blank
+    def __init__(self, samples: Sequence[CachedSample], blank: tuple[int, int] | None = None) -> None:
+        self.samples = [replace(sample, found={}) for sample in samples]
+        self.blank = blank
+        self.names = [name for name in samples[0].keys if all(name in sample.keys for sample in samples)]
+        self.rows: dict[str, list[int]] = {}
+        self.moments: dict[str, Tensor] = {}
+        for name in self.names:
+            found = {row: sample.found[name] for row, sample in enumerate(samples) if name in sample.found}
+            if found:
+                self.rows[name] = list(found)
+                self.moments[name] = torch.stack([entry[MOMENTS] for entry in found.values()])
+        masks = {
+            row: unpacked(entry[MASK], sample.sizes[-1])
+            for row, sample in enumerate(samples)
+            for entry in sample.found.values()
+            if MASK in entry
+        }
+        self.masks = (list(masks), torch.stack(list(masks.values()))) if masks else None
         self.only = False
         self.passed = 0
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self.samples)
 
     def to(self, device: Any, **settings: Any) -> "CachedRows":
         """With its tensors on a device; Lightning calls it as it calls a tensor's."""
@@ -123,6 +123,11 @@ class CachedRows:
         return changed
 
     @property
+    def training(self) -> bool:
+        """Whether the rows are drawn as in training."""
+        return self.samples[0].training
+
+    @property
     def hits(self) -> int:
         """Entries found."""
         return sum(map(len, self.rows.values()))
@@ -130,7 +135,7 @@ class CachedRows:
     @property
     def misses(self) -> int:
         """Entries looked for in vain."""
-        return len(self) * len(self.keys) - self.hits
+        return len(self) * len(self.names) - self.hits
 
     def missing(self, name: str) -> list[int]:
         """The rows whose moments must be encoded, for one output."""
@@ -160,7 +165,7 @@ class CachedRows:
 
     def complete(
         self, to_encode: Mapping[str, Images], encode: Encode, sink: Sink | None, mask: Callable[[], Tensor]
-    ) -> dict[str, Posterior]:
+    ) -> dict[str, Tensor]:
         """The moments of all rows: those that were found, and the others encoded now and handed to the sink.
 
         Args:
@@ -170,43 +175,31 @@ class CachedRows:
             mask: gives the batch's masks ``b 1 H W`` bool as they hide images, for the entries that hold them.
 
         Returns:
-            Output → ``b z h w``.
+            Output → ``b k z h w``.
         """
         if sink is not None:
             sink.count(self)
-        whole = [name for name in self.keys if name not in to_encode and not self.missing(name)]  # of images not read
-        names = [*(name for name in to_encode if not self.only or name in self.keys), *whole]
-        lacking = {name: self.missing(name) for name in names}
-        sets = [_some(to_encode[name], lacking[name], len(self)) for name in names if lacking[name]]
-        fresh: dict[str, Posterior] = {}
-        if sets and self.blank is not None:
-            lost = next(name for name in names if lacking[name])
+        whole = [name for name in self.names if name not in to_encode and not self.missing(name)]  # of images not read
+        names = [*(name for name in to_encode if not self.only or name in self.names), *whole]
+        lacking = {name: rows for name in names if (rows := self.missing(name))}
+        moments = {name: self.moments[name] for name in names if name not in lacking}
+        if lacking and self.blank is not None:
             raise UserError(
-                f"the batch holds latents without images, and {lost!r} is not among them; choose encoder=plain, or "
-                "export from a cache that has it (a data set's own masks, or cache.mask_variants)"
+                f"the batch holds latents without images, and {next(iter(lacking))!r} is not among them; choose "
+                "encoder=plain, or export from a cache that has it (a data set's own masks, or cache.mask_variants)"
             )
-        if sets:
-            order = [(name, row) for name in names for row in lacking[name]]
-            moments, start = encode(sets, order), 0
-            for name in (name for name in names if lacking[name]):
-                part = slice(start, start + len(lacking[name]))
-                fresh[name], start = moments.map(lambda moment, part=part: moment[part]), part.stop  # type: ignore[misc]
-                if sink is not None and name in self.keys:
-                    sink.put(self, name, lacking[name], fresh[name], mask)
-        return {name: self._whole(name, lacking[name], fresh.get(name)) for name in names}
-
-    def _whole(self, name: str, lacking: Sequence[int], fresh: Posterior | None) -> Posterior:
-        found = self.moments.get(name)
-        if found is None:
-            assert fresh is not None
-            return fresh
-        parts = [found[:, part] for part in range(found.shape[1])]
-        if fresh is None:
-            return Posterior(parts[0], parts[1] if len(parts) > 1 else None)
-        order = torch.tensor([*self.rows[name], *lacking], device=found.device).argsort()
-        encoded = [fresh.mean] if fresh.logvar is None else [fresh.mean, fresh.logvar]
-        both = [torch.cat([old.to(new.dtype), new])[order] for old, new in zip(parts, encoded, strict=True)]
-        return Posterior(both[0], both[1] if len(both) > 1 else None)
+        if lacking:
+            sets = [_some(to_encode[name], rows, len(self)) for name, rows in lacking.items()]
+            order = [(name, row) for name, rows in lacking.items() for row in rows]
+            fresh = torch.split(encode(sets, order).stacked(), [len(rows) for rows in lacking.values()])
+            for (name, rows), encoded in zip(lacking.items(), fresh, strict=True):
+                if sink is not None and name in self.names:
+                    sink.put(self, name, rows, encoded, mask)
+                moments[name] = encoded
+                if (found := self.moments.get(name)) is not None:
+                    in_order = torch.tensor([*self.rows[name], *rows], device=found.device).argsort()
+                    moments[name] = torch.cat([found.to(encoded.dtype), encoded])[in_order]
+        return {name: moments[name] for name in names}
 
 
 def _some(images: Images, rows: Sequence[int], count: int) -> Images:
@@ -226,63 +219,12 @@ def is_blank(batch: Mapping[str, Any]) -> bool:
     return isinstance(cached, CachedRows) and cached.blank is not None
 
 
-# -------------------------------------------------------------------- in the worker
-
-
-def collate_cached(samples: Sequence[dict[str, Any]], collate: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """Samples with a `CachedSample` each → a batch with a `CachedRows`; others as ``collate`` has them.
-
-    Where only some samples have images, the others get black ones, which nobody looks at.
-    """
-    parts = [sample.get(CACHED) for sample in samples]
-    if not all(isinstance(part, CachedSample) for part in parts):
-        return collate([{name: value for name, value in s.items() if name != CACHED} for s in samples])
-    whole = [{name: value for name, value in sample.items() if name != CACHED} for sample in samples]
-    blank: tuple[int, int] | None = None
-    for name in (PIXELS, SOURCE):
-        like = next((sample[name] for sample in whole if isinstance(sample.get(name), Tensor)), None)
-        if like is not None:
-            for sample in whole:
-                if name not in sample:
-                    sample[name] = torch.zeros_like(like)
-        elif name == PIXELS:
-            blank = parts[0].sizes[-2:]  # type: ignore[union-attr]
-    return collate(whole) | {CACHED: rows_of(parts, blank)}  # type: ignore[arg-type]
-
-
-def rows_of(parts: Sequence[CachedSample], blank: tuple[int, int] | None) -> CachedRows:
-    """Samples → a batch; ``blank`` is the size of their images where none of these was read."""
-    names = [name for name in parts[0].keys if all(name in part.keys for part in parts)]
-    rows: dict[str, list[int]] = {}
-    moments: dict[str, Tensor] = {}
-    for name in names:
-        found = [(row, part.found[name][MOMENTS]) for row, part in enumerate(parts) if name in part.found]
-        if found:
-            rows[name] = [row for row, _ in found]
-            moments[name] = torch.stack([moment for _, moment in found])
-    masks = [
-        (row, unpacked(entry[MASK], part.sizes[-1]))
-        for row, part in enumerate(parts)
-        for entry in part.found.values()
-        if MASK in entry
-    ]
-    return CachedRows(
-        keys={name: [part.keys[name] for part in parts] for name in names},
-        rows=rows,
-        moments=moments,
-        sizes=[part.sizes for part in parts],
-        variants=[part.variant for part in parts],
-        mask_variants=[part.mask_variant for part in parts],
-        training=parts[0].training,
-        failures=sum(part.failures for part in parts),
-        masks=([row for row, _ in masks], torch.stack([mask for _, mask in masks])) if masks else None,
-        blank=blank,
-    )
-
-
 def packed(masks: Tensor) -> Tensor:
-    """``n 1 H W`` bool on the CPU → ``n H ⌈W/8⌉`` uint8, eight pixels a byte."""
-    return torch.from_numpy(np.packbits(masks[:, 0].numpy(), axis=-1))
+    """``n 1 H W`` bool → ``n H ⌈W/8⌉`` uint8, eight pixels a byte, the first in the highest bit."""
+    n, _, height, width = masks.shape
+    bits = pad(masks[:, 0].byte(), (0, -width % 8)).view(n, height, -1, 8)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=masks.device)
+    return torch.sum(bits << shifts, -1, dtype=torch.uint8)
 
 
 def unpacked(bits: Tensor, width: int) -> Tensor:

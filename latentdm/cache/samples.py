@@ -21,9 +21,9 @@ from latentdm.batch import (
     TARGET_SIZE,
 )
 from latentdm.cache.keys import described, identity, key_of
-from latentdm.cache.rows import CACHED, NO_SIZES, SIZES, CachedSample, collate_cached, unpacked
-from latentdm.cache.store import Entry, Store
-from latentdm.data.dataset import Joined, PixelDataset, Sample, collate
+from latentdm.cache.rows import CACHED, NO_SIZES, SIZES, CachedSample, unpacked
+from latentdm.cache.store import Store
+from latentdm.data.dataset import Joined, PixelDataset, Sample
 from latentdm.data.decode import read_size
 from latentdm.data.geometry import COMPANIONS, Record, ResizeCrop, square
 from latentdm.data.samples import PhotographCrop
@@ -78,19 +78,58 @@ class Plan:
     training: bool = False
     caption: str | None = None
 
+    def keys(self, clean: bytes, source: Sequence[Any] | None, masks: Sequence[Any] | None) -> dict[str, bytes]:
+        """Output → the key of its entry.
+
+        Args:
+            clean: that of the image.
+            source: what tells its source from every other; None: it has none.
+            masks: what tells its mask from every other; None: the masked image has no entry.
+        """
+        keys, shown = {LATENTS: clean}, clean
+        if source is not None:
+            shown = key_of(clean, "source", *source)
+            if self.source:
+                keys[SOURCE_LATENTS] = shown
+        if masks is not None:
+            keys[MASKED_LATENTS] = key_of(shown, "masked", *masks)
+        return keys
+
+    def look_up(self, keys: dict[str, bytes], turn: int, sizes: tuple[int, ...] = NO_SIZES) -> CachedSample:
+        """What there is of a sample, when it is the turn of some variant of it."""
+        failed = self.store.failures
+        entries = {name: self.store.read(key) for name, key in keys.items()}
+        return CachedSample(
+            keys,
+            found={name: entry for name, entry in entries.items() if entry is not None},
+            sizes=sizes,
+            variant=-1 if self.variants is None else turn % self.variants,
+            mask_variant=turn % self.mask_variants if self.masked == VARIANTS else -1,
+            training=self.training,
+            failures=self.store.failures - failed,
+        )
+
 
 def draws_freely(dataset: PixelDataset) -> bool:
     """Whether a data set draws crops anew each epoch, beside mirroring."""
-    crops = getattr(dataset, "crops", None)
-    crops = crops.crops if isinstance(crops, CachedCrops) else crops
-    return crops.split == "train" if isinstance(crops, PhotographCrop) else bool(getattr(crops, "random_crop", False))
+    every = [_plain(part) for part in parts_of(dataset)]
+    return any(
+        crops.split == "train" if isinstance(crops, PhotographCrop) else getattr(crops, "random_crop", False)
+        for crops in every
+    )
 
 
 def can_look_up(dataset: PixelDataset) -> bool:
     """Whether it is one of ours, all of whose samples are made of records by what is known."""
+    parts = parts_of(dataset)
+    ours = all(type(part).sample.__module__.startswith("latentdm.data.") for part in parts)
+    return ours and all(isinstance(_plain(part), ResizeCrop | PhotographCrop) for part in parts)
+
+
+def _plain(dataset: PixelDataset) -> Any:
+    """What makes its samples, without the cache in front."""
     crops = getattr(dataset, "crops", None)
-    ours = type(dataset).sample.__module__.startswith("latentdm.data.")
-    return ours and isinstance(crops, ResizeCrop | PhotographCrop | CachedCrops)
+    return crops.crops if isinstance(crops, CachedCrops) else crops
 
 
 def parts_of(dataset: PixelDataset) -> Sequence[PixelDataset]:
@@ -101,15 +140,8 @@ def parts_of(dataset: PixelDataset) -> Sequence[PixelDataset]:
 def look_up(dataset: PixelDataset, plan: Plan | None) -> None:
     """Let a data set look its samples up, or with None no longer."""
     for part in parts_of(dataset):
-        crops: Any = part.crops  # type: ignore[attr-defined]
-        plain = crops.crops if isinstance(crops, CachedCrops) else crops
+        plain = _plain(part)
         part.crops = plain if plan is None else CachedCrops(plain, plan)  # type: ignore[attr-defined]
-    dataset.collate = collate if plan is None else collate_samples
-
-
-def collate_samples(samples: Sequence[Sample]) -> Sample:
-    """Samples, found or read, → a batch."""
-    return collate_cached(samples, collate)
 
 
 @dataclass
@@ -131,10 +163,10 @@ class CachedCrops:
         Raises:
             SampleError: it is not there, and cannot be read.
         """
-        plan, store = self.plan, self.plan.store
+        plan = self.plan
         if epoch != self._epoch:
             self._epoch = epoch
-            store.refresh()
+            plan.store.refresh()
         captions = {}
         if plan.caption is not None and epoch == 0:
             captions = {CAPTIONS: [columns.get(plan.caption) for columns in (record.columns, *record.others)]}
@@ -142,17 +174,9 @@ class CachedCrops:
             columns = record.drawn(self.crops.seed, epoch, self.crops.training)
             record = replace(record, columns=columns, others=())
         keys, drawn, drawn_epoch = self.keys(record, epoch)
-        failed = store.failures
-        entries = {name: store.read(key) for name, key in keys.items()}
-        found: dict[str, Entry] = {name: entry for name, entry in entries.items() if entry is not None}
-        cached = CachedSample(keys, found, NO_SIZES, failures=store.failures - failed, training=plan.training)
-        turn = self.turn(record, epoch)
-        if plan.variants is not None:
-            cached.variant = turn % plan.variants
-        if plan.masked == VARIANTS:
-            cached.mask_variant = turn % plan.mask_variants
-        if len(found) == len(keys) and not plan.needs_pixels and not _needs_more(record):
-            return self._from(found, record, cached) | captions | {CACHED: cached}
+        cached = plan.look_up(keys, self.turn(record, epoch))
+        if len(cached.found) == len(keys) and not plan.needs_pixels and not _needs_more(record):
+            return self._from(record, cached) | captions | {CACHED: cached}
         sample: Sample = self.crops(drawn, drawn_epoch)
         sample["index"] = record.index
         cached.sizes = _sizes(sample)
@@ -183,23 +207,19 @@ class CachedCrops:
         elif isinstance(crops, ResizeCrop):
             drawn = ["mirrored", crops.mirrored(record.index, epoch)]
         recipe = [_recipe(crops, record), plan.multiple, *([drawn] if drawn else ())]
-        clean = key_of(image, recipe)
-        keys, shown = {LATENTS: clean}, clean
-        if record.source is not None:
-            shown = key_of(clean, "source", identity(record.source, plan.identity))
-            if plan.source:
-                keys[SOURCE_LATENTS] = shown
+        source = None if record.source is None else [identity(record.source, plan.identity)]
+        masks: list[Any] | None = None
         if plan.masked is not None and (plan.masked != OWN or record.mask is not None):
-            parts: list[Any] = [plan.masked, plan.mask]
+            masks = [plan.masked, plan.mask]
             if record.mask is not None and (plan.masked == OWN or plan.reads_mask):
-                parts.append(identity(record.mask, plan.identity))
+                masks.append(identity(record.mask, plan.identity))
             if plan.masked == VARIANTS:
-                parts += [plan.seed, turn % plan.mask_variants, plan.training]
-            keys[MASKED_LATENTS] = key_of(shown, "masked", parts)
-        return keys, record, epoch
+                masks += [plan.seed, turn % plan.mask_variants, plan.training]
+        return plan.keys(key_of(image, recipe), source, None if masks is None else [masks]), record, epoch
 
-    def _from(self, found: dict[str, Entry], record: Record, cached: CachedSample) -> Sample:
+    def _from(self, record: Record, cached: CachedSample) -> Sample:
         """A sample without images."""
+        found = cached.found
         cached.sizes = tuple(found[LATENTS][SIZES].tolist())
         *original, top, left, height, width = cached.sizes
         sample: Sample = {name: value for name, value in record.columns.items() if name not in COMPANIONS}

@@ -7,10 +7,14 @@ its fields, and each field is a tensor of ``n`` rows. The first and largest begi
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -29,14 +33,20 @@ DTYPES = {
     torch.uint8: "U8",
     torch.int32: "I32",
     torch.int64: "I64",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
 }
 """torch → safetensors."""
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 100_000_000
+"""As safetensors itself has it."""
 
 Bytes = npt.NDArray[np.uint8]
+
+ToWrite = tuple[str, Sequence[int], Sequence[npt.NDArray[Any]]]
+"""A tensor: its dtype as the format calls it, its shape, and arrays that hold its data one after another."""
 
 
 class BrokenShard(Exception):
@@ -44,8 +54,15 @@ class BrokenShard(Exception):
 
 
 @dataclass(frozen=True)
-class FieldLayout:
-    """Where a field's rows lie in a file."""
+class Field:
+    """Where the rows of a tensor lie in a file.
+
+    Attributes:
+        dtype: of its values.
+        shape: ``n …``.
+        offset: where the first row begins.
+        row_bytes: of each.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -53,33 +70,119 @@ class FieldLayout:
     row_bytes: int
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a shard's head says.
+def read_head(file: int) -> tuple[dict[str, str], dict[str, Field]]:
+    """What an open safetensors file says of itself.
+
+    Returns:
+        Its metadata; and name → where a tensor lies, sorted by name.
+
+    Raises:
+        BrokenShard: it is none, or not whole.
+        OSError: it cannot be read.
+    """
+    size = os.fstat(file).st_size
+    length = int.from_bytes(os.pread(file, 8, 0), "little")
+    if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
+        raise BrokenShard("no head")
+    head, base = os.pread(file, length, 8), 8 + length
+    try:
+        header = json.loads(head)
+        metadata = header.pop("__metadata__")
+        fields, end = {}, 0
+        for name, entry in sorted(header.items()):
+            first, last = map(int, entry["data_offsets"])
+            shape, dtype = tuple(map(int, entry["shape"])), TORCH[entry["dtype"]]
+            if min(first, *shape) < 0 or last - first != prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} of shape {shape} in {last - first} bytes")
+            fields[name] = Field(dtype, shape, base + first, (last - first) // max(shape[0], 1))
+            end = max(end, last)
+    except Exception as error:  # a broken head makes json and what follows raise nearly anything
+        raise BrokenShard(f"its head cannot be read: {error}") from error
+    if base + end != size:
+        raise BrokenShard(f"{size} bytes instead of {base + end}")
+    return metadata, fields
+
+
+def signature(fields: Mapping[str, Any]) -> str:
+    """Names, dtypes and shapes of a row of each `Field` or tensor, as ``moments-bf16-2x4x64x64``: a folder's name."""
+    return "+".join(
+        f"{name}-{DTYPES[field.dtype].lower()}-{'x'.join(map(str, field.shape[1:]))}"
+        for name, field in sorted(fields.items())
+    )
+
+
+class Shard:
+    """A shard that is open; it closes with the last reference to it.
+
+    Args:
+        path: of the file.
 
     Attributes:
-        count: entries.
-        keys: where the keys begin.
-        crc: where the sums begin.
-        fields: name → where it lies.
-        names: their `signature`, which the sums cover.
+        fields: name → where it lies, but for ``keys`` and ``crc``.
+
+    Raises:
+        BrokenShard: the file is none, or not whole.
+        OSError: it cannot be read.
     """
 
-    count: int
-    keys: int
-    crc: int
-    fields: Mapping[str, FieldLayout]
-    names: bytes
+    _file = -1
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDONLY)
+        _, fields = read_head(self._file)
+        try:
+            self._keys, self._crc = fields.pop("keys"), fields.pop("crc")
+        except KeyError as error:
+            raise BrokenShard(f"it has no {error}") from error
+        if self._keys.shape != (len(self), KEY_BYTES) or self._crc.shape != (len(self),):
+            raise BrokenShard(f"keys of shape {self._keys.shape}, sums of shape {self._crc.shape}")
+        self.fields = fields
+        self._signature = signature(fields).encode()
+
+    def __del__(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+
+    def __len__(self) -> int:
+        return self._keys.shape[0]
+
+    def keys(self) -> tuple[Bytes, npt.NDArray[np.uint32]]:
+        """Keys ``n 16`` and sums ``n``.
+
+        Raises:
+            BrokenShard: the file has become shorter.
+        """
+        keys = os.pread(self._file, len(self) * KEY_BYTES, self._keys.offset)
+        crc = os.pread(self._file, len(self) * 4, self._crc.offset)
+        if len(keys) < len(self) * KEY_BYTES or len(crc) < len(self) * 4:
+            raise BrokenShard("a short read")
+        return np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES), np.frombuffer(crc, "<u4")
+
+    def read(self, row: int, key: bytes, crc: int) -> dict[str, Tensor]:
+        """The fields of one entry.
+
+        Raises:
+            BrokenShard: what is read is not that entry.
+            OSError: it cannot be read.
+        """
+        if not 0 <= row < len(self):
+            raise BrokenShard("no such row")
+        buffers = []
+        for field in self.fields.values():
+            buffer = np.empty(field.row_bytes, np.uint8)
+            read = os.preadv(self._file, [buffer.data], field.offset + row * field.row_bytes)
+            if read < field.row_bytes:
+                raise BrokenShard("a short read")
+            buffers.append(buffer)
+        if checksum(key, self._signature, buffers) != crc:
+            raise BrokenShard("a wrong sum")
+        return {
+            name: torch.from_numpy(buffer).view(field.dtype).view(field.shape[1:])
+            for (name, field), buffer in zip(self.fields.items(), buffers, strict=True)
+        }
 
 
-def field_bytes(tensor: Tensor) -> Bytes:
-    """``n …`` on the CPU → its ``n row_bytes`` bytes."""
-    rows = tensor.detach().contiguous()
-    flat: Bytes = rows.view(len(rows), -1).view(torch.uint8).numpy()
-    return flat
-
-
-def checksum(key: bytes, names: bytes, fields: Sequence[Any]) -> int:
+def checksum(key: bytes, names: bytes, fields: Iterable[Any]) -> int:
     """The CRC-32 over an entry's key, what its fields are (a `signature`), and the fields, sorted by name."""
     total = zlib.crc32(names, zlib.crc32(key))
     for field in fields:
@@ -87,146 +190,89 @@ def checksum(key: bytes, names: bytes, fields: Sequence[Any]) -> int:
     return total
 
 
-def signature(fields: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> str:
-    """Names, dtypes and shapes of a row of each field, as ``moments-bf16-2x4x64x64``: a folder's name."""
-    return "+".join(
-        f"{name}-{DTYPES[dtype].lower()}-{'x'.join(map(str, shape))}" for name, (dtype, shape) in sorted(fields.items())
-    )
-
-
-def signature_of(fields: Mapping[str, Tensor]) -> str:
-    """The same of tensors ``n …``."""
-    return signature({name: (tensor.dtype, tensor.shape[1:]) for name, tensor in fields.items()})
-
-
-def write_shard(path: Path, keys: Sequence[bytes], fields: Mapping[str, Sequence[Tensor]]) -> int:
-    """Write a new file and make sure that it is on the disk.
+def write_shard(path: Path, keys: Sequence[bytes], fields: Mapping[str, Sequence[Tensor]]) -> None:
+    """Write a new file.
 
     Args:
         path: of the file, in a folder that exists.
         keys: ``n`` of them.
         fields: name → tensors ``n' …`` on the CPU, whose rows together are ``n``.
-
-    Returns:
-        The bytes written.
     """
-    names = sorted(fields)
-    rows = {name: [field_bytes(part) for part in fields[name]] for name in names}
-    crc = np.zeros(len(keys), dtype="<u4")
-    at = [iter(_rows(rows[name])) for name in names]
-    described = signature_of({name: fields[name][0] for name in names}).encode()
-    for number, key in enumerate(keys):
-        crc[number] = checksum(key, described, [next(field) for field in at])
-    largest_first = sorted(names, key=lambda name: -rows[name][0].shape[1])
+    parts = {name: [_bytes_of(tensor) for tensor in tensors] for name, tensors in sorted(fields.items())}
+    first = {name: fields[name][0] for name in parts}
+    names = signature(first).encode()
+    entries = zip(*map(chain.from_iterable, parts.values()), strict=True)
+    crc = [checksum(key, names, entry) for key, entry in zip(keys, entries, strict=True)]
     count = len(keys)
-    tensors = [
-        (name, DTYPES[first.dtype], [count, *first.shape[1:]], count * rows[name][0].shape[1])
-        for name in largest_first
-        for first in fields[name][:1]
-    ]
-    tensors += [("crc", "U32", [count], 4 * count), ("keys", "U8", [count, KEY_BYTES], KEY_BYTES * count)]
-    head = safetensors_head(tensors, {"format": "pt", "latentdm": "1"})
-    with path.open("wb") as file:
-        file.write(head)
-        for name in largest_first:
-            for part in rows[name]:
-                file.write(part.data)
-        file.write(crc.tobytes() + b"".join(keys))
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell()
+    tensors: dict[str, ToWrite] = {
+        name: (DTYPES[first[name].dtype], [count, *first[name].shape[1:]], parts[name])
+        for name in sorted(parts, key=lambda name: -parts[name][0].shape[1])  # the largest begins on the boundary
+    }
+    tensors["crc"] = "U32", [count], [np.array(crc, "<u4")]
+    tensors["keys"] = "U8", [count, KEY_BYTES], [np.frombuffer(b"".join(keys), np.uint8)]
+    write_tensors(path, tensors, {"format": "pt", "latentdm": "1"})
 
 
-def safetensors_head(tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
-    """What a safetensors file begins with, blanks included up to a multiple of `ALIGNMENT`, where the data follow.
+def write_tensors(path: Path, tensors: Mapping[str, ToWrite], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, with blanks in its head up to a multiple of `ALIGNMENT`, where the data begin.
 
     Args:
-        tensors: name, dtype as the format calls it, shape and bytes of each, in the order of the data.
+        path: of the file, in a folder that exists.
+        tensors: in the order of the file.
         metadata: of the file.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
-    for name, dtype, shape, size in tensors:
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
+    for name, (dtype, shape, arrays) in tensors.items():
+        end = offset + sum(array.nbytes for array in arrays)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
     head = json.dumps(header).encode()
     head += b" " * (-(8 + len(head)) % ALIGNMENT)
-    return len(head).to_bytes(8, "little") + head
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for _, _, arrays in tensors.values():
+            for array in arrays:
+                file.write(array.data)
 
 
-def _rows(parts: Sequence[Bytes]) -> Iterator[Bytes]:
-    for part in parts:
-        yield from part
+def _bytes_of(tensor: Tensor) -> Bytes:
+    """``n …`` on the CPU → its ``n row_bytes`` bytes."""
+    rows = tensor.detach().contiguous()
+    flat: Bytes = rows.view(len(rows), -1).view(torch.uint8).numpy()
+    return flat
 
 
-def read_layout(file: int) -> Layout:
-    """The head of an open shard.
+@contextmanager
+def published(target: Path, tmp: Path) -> Iterator[Path]:
+    """A file to write that gets its name when all of it is on the disk: nobody ever sees half of it.
 
-    Raises:
-        BrokenShard: it is none, or not whole.
-        OSError: it cannot be read.
+    Args:
+        target: the name; its folder is made if need be.
+        tmp: a folder of the same file system, likewise.
     """
-    size = os.fstat(file).st_size
-    start = os.pread(file, 8, 0)
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or not 0 < length <= MAX_HEADER_BYTES:
-        raise BrokenShard("no head")
+    tmp.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = tmp / uuid4().hex
     try:
-        header = json.loads(os.pread(file, length, 8))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        count = int(header["keys"]["shape"][0])
-        base = 8 + length
-        if base + max(ends) != size or header["keys"]["shape"] != [count, KEY_BYTES]:
-            raise BrokenShard(f"{size} bytes instead of {base + max(ends)}")
-        places = {name: base + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
-        fields = {
-            name: FieldLayout(
-                TORCH[entry["dtype"]],
-                tuple(entry["shape"][1:]),
-                places[name],
-                (entry["data_offsets"][1] - entry["data_offsets"][0]) // max(count, 1),
-            )
-            for name, entry in header.items()
-            if name not in ("__metadata__", "keys", "crc")
-        }
-        names = signature({name: (field.dtype, field.shape) for name, field in fields.items()})
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise BrokenShard(f"its head cannot be read: {error}") from error
-    return Layout(count, places["keys"], places["crc"], dict(sorted(fields.items())), names.encode())
+        yield new
+        with new.open("rb+") as file:
+            os.fsync(file.fileno())
+        new.replace(target)
+        _sync_folder(target.parent)
+    finally:
+        new.unlink(missing_ok=True)
 
 
-def read_keys(file: int, layout: Layout) -> tuple[Bytes, npt.NDArray[np.uint32]]:
-    """Keys ``n 16`` and sums ``n``.
-
-    Raises:
-        BrokenShard: the file has become shorter.
-    """
-    keys = os.pread(file, layout.count * KEY_BYTES, layout.keys)
-    crc = os.pread(file, layout.count * 4, layout.crc)
-    if len(keys) < layout.count * KEY_BYTES or len(crc) < layout.count * 4:
-        raise BrokenShard("a short read")
-    return np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES), np.frombuffer(crc, "<u4")
-
-
-def read_row(file: int, layout: Layout, row: int, key: bytes, crc: int) -> dict[str, Tensor]:
-    """The fields of one entry.
-
-    Raises:
-        BrokenShard: what is read is not that entry.
-        OSError: it cannot be read.
-    """
-    if not 0 <= row < layout.count:
-        raise BrokenShard("no such row")
-    buffers = []
-    for field in layout.fields.values():
-        buffer = np.empty(field.row_bytes, np.uint8)
-        read = os.preadv(file, [buffer.data], field.offset + row * field.row_bytes)
-        if read < field.row_bytes:
-            raise BrokenShard("a short read")
-        buffers.append(buffer)
-    if checksum(key, layout.names, buffers) != crc:
-        raise BrokenShard("a wrong sum")
-    return {
-        name: torch.from_numpy(buffer).view(field.dtype).view(field.shape)
-        for (name, field), buffer in zip(layout.fields.items(), buffers, strict=True)
-    }
+def _sync_folder(folder: Path) -> None:
+    """Make sure that the names of new files are on the disk, where the system can."""
+    try:
+        file = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(file)
+    except OSError:
+        pass
+    finally:
+        os.close(file)

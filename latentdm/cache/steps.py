@@ -1,14 +1,15 @@
 """Stages that draw for the cache: what is kept must be drawn alike whenever it is made."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import WarningCache  # type: ignore[attr-defined]
 from torch import Tensor
 
-from latentdm.batch import LATENTS, MASK, MASKED_LATENTS, PIXELS, SOURCE, SOURCE_LATENTS
+from latentdm.batch import MASK, PIXELS, SOURCE
 from latentdm.cache.keys import key_of
-from latentdm.cache.rows import CACHED, NO_SIZES, CachedRows, CachedSample, rows_of
+from latentdm.cache.rows import CACHED, NO_SIZES, CachedRows, CachedSample
 from latentdm.cache.samples import VARIANTS, Plan
 from latentdm.draws import Draws
 from latentdm.errors import UserError
@@ -39,9 +40,9 @@ class CachedStep(Stage):
         """Set the stage up."""
         self.step.setup(device)
 
-    def draws(self, cached: CachedRows, draws: Draws, variants: list[int]) -> Draws:
+    def draws(self, cached: CachedRows, draws: Draws, variants: Iterable[int]) -> Draws:
         """The draws of samples of the cache."""
-        keys = next(iter(cached.keys.values()))
+        keys = [sample.keys[cached.names[0]] for sample in cached.samples]
         ids = [f"{key.hex()}/{variant}" for key, variant in zip(keys, variants, strict=True)]
         return Draws(draws.seed, 0, ids, cached.training)
 
@@ -56,8 +57,8 @@ class CachedMasks(CachedStep):
             return self.step(batch, draws)
         if cached.masks is not None and len(cached.masks[0]) == len(cached):
             return {MASK: cached.masks[1]}
-        if cached.mask_variants[0] >= 0:
-            draws = self.draws(cached, draws, cached.mask_variants)
+        if cached.samples[0].mask_variant >= 0:
+            draws = self.draws(cached, draws, (sample.mask_variant for sample in cached.samples))
         made: dict[str, Any] = self.step(batch, draws)
         mask: Tensor = made[MASK]
         return {MASK: cached.with_masks(mask)}
@@ -73,27 +74,29 @@ class CachedAugment(CachedStep):
             return self.step(batch, draws) if draws.training else {}
         if not cached.training or cached.blank is not None:
             return {}
-        return self.step(batch, self.draws(cached, draws, cached.variants))
+        return self.step(batch, self.draws(cached, draws, (sample.variant for sample in cached.samples)))
 
 
 class KeyedLookup(Stage):
     """Looks up the samples of data modules that name what their pixels depend on: a ``cache_key`` for each image.
 
+    Args:
+        said: what was said before.
+
     Attributes:
         plan: how; None: nothing is looked up.
-        owner: the data module's class, for messages.
-        told: whether it was said that batches have none.
+        no_key: what is said of batches that have none; "" where nothing is.
         augmented: images are augmented in training, where they are then not looked up.
     """
 
     on_host = True
     writes = (CACHED,)
 
-    def __init__(self) -> None:
+    def __init__(self, said: WarningCache) -> None:
+        self.said = said
         self.plan: Plan | None = None
-        self.owner = ""
+        self.no_key = ""
         self.augmented = False
-        self.told = False
 
     def __call__(self, batch: Mapping[str, Any], draws: Draws) -> dict[str, Any]:
         """A `CachedRows`, where the batch has a key and none yet.
@@ -106,9 +109,8 @@ class KeyedLookup(Stage):
         if plan is None or not isinstance(pixels, Tensor) or CACHED in batch or (draws.training and self.augmented):
             return {}
         if given is None:
-            if not self.told:
-                self.told = True
-                rank_zero_warn(f"Cache: not cached: {NO_KEY.format(self.owner)}")
+            if self.no_key:
+                self.said.warn(f"Cache: not cached: {self.no_key}")
             return {}
         keys = given.flatten().tolist() if isinstance(given, Tensor) else given
         if not isinstance(keys, list | tuple) or len(keys) != len(draws.ids):
@@ -116,25 +118,13 @@ class KeyedLookup(Stage):
                 f"{CACHE_KEY}: expected a list of texts, one an image, got {describe(given)} for {len(draws.ids)} "
                 "images"
             )
-        parts = [self._sample(plan, str(key), batch, draws) for key in keys]
-        return {CACHED: rows_of(parts, None)}
+        plan = replace(plan, training=draws.training)
+        return {CACHED: CachedRows([self._sample(plan, str(key), batch, draws.epoch) for key in keys])}
 
-    def _sample(self, plan: Plan, key: str, batch: Mapping[str, Any], draws: Draws) -> CachedSample:
+    def _sample(self, plan: Plan, key: str, batch: Mapping[str, Any], epoch: int) -> CachedSample:
         shape = list(batch[PIXELS].shape[1:])
-        clean = key_of("cache_key", key, shape, plan.multiple)
-        keys, shown, variant = {LATENTS: clean}, clean, -1
-        if batch.get(SOURCE) is not None:
-            shown = key_of(clean, "source")
-            if plan.source:
-                keys[SOURCE_LATENTS] = shown
-        if plan.masked is not None:
-            drawn: list[Any] = []
-            if plan.masked == VARIANTS:
-                variant = draws.epoch % plan.mask_variants
-                drawn = [plan.seed, variant, draws.training]
-            keys[MASKED_LATENTS] = key_of(shown, "masked", plan.masked, plan.mask, drawn)
-        before = plan.store.failures
-        entries = {name: plan.store.read(entry) for name, entry in keys.items()}
-        found = {name: entry for name, entry in entries.items() if entry is not None}
-        failures, size = plan.store.failures - before, tuple(shape[-2:])
-        return CachedSample(keys, found, (*NO_SIZES, *size), -1, variant, draws.training, failures)
+        source = None if batch.get(SOURCE) is None else ()
+        drawn = [plan.seed, epoch % plan.mask_variants, plan.training] if plan.masked == VARIANTS else []
+        masks = None if plan.masked is None else (plan.masked, plan.mask, drawn)
+        keys = plan.keys(key_of("cache_key", key, shape, plan.multiple), source, masks)
+        return plan.look_up(keys, epoch, (*NO_SIZES, *shape[-2:]))

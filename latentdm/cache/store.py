@@ -9,18 +9,19 @@
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from shutil import rmtree
 from time import monotonic, time
 from typing import Any
-from uuid import uuid4
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from latentdm.cache.index import Index, newest
+from latentdm.cache.index import Index, Place, newest
 from latentdm.cache.keys import key_of
-from latentdm.cache.shards import BrokenShard, Layout, read_keys, read_layout, read_row
+from latentdm.cache.shards import BrokenShard, Shard, published
 
 OPEN_FILES = 128
 """Shards that a process holds open."""
@@ -39,9 +40,16 @@ DAY_S = 86400.0
 Entry = dict[str, Tensor]
 
 
-def is_old(path: Path) -> bool:
-    """Whether nobody has touched a file or folder for a day: whoever made it was killed, or does not need it."""
-    return time() - path.stat().st_mtime > DAY_S
+def remove_old(paths: Iterable[Path]) -> None:
+    """Remove files and folders that nobody has touched for a day: who made them was killed, or does not need them."""
+    with suppress(OSError):
+        for path in paths:
+            with suppress(OSError):
+                if time() - path.stat().st_mtime > DAY_S:
+                    if path.is_dir():
+                        rmtree(path, ignore_errors=True)
+                    else:
+                        path.unlink()
 
 
 def open_space(root: Path, space: Mapping[str, Any]) -> "Store":
@@ -55,10 +63,8 @@ def open_space(root: Path, space: Mapping[str, Any]) -> "Store":
     described_in = folder / "space.json"
     try:
         if not described_in.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            part = folder / f"space.{uuid4().hex}"
-            part.write_text(json.dumps(space, indent=1), encoding="utf-8")
-            part.replace(described_in)
+            with published(described_in, folder / "tmp") as new:
+                new.write_text(json.dumps(space, indent=1), encoding="utf-8")
     except OSError as error:
         if not folder.exists():
             rank_zero_warn(f"Cache: cannot write to dir={str(root)!r} ({error}); nothing is kept. Set another one")
@@ -82,16 +88,12 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.failures = 0
-        self._clear()
-
-    def _clear(self) -> None:
         self.index = Index.of([])
         self.new = Index.of([])
         self._known: set[str] = set()
         self._seen: dict[str, float] = {}  # folder → its time of change when it was listed
         self._looked = -LOOK_AGAIN_S
-        self._files: OrderedDict[str, tuple[int, Layout]] = OrderedDict()
-        self._pid = os.getpid()
+        self._shards: OrderedDict[str, Shard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
         return {"folder": self.folder}
@@ -99,10 +101,6 @@ class Store:
     def __setstate__(self, state: dict[str, Path]) -> None:
         self.__init__(state["folder"])  # type: ignore[misc]  # a copy in another process opens its own files
         self.refresh()
-
-    def __len__(self) -> int:
-        """Entries known, those that were written twice counted twice."""
-        return len(self.index) + len(self.new)
 
     # ---------------------------------------------------------------- reading
 
@@ -117,65 +115,41 @@ class Store:
         """Whether an index names the entry; reading it may still fail."""
         return next(self._places(key), None) is not None
 
-    def _places(self, key: bytes) -> Iterator[tuple[str, int, int]]:
-        for index in (self.index, self.new):
-            for place in index.places(key):
-                yield place.shard, place.row, place.crc
+    def _places(self, key: bytes) -> Iterator[Place]:
+        yield from self.index.places(key)
+        yield from self.new.places(key)
 
     def _read(self, key: bytes) -> Entry | None:
-        for shard, row, crc in self._places(key):
+        for place in self._places(key):
             try:
-                file, layout = self._open(shard)
-                return read_row(file, layout, row, key, crc)
+                return self._open(place.shard).read(place.row, key, place.crc)
             except FileNotFoundError:
                 continue  # a compaction has moved its entries: a miss, and no failure
             except (OSError, BrokenShard):
                 self.failures += 1
-                self._close(shard)
+                self._shards.pop(place.shard, None)
         return None
 
-    def _open(self, shard: str) -> tuple[int, Layout]:
-        found = self._files.get(shard)
-        if found is not None:
-            self._files.move_to_end(shard)
-            return found
-        file = os.open(self.folder / "shards" / shard, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        try:
-            opened = file, read_layout(file)
-        except BaseException:
-            os.close(file)
-            raise
-        self._files[shard] = opened
-        while len(self._files) > OPEN_FILES:
-            self._close(next(iter(self._files)))
-        return opened
-
-    def _close(self, shard: str) -> None:
-        if found := self._files.pop(shard, None):
-            os.close(found[0])
+    def _open(self, name: str) -> Shard:
+        shard = self._shards.get(name)
+        if shard is None:
+            shard = self._shards[name] = Shard(self.folder / "shards" / name)
+            if len(self._shards) > OPEN_FILES:
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(name)
+        return shard
 
     def close(self) -> None:
         """Close all files."""
-        for shard in list(self._files):
-            self._close(shard)
-
-    def __del__(self) -> None:
-        if self.__dict__.get("_files"):
-            self.close()
+        self._shards.clear()
 
     # ---------------------------------------------------------------- what there is
 
-    def refresh(self, all_anew: bool = False) -> bool:
-        """Look for new shards; whether there are any.
-
-        Args:
-            all_anew: forget what is known, and read the newest index as well.
-        """
+    def refresh(self) -> bool:
+        """Look for new shards; whether there are any."""
         self._looked = monotonic()
-        if all_anew or not self._known:
-            self.close()
-            self._clear()
-            self._looked = monotonic()
+        if not self._known:
+            self._seen = {}
             self.index = newest(self.folder / "index") or self.index
             self._known = set(self.index.shards)
         there = self._listed()
@@ -185,17 +159,14 @@ class Store:
         parts = []
         for shard in list(fresh):
             try:
-                file, layout = self._open(shard)
-                parts.append((shard, *read_keys(file, layout)))
+                parts.append((shard, *self._open(shard).keys()))
             except FileNotFoundError:
                 continue
-            except BrokenShard:
+            except (BrokenShard, OSError) as error:
                 self.failures += 1
-                self._close(shard)
-            except OSError:  # of a network, perhaps: it is asked again
-                self.failures += 1
-                self._close(shard)
-                fresh.remove(shard)
+                self._shards.pop(shard, None)
+                if isinstance(error, OSError):  # of a network, perhaps: it is asked again
+                    fresh.remove(shard)
         self._known |= set(fresh)
         if parts:
             self.new = self.new.joined(Index.of(parts))
@@ -245,27 +216,18 @@ class Store:
             OSError: it cannot be written.
             BrokenShard: nor read.
         """
-        there = set(self.all_shards())
-        gone = set(self.index.shards) - there
-        if len(self.new) < least and not gone:
+        if len(self.new) < least and set(self.index.shards) <= set(self.all_shards()):
             return
-        whole = self.index.joined(self.new).without((gone | set(self.new.shards)) - there)
-        kept = whole.save(self.folder / "index", self.folder / "tmp")
+        kept = self.whole().save(self.folder / "index", self.folder / "tmp")
         self.index, self.new = Index.open(kept), Index.of([])
-        for path in (self.folder / "index").glob("*.safetensors"):
-            # Others may have mapped the one before; on a network's file system it must not go away under them.
-            if path != kept and is_old(path):
-                path.unlink(missing_ok=True)
+        # Others may have mapped the one before; on a network's file system it must not go away under them.
+        remove_old(path for path in (self.folder / "index").glob("*.safetensors") if path != kept)
+
+    def whole(self) -> Index:
+        """All entries whose shards are there."""
+        both = self.index.joined(self.new)
+        return both.without(set(both.shards).difference(self.all_shards()))
 
     def sweep(self) -> None:
         """Remove what writers that were killed have left, after a day."""
-        try:
-            for path in (self.folder / "tmp").iterdir():
-                if is_old(path):
-                    path.unlink(missing_ok=True)
-        except OSError:
-            return
-
-    def shard_path(self, folder: str, host: str, rank: int) -> Path:
-        """The name of a new shard."""
-        return self.folder / "shards" / folder / f"{host}-{rank}-{uuid4().hex}.safetensors"
+        remove_old((self.folder / "tmp").glob("*"))

@@ -1,7 +1,6 @@
 """Looking after a cache: what it holds, whether that is whole, and putting it in order while others use it."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +8,11 @@ from shutil import rmtree
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from tqdm import tqdm
 
-from latentdm.cache.keys import KEY_BYTES
-from latentdm.cache.shards import BrokenShard, read_keys, read_layout, read_row
-from latentdm.cache.store import Store
-from latentdm.cache.writer import SEAL_BYTES, publish
+from latentdm.cache.shards import BrokenShard, Shard
+from latentdm.cache.store import Entry, Store
+from latentdm.cache.writer import SEAL_BYTES, Growing
 
 Keep = Callable[[bytes], bool]
 
@@ -44,21 +41,19 @@ def spaces(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.glob("*/space.json"))
 
 
-def totals(store: Store) -> dict[str, int]:
-    """``entries``, each counted once, and ``bytes`` of a store, as its shards say; none of them is read."""
-    store.refresh(all_anew=True)
-    shards = store.all_shards()
-    gone = set(store.index.shards).difference(shards)
-    index = store.index.without(gone) if gone else store.index
-    prefixes = np.concatenate([index.prefix, store.new.prefix])
-    return {"entries": len(np.unique(prefixes)), "bytes": sum(_size(store, shard) for shard in shards)}
+def totals(folder: Path) -> dict[str, int]:
+    """``entries``, each counted once, and ``bytes`` of a space, as its shards say; none of them is read."""
+    store = Store(folder)
+    store.refresh()
+    return {"entries": len(np.unique(store.whole().prefix)), "bytes": _size(store, store.all_shards())}
 
 
-def _size(store: Store, shard: str) -> int:
-    try:
-        return (store.folder / "shards" / shard).stat().st_size
-    except OSError:
-        return 0
+def _size(store: Store, shards: Iterable[str]) -> int:
+    size = 0
+    for shard in shards:
+        with suppress(OSError):
+            size += (store.folder / "shards" / shard).stat().st_size
+    return size
 
 
 def verify(folder: Path) -> Contents:
@@ -66,37 +61,39 @@ def verify(folder: Path) -> Contents:
     store, contents = Store(folder), Contents()
     for shard in tqdm(store.all_shards(), "verifying", unit=" shards", delay=1):
         contents.shards += 1
-        contents.bytes += _size(store, shard)
+        contents.bytes += _size(store, [shard])
         before = contents.failures
         try:
-            for entry in _entries(folder / "shards" / shard):
-                if entry is None:
-                    contents.failures += 1
-                else:
-                    contents.entries += 1
+            contents.entries += sum(1 for _ in _entries(store, shard, contents))
         except FileNotFoundError:
             continue
-        except (BrokenShard, OSError):
+        except OSError:
             contents.failures += 1
         if contents.failures > before:
             contents.broken.append(folder / "shards" / shard)
     return contents
 
 
-def _entries(path: Path) -> Iterator[tuple[bytes, dict[str, Tensor]] | None]:
-    """The entries of a shard; None for one that is not what it should be."""
-    file = os.open(path, os.O_RDONLY)
+def _entries(store: Store, name: str, contents: Contents) -> Iterator[tuple[bytes, Entry]]:
+    """The entries of a shard; what is not what it should be is counted among the failures.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     try:
-        layout = read_layout(file)
-        keys, crc = read_keys(file, layout)
-        for row in range(layout.count):
-            key = keys[row].tobytes()
-            try:
-                yield key, read_row(file, layout, row, key, int(crc[row]))
-            except BrokenShard:
-                yield None
-    finally:
-        os.close(file)
+        shard = Shard(store.folder / "shards" / name)
+        keys, crc = shard.keys()
+    except BrokenShard:
+        contents.failures += 1
+        return
+    for row in range(len(shard)):
+        key = keys[row].tobytes()
+        try:
+            entry = shard.read(row, key, int(crc[row]))
+        except BrokenShard:
+            contents.failures += 1
+        else:
+            yield key, entry
 
 
 def compact(folder: Path, keep: Keep = lambda _: True, all_shards: bool = False) -> Contents:
@@ -115,7 +112,7 @@ def compact(folder: Path, keep: Keep = lambda _: True, all_shards: bool = False)
     store, written = Store(folder), Contents()
     groups: dict[str, list[str]] = {}
     for shard in store.all_shards():
-        if all_shards or _size(store, shard) < SEAL_BYTES // 2:
+        if all_shards or _size(store, [shard]) < SEAL_BYTES // 2:
             groups.setdefault(shard.rpartition("/")[0], []).append(shard)
     with tqdm(total=sum(map(len, groups.values())), desc="compacting", unit=" shards", delay=1) as bar:
         for name, shards in groups.items():
@@ -123,7 +120,7 @@ def compact(folder: Path, keep: Keep = lambda _: True, all_shards: bool = False)
                 bar.update(len(shards))
                 continue
             _merge(store, name, shards, keep, written, bar)
-    store.refresh(all_anew=True)
+    store.refresh()
     with suppress(OSError, BrokenShard):
         store.keep_index(least=1)
     return written
@@ -132,47 +129,36 @@ def compact(folder: Path, keep: Keep = lambda _: True, all_shards: bool = False)
 def _merge(store: Store, name: str, shards: list[str], keep: Keep, written: Contents, bar: Any) -> None:
     seen: set[bytes] = set()
     merged: list[str] = []
-    keys: list[bytes] = []
-    rows: list[dict[str, Tensor]] = []
-    size = 0
+    grows = Growing(store, name)
     for shard in shards:
         bar.update()
         try:
-            for entry in _entries(store.folder / "shards" / shard):
-                if entry is None:
-                    written.failures += 1
-                elif entry[0] not in seen and keep(entry[0]):
-                    seen.add(entry[0])
-                    keys.append(entry[0])
-                    rows.append({field: tensor[None] for field, tensor in entry[1].items()})
-                    size += KEY_BYTES + sum(tensor.nbytes for tensor in entry[1].values())
-        except BrokenShard:
-            written.failures += 1
+            for key, entry in _entries(store, shard, written):
+                if key not in seen and keep(key):
+                    seen.add(key)
+                    grows.add([key], {field: tensor[None] for field, tensor in entry.items()})
         except OSError:
             continue  # gone, or out of reach for now: it stays as it is
         merged.append(shard)
-        if size >= SEAL_BYTES:
-            _publish(store, name, keys, rows, merged, written)
-            keys, rows, merged, size = [], [], [], 0
-    _publish(store, name, keys, rows, merged, written)
+        if grows.size >= SEAL_BYTES:
+            _replace(merged, grows, written)
+            merged, grows = [], Growing(store, name)
+    _replace(merged, grows, written)
 
 
-def _publish(
-    store: Store, name: str, keys: list[bytes], rows: list[dict[str, Tensor]], merged: list[str], written: Contents
-) -> None:
+def _replace(merged: Sequence[str], grows: Growing, written: Contents) -> None:
     """Write a shard, and then remove those that it was made of."""
-    if keys:
-        target = store.shard_path(name, "compact", 0)
-        written.bytes += publish(store, target, keys, {field: [row[field] for row in rows] for field in rows[0]})
+    if grows.keys:
+        written.bytes += grows.write("compact", 0)
         written.shards += 1
-        written.entries += len(keys)
+        written.entries += len(grows.keys)
     for shard in merged:
-        (store.folder / "shards" / shard).unlink(missing_ok=True)
+        (grows.store.folder / "shards" / shard).unlink(missing_ok=True)
 
 
 def remove(folder: Path) -> int:
     """Remove a space; returns its bytes."""
     store = Store(folder)
-    size = sum(_size(store, shard) for shard in store.all_shards())
+    size = _size(store, store.all_shards())
     rmtree(folder, ignore_errors=True)
     return size

@@ -1,13 +1,13 @@
 """`Writer`: entries are written behind the training step, and never in its way."""
 
-import os
 import platform
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from queue import Empty, Full, Queue
+from queue import Empty, Queue
 from threading import Thread
 from time import monotonic
 from typing import Any
@@ -16,7 +16,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from latentdm.cache.shards import signature_of, write_shard
+from latentdm.cache.shards import published, signature, write_shard
 from latentdm.cache.store import Store
 
 SEAL_BYTES = 64 * 2**20
@@ -37,30 +37,39 @@ HELD_BYTES = 256 * 2**20
 WAITING = 3
 """Batches that wait for the writer; what comes when so many do is dropped."""
 
-Prepare = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-
 
 @dataclass
-class _Part:
-    """Rows that came together, on their way to the host."""
+class Growing:
+    """A shard that is not written yet.
 
-    store: Store
-    keys: list[bytes]
-    fields: dict[str, Tensor]
-    prepare: Prepare | None
-    arrived: Any = None
-
-
-@dataclass
-class _Open:
-    """A shard that grows."""
+    Attributes:
+        store: where it belongs.
+        folder: the `latentdm.cache.shards.signature` of its fields.
+        since: when it was begun.
+        keys: of its entries.
+        parts: name → ``n …``, of entries that came together.
+        size: of all parts, in bytes.
+    """
 
     store: Store
     folder: str
-    since: float
+    since: float = field(default_factory=monotonic)
     keys: list[bytes] = field(default_factory=list)
     parts: list[dict[str, Tensor]] = field(default_factory=list)
-    bytes: int = 0
+    size: int = 0
+
+    def add(self, keys: Sequence[bytes], fields: dict[str, Tensor]) -> None:
+        """Add entries; name → ``n …`` on the CPU."""
+        self.keys += keys
+        self.parts.append(fields)
+        self.size += sum(tensor.nbytes for tensor in fields.values())
+
+    def write(self, host: str, rank: int) -> int:
+        """Write it under a name of its own; returns its bytes."""
+        target = self.store.folder / "shards" / self.folder / f"{host}-{rank}-{uuid4().hex}.safetensors"
+        with published(target, self.store.folder / "tmp") as new:
+            write_shard(new, self.keys, {name: [part[name] for part in self.parts] for name in self.parts[0]})
+        return target.stat().st_size
 
 
 class Writer:
@@ -90,20 +99,13 @@ class Writer:
         self.stopped = ""
         self._host = re.sub(r"[^\w.]", "_", platform.node())[:40] or "host"
         self.warned = False
-        self._queue: Queue[_Part | bool | None] = Queue(WAITING)
-        self._open: dict[tuple[Path, str], _Open] = {}
+        self._queue: Queue[Callable[[], None]] = Queue(WAITING)
+        self._open: dict[tuple[Path, str], Growing] = {}
         self._pending: set[bytes] = set()
         self._seal_s = FIRST_SEAL_S
         self._thread: Thread | None = None
 
-    def put(
-        self,
-        store: Store,
-        keys: Sequence[bytes],
-        fields: Mapping[str, Tensor],
-        prepare: Prepare | None = None,
-        wait: bool = False,
-    ) -> None:
+    def put(self, store: Store, keys: Sequence[bytes], fields: Mapping[str, Tensor], wait: bool = False) -> None:
         """Hand over entries; returns at once.
 
         Args:
@@ -111,7 +113,6 @@ class Writer:
             keys: ``n`` of them.
             fields: name → ``n …`` on any device, which nobody changes afterwards. Of them ``keep``, ``n`` bool, is not
                 written: it leaves out rows.
-            prepare: turns the fields on the host into those that are written; called by the writer's thread.
             wait: rather than drop what comes too fast.
         """
         self._warn()
@@ -121,34 +122,21 @@ class Writer:
             self.dropped += len(keys)
             return
         on_host = {name: _to_host(tensor) for name, tensor in fields.items()}
-        part = _Part(store, list(keys), on_host, prepare)
-        devices = {tensor.device for tensor in fields.values() if tensor.device.type == "cuda"}
-        if devices:
-            part.arrived = [torch.cuda.Event() for _ in devices]  # type: ignore[no-untyped-call]
-            for event, device in zip(part.arrived, devices, strict=True):
-                event.record(torch.cuda.current_stream(device))
+        arrived = []
+        for device in {tensor.device for tensor in fields.values() if tensor.device.type == "cuda"}:
+            arrived.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
+            arrived[-1].record(torch.cuda.current_stream(device))
         if self._thread is None or not self._thread.is_alive():
             self._thread = Thread(target=self._run, name="latentdm cache writer", daemon=True)
             self._thread.start()
-        try:
-            self._queue.put(part, block=wait)
-        except Full:
-            self.dropped += len(keys)
+        self._queue.put(partial(self._add, store, list(keys), on_host, arrived))
 
     def flush(self) -> None:
         """Write what waits; returns when it is on the disk. Warns, once, where it could not be written."""
         if self._thread is not None and self._thread.is_alive():
-            self._queue.put(True)
+            self._queue.put(self._seal_all)
             self._queue.join()
         self._warn()
-
-    def close(self) -> None:
-        """Flush, and end the thread."""
-        self.flush()
-        if self._thread is not None and self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
-        self._thread = None
 
     def __getstate__(self) -> dict[str, object]:
         return {"rank": self.rank}
@@ -161,37 +149,29 @@ class Writer:
     def _run(self) -> None:
         while True:
             try:
-                part = self._queue.get(timeout=self._due() if self._open else SEAL_S)
+                work = self._queue.get(timeout=self._due())
             except Empty:
                 self._guarded(self._seal_old)
                 continue
-            try:
-                if part is None:
-                    return
-                if part is True:
-                    self._guarded(self._seal_all)
-                elif isinstance(part, _Part) and not self.stopped:
-                    self._guarded(lambda part=part: self._add(part))  # type: ignore[misc]
-                    self._guarded(self._seal_old)
-            finally:
-                self._queue.task_done()
+            self._guarded(work)
+            self._guarded(self._seal_old)
+            self._queue.task_done()
 
     def _guarded(self, work: Callable[[], None]) -> None:
+        if self.stopped:
+            return
         try:
             work()
         except Exception as error:
             # Whatever it is: training goes on without it.
             self.failures += 1
-            self.stopped = self.stopped or f"{type(error).__name__}: {error}"
+            self.stopped = f"{type(error).__name__}: {error}"
             self._open.clear()
             self._pending.clear()
 
-    def _add(self, part: _Part) -> None:
-        for event in part.arrived or ():
+    def _add(self, store: Store, keys: list[bytes], fields: dict[str, Tensor], arrived: Sequence[Any]) -> None:
+        for event in arrived:
             event.synchronize()
-        fields, keys = part.fields, part.keys
-        if part.prepare is not None:
-            fields = part.prepare(fields)
         keep = fields.pop("keep", None)
         rows = [
             row
@@ -200,25 +180,23 @@ class Writer:
         ]
         if not rows:
             return
-        if len(rows) < len(keys):
-            keys = [keys[row] for row in rows]
-            parts = [{name: tensor[row : row + 1] for name, tensor in fields.items()} for row in rows]
+        folder = signature(fields)
+        grows = self._open.setdefault((store.folder, folder), Growing(store, folder))
+        if len(rows) == len(keys):
+            grows.add(keys, fields)
         else:
-            parts = [fields]
-        folder = signature_of(fields)
-        grows = self._open.setdefault((part.store.folder, folder), _Open(part.store, folder, monotonic()))
-        grows.keys += keys
-        grows.parts += parts
-        grows.bytes += sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.values())
-        self._pending.update(keys)
-        if grows.bytes >= SEAL_BYTES:
+            for row in rows:
+                grows.add([keys[row]], {name: tensor[row : row + 1] for name, tensor in fields.items()})
+        self._pending.update(keys[row] for row in rows)
+        if grows.size >= SEAL_BYTES:
             self._seal(grows)
-        while sum(each.bytes for each in self._open.values()) > HELD_BYTES:
-            self._seal(max(self._open.values(), key=lambda each: each.bytes))
+        while sum(each.size for each in self._open.values()) > HELD_BYTES:
+            self._seal(max(self._open.values(), key=lambda each: each.size))
 
     def _due(self) -> float:
         """Seconds until the oldest entry is to be written."""
-        return max(min(each.since for each in self._open.values()) + self._seal_s - monotonic(), 0.01)
+        oldest = min((each.since for each in self._open.values()), default=monotonic())
+        return max(oldest + self._seal_s - monotonic(), 0.01)
 
     def _seal_old(self) -> None:
         now = monotonic()
@@ -232,21 +210,17 @@ class Writer:
         for grows in list(self._open.values()):
             self._seal(grows)
 
-    def _seal(self, grows: _Open) -> None:
+    def _seal(self, grows: Growing) -> None:
         """Write a shard."""
         del self._open[grows.store.folder, grows.folder]
-        target = grows.store.shard_path(grows.folder, self._host, self.rank)
         try:
-            fields = {name: [part[name] for part in grows.parts] for name in grows.parts[0]}
-            size = publish(grows.store, target, grows.keys, fields)
+            self.bytes += grows.write(self._host, self.rank)
+            self.entries += len(grows.keys)
         except FileNotFoundError:
             # Somebody has removed the cache, or swept it by a clock of tomorrow: what was lost is encoded again.
             self.failures += 1
-            return
         finally:
             self._pending.difference_update(grows.keys)
-        self.entries += len(grows.keys)
-        self.bytes += size
 
     def _warn(self) -> None:
         if self.stopped and not self.warned:
@@ -258,37 +232,8 @@ class Writer:
             )
 
 
-def publish(store: Store, target: Path, keys: Sequence[bytes], fields: Mapping[str, Sequence[Tensor]]) -> int:
-    """Write a shard of a store: under another name first, so that nobody ever sees half of it; returns its bytes."""
-    tmp = store.folder / "tmp"
-    tmp.mkdir(parents=True, exist_ok=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = tmp / uuid4().hex
-    try:
-        size = write_shard(new, keys, fields)
-        new.rename(target)
-        _sync_folder(target.parent)
-    finally:
-        new.unlink(missing_ok=True)
-    return size
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make sure that the names of new files are on the disk, where the system can."""
-    try:
-        file = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(file)
-    except OSError:
-        pass
-    finally:
-        os.close(file)
-
-
 def _to_host(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu":
-        return tensor.detach()
+        return tensor.detach().contiguous()  # here and not in the thread, in which torch computes nothing
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
     return pinned.copy_(tensor.detach(), non_blocking=tensor.device.type == "cuda")

@@ -82,21 +82,18 @@ def _run(cfg: DictConfig, settings: Namespace) -> dict[str, Any]:
 def _compared(datamodule: Any, root: Path, settings: Namespace) -> dict[str, Any]:
     """What of a cache a configuration needs; for ``prune``, the rest is removed, for ``export`` it is written."""
     from latentdm.cache.export import export
-    from latentdm.cache.fill import FillData
+    from latentdm.cache.fill import ready_to_fill
     from latentdm.cache.upkeep import compact, remove, spaces, totals
     from latentdm.cache.wanted import needed_keys
     from latentdm.data.module import PixelDataModule
 
     if not isinstance(datamodule.pixels, PixelDataModule):
         raise UserError("latentdm cache: which entries this data module needs is not known before its batches are")
-    datamodule.pixels = pixels = FillData(datamodule.pixels)
-    pixels.setup()
-    datamodule.line.setup(device_of(settings.device))
-    datamodule.cache.setup(datamodule)
+    pixels = ready_to_fill(datamodule, device_of(settings.device))
     if settings.action == "export":
         return export(pixels.able(), settings.format, settings.output) | {"output": str(settings.output.resolve())}
     store = datamodule.cache.store
-    counts = totals(store)
+    counts = totals(store.folder)
     needed = set(needed_keys(pixels.able()))
     hits = sum(key in store for key in needed)
     texts = [each for each in datamodule.cache.stores if each is not store]
@@ -109,12 +106,12 @@ def _compared(datamodule: Any, root: Path, settings: Namespace) -> dict[str, Any
         "misses": len(needed) - hits,
         "failures": store.failures,
         "stale": counts["entries"] - hits,
-        **({"captions": totals(texts[0])["entries"]} if texts else {}),
+        **({"captions": totals(texts[0].folder)["entries"]} if texts else {}),
         "space": str(store.folder),
         "others": [f"{name} ({size / 2**20:.1f} MiB)" for name, size in sizes.items()],
     }
     if settings.action == "prune" and not settings.dry_run:
         freed = sum(remove(space) for space in others)
         compact(store.folder, keep=needed.__contains__, all_shards=True)
-        found["freed"] = freed + counts["bytes"] - totals(store)["bytes"]
+        found["freed"] = freed + counts["bytes"] - totals(store.folder)["bytes"]
     return found

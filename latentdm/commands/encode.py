@@ -90,7 +90,7 @@ def _encode(cfg: DictConfig, part: tuple[int, int]) -> None:
         f"{done['images']} images encoded in {seconds:.0f} s ({done['images'] / seconds:.1f} images/s), "
         f"{done['bytes'] / 2**20:.1f} MiB written to {cache.store.folder}; {len(skipped)} images could not be read"
     )
-    held = [totals(store) for store in cache.stores]
+    held = [totals(store.folder) for store in cache.stores]
     print(
         json.dumps({**done, "written": done["entries"], **{name: sum(each[name] for each in held) for name in held[0]}})
     )

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from latentdm.batch import EPOCH
+from latentdm.batch import EPOCH, PIXELS, SOURCE
+from latentdm.cache.rows import CACHED, CachedRows, CachedSample
 from latentdm.data.files import READ_TIMEOUT_S, Patience, patient
 from latentdm.data.reading import Reading
 from latentdm.data.skips import SampleError, Skips
@@ -152,8 +153,22 @@ def collate(samples: Sequence[Sample]) -> Sample:
 
     Returns:
         A tensor ``b c h w`` keeps the channels-last layout of its images. A key that only some samples have holds None
-        for the others.
+        for the others. Of samples that were looked up in a cache the batch holds a `CachedRows`; those that were found
+        get black images where others have some, and nobody looks at them.
     """
+    cached = [sample[CACHED] for sample in samples if isinstance(sample.get(CACHED), CachedSample)]
+    if not cached or len(cached) < len(samples):
+        return _collate(samples)
+    samples = [{name: value for name, value in sample.items() if name != CACHED} for sample in samples]
+    for name in (PIXELS, SOURCE):
+        like = next((sample[name] for sample in samples if isinstance(sample.get(name), Tensor)), None)
+        if like is not None:
+            samples = [s if name in s else {**s, name: torch.zeros_like(like)} for s in samples]
+    batch = _collate(samples)
+    return batch | {CACHED: CachedRows(cached, None if PIXELS in batch else cached[0].sizes[-2:])}
+
+
+def _collate(samples: Sequence[Sample]) -> Sample:
     batch: Sample = {}
     for key in dict.fromkeys(key for sample in samples for key in sample):
         values: list[Any] = [sample.get(key) for sample in samples]

@@ -14,8 +14,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from latentdm.batch import CROP_TOP_LEFT, LATENTS, ORIGINAL_SIZE, TARGET_SIZE
-from latentdm.cache.rows import CACHED, MOMENTS, NO_SIZES, SIZES, CachedSample, collate_cached
-from latentdm.data.dataset import PixelDataset, Sample, collate
+from latentdm.cache.rows import CACHED, MOMENTS, NO_SIZES, SIZES, CachedSample
+from latentdm.data.dataset import PixelDataset, Sample
 from latentdm.data.files import open_file
 from latentdm.data.index import unit_hash
 from latentdm.data.listing import existing_folder, list_files
@@ -74,9 +74,6 @@ class Latents(PixelDataset):
 
     owner = OWNER
 
-    def __post_init__(self) -> None:
-        self.collate = _collate
-
     def __len__(self) -> int:
         """The number of samples."""
         return len(self.rows)
@@ -129,10 +126,6 @@ def _entries(tensors: dict[str, Tensor], file: File, columns: dict[str, Any]) ->
     if LATENTS not in found or not {MOMENTS, SIZES} <= found[LATENTS].keys():
         raise SampleError(f"{file.name} holds no latents, but {', '.join(tensors) or 'nothing'}; export it again")
     return found
-
-
-def _collate(samples: Sequence[Sample]) -> Sample:
-    return collate_cached(samples, collate)
 
 
 class LatentsData(PixelDataModule):

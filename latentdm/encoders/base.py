@@ -3,6 +3,7 @@
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -182,30 +183,9 @@ class Encoder(Stage):
         """Encode all images of a checked batch in one chunked pass; the output key is the purpose of their noise."""
         to_encode, ready = self._prepare(batch)
         vae, b, keys, cached = self.vae, len(draws.ids), list(to_encode), batch.get(CACHED)
-        if isinstance(cached, CachedRows):
-            posteriors = self._completed(cached, to_encode, batch, draws)
-            moments, keys = Posterior.cat(list(posteriors.values())), list(posteriors)
-        else:
-            moments = vae.moments(
-                list(to_encode.values()),
-                per_batch=self.per_batch,
-                progress=self.progress,
-                name=lambda row: f"sample {draws.ids[row % b]} ({keys[row // b]})",
-            )
-        noise = None
-        if self.posterior == "sample" and vae.has_posterior:
-            parts = [draws.normal(key, moments.mean.shape[1:], moments.mean.device) for key in keys]
-            noise = parts[0] if len(parts) == 1 else torch.cat(parts)
-        latents = vae.draw(moments, noise)
-        return dict(zip(keys, torch.split(latents, b) if len(keys) > 1 else [latents], strict=True)) | ready
-
-    def _completed(
-        self, cached: CachedRows, to_encode: Mapping[str, Images], batch: Mapping[str, Any], draws: Draws
-    ) -> dict[str, Posterior]:
-        """The moments of all images, of which only those are encoded that the cache lacks."""
 
         def encode(sets: Sequence[Images], order: Sequence[tuple[str, int]]) -> Posterior:
-            return self.vae.moments(
+            return vae.moments(
                 sets,
                 per_batch=self.per_batch,
                 progress=self.progress,
@@ -214,9 +194,20 @@ class Encoder(Stage):
 
         def hidden() -> Tensor:
             mask = unit_mask(batch[MASK], batch[PIXELS]).round() == 1
-            return mask.expand(len(cached), -1, -1, -1)
+            return mask.expand(b, -1, -1, -1)
 
-        return cached.complete(to_encode, encode, self.cache, hidden)
+        if isinstance(cached, CachedRows):  # only what the cache lacks is encoded
+            completed = cached.complete(to_encode, encode, self.cache, hidden)
+            keys, whole = list(completed), list(completed.values())
+            moments = Posterior.unstacked(whole[0] if len(whole) == 1 else torch.cat(whole))
+        else:
+            moments = encode(list(to_encode.values()), list(product(keys, range(b))))
+        noise = None
+        if self.posterior == "sample" and vae.has_posterior:
+            parts = [draws.normal(key, moments.mean.shape[1:], moments.mean.device) for key in keys]
+            noise = parts[0] if len(parts) == 1 else torch.cat(parts)
+        latents = vae.draw(moments, noise)
+        return dict(zip(keys, torch.split(latents, b) if len(keys) > 1 else [latents], strict=True)) | ready
 
 
 def _check_vae(vae: object, owner: str) -> FrozenVAE:

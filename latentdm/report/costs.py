@@ -6,7 +6,7 @@ from typing import Any
 from latentdm.batch import MASK
 from latentdm.cache.cache import Cache
 from latentdm.cache.keys import KEY_BYTES
-from latentdm.cache.samples import draws_freely, parts_of
+from latentdm.cache.samples import draws_freely
 from latentdm.datamodule import LatentDataModule
 from latentdm.tensors import dtype_name
 
@@ -44,7 +44,7 @@ def kept(datamodule: LatentDataModule, values: float, mask_bytes: float) -> Kept
     moments = values * dtype.itemsize * (2 if vae.has_posterior else 1)
     entry, reasons, copies, each = moments + ROW_BYTES, [], 1, "an image"
     dataset: Any = getattr(datamodule.pixels, "train_set", None)
-    drawn = datamodule.augment is not None or (dataset is not None and any(map(draws_freely, parts_of(dataset))))
+    drawn = datamodule.augment is not None or (dataset is not None and draws_freely(dataset))
     if drawn and cache.variants is None:
         each = "a crop"
         reasons.append("crops are drawn anew each epoch: nothing is kept unless cache.variants says how many")

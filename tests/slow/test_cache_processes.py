@@ -2,7 +2,10 @@
 
 import multiprocessing
 import random
+import subprocess
+import sys
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +91,64 @@ def test_writers_and_a_compactor_are_killed_and_nothing_is_wrong_or_lost(tmp_pat
     reader = Store(tmp_path)
     reader.refresh()
     assert all(torch.equal(reader.read(key_of(number))["moments"], expected(number)) for number in acknowledged)
+
+
+# -------------------------------------------------------------------- threads
+
+
+THREADS = """
+import os
+import sys
+from pathlib import Path
+from threading import Event, Thread
+
+import torch
+
+from latentdm.cache.keys import key_of
+from latentdm.cache.store import Store
+from latentdm.cache.writer import Writer
+
+torch.set_num_threads(4)
+large = torch.randn(64, 2, 4, 64, 64)
+keep = large.isfinite().flatten(1).all(1)  # the main thread has all of its own from here on
+keep[::3] = False
+sideways = large.transpose(3, 4)  # whose bytes do not lie in order
+
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+
+def compute():
+    large.isfinite().all()
+    done.set()
+    Event().wait()
+
+
+counts = [threads()]
+writer = Writer()
+store = Store(Path(sys.argv[1]))
+writer.put(store, [key_of("all", row) for row in range(64)], {"moments": sideways}, wait=True)
+writer.put(store, [key_of("some", row) for row in range(64)], {"moments": large, "keep": keep}, wait=True)
+writer.flush()
+assert writer.entries == 64 + int(keep.sum())
+counts.append(threads())
+done = Event()
+Thread(target=compute, daemon=True).start()
+done.wait()
+counts.append(threads())
+print(*counts)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system does not tell a process's threads")
+def test_the_writer_is_one_thread(tmp_path):
+    """A thread in which torch computes gets three more to help it, which stay; the last count shows that they do."""
+    command = [sys.executable, "-c", THREADS, str(tmp_path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    before, written, computed = map(int, printed.split())
+    assert written == before + 1
+    assert computed > written + 1
 
 
 # -------------------------------------------------------------------- ranks

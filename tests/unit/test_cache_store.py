@@ -1,6 +1,7 @@
 """The cache's files: what was written is read, and whatever is broken, gone or of another kind is a miss."""
 
 import errno
+import json
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ def entries(count=COUNT, dtype=torch.bfloat16):
 def write(folder, first=0, count=COUNT, dtype=torch.bfloat16):
     writer = Writer()
     writer.put(Store(folder), [key(first + row) for row in range(count)], entries(count, dtype))
-    writer.close()
+    writer.flush()
     return writer
 
 
@@ -97,6 +98,58 @@ def test_every_flipped_byte_is_a_miss_or_right(tmp_path):
             assert entry is None or torch.equal(entry["moments"], expected["moments"][row])
         inside = 4096 <= at < 4096 + expected["moments"].nbytes
         assert not inside or None in [store.read(key(row)) for row in range(2)]
+
+
+HEADS = {
+    "backwards": {"moments": {"data_offsets": [512, 0]}},
+    "before the file": {"sizes": {"data_offsets": [-240, 0]}},
+    "too many": {"keys": {"shape": [2**60, 16]}, "crc": {"shape": [2**60]}},
+    "fewer than none": {"keys": {"shape": [-1, 16]}, "crc": {"shape": [-1]}},
+    "another shape": {"moments": {"shape": [COUNT, 2, 4, 8, 9]}},
+    "no such dtype": {"moments": {"dtype": "F3"}},
+    "no number": {"moments": {"shape": ["ten", 2, 4, 8, 8]}},
+    "endless": {"keys": {"shape": [float("inf"), 16]}},
+    "no span": {"crc": {"data_offsets": None}},
+}
+
+
+@pytest.mark.parametrize("changes", HEADS.values(), ids=HEADS)
+def test_a_head_that_makes_no_sense_is_a_counted_miss(tmp_path, changes):
+    write(tmp_path)
+    path = shard_of(tmp_path)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    head = json.loads(content[8 : 8 + length])
+    for name, change in changes.items():
+        head[name] |= change
+    path.write_bytes(content[:8] + json.dumps(head).encode().ljust(length) + content[8 + length :])
+    store = opened(tmp_path)
+    assert found(store) == []
+    assert store.failures > 0
+
+
+@pytest.mark.parametrize("head", [b"[" * 4088, b"[1]", b"7", b"{}", b'{"keys": 1}', b"\xff"])
+def test_a_head_of_another_kind_is_a_counted_miss(tmp_path, head):
+    write(tmp_path)
+    path = shard_of(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + head.ljust(4088) + content[4096:])
+    store = opened(tmp_path)
+    assert (found(store), store.failures > 0) == ([], True)
+
+
+@pytest.mark.parametrize("shards", ["7", "[[1], {}]", "{}", "[" * 5000])
+def test_an_index_of_what_are_no_names_is_harmless(tmp_path, shards):
+    write(tmp_path)
+    opened(tmp_path).keep_index(least=1)
+    [path] = (tmp_path / "index").iterdir()
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    head = json.loads(content[8 : 8 + length])
+    head["__metadata__"]["shards"] = shards
+    changed = json.dumps(head).encode()
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length :])
+    assert found(opened(tmp_path)) == list(range(COUNT))
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
@@ -223,15 +276,15 @@ def test_an_entry_is_written_once(tmp_path):
     writer, store = Writer(), Store(tmp_path)
     for _ in range(3):
         writer.put(store, [key(0), key(1), key(0)], entries(3), wait=True)
-    writer.close()
+    writer.flush()
     assert writer.entries == 2
 
 
 def test_rows_left_out_are_not_written(tmp_path):
     writer = Writer()
     keep = torch.arange(COUNT) % 2 == 0
-    writer.put(Store(tmp_path), [key(row) for row in range(COUNT)], entries(), lambda fields: fields | {"keep": keep})
-    writer.close()
+    writer.put(Store(tmp_path), [key(row) for row in range(COUNT)], entries() | {"keep": keep})
+    writer.flush()
     assert found(opened(tmp_path)) == [0, 2, 4, 6, 8]
 
 
@@ -247,7 +300,7 @@ def test_a_full_disk_ends_the_writing_with_one_warning(tmp_path, monkeypatch):
         writer.flush()
     for row in range(5):
         writer.put(store, [key(row)], entries(1))
-    writer.close()
+    writer.flush()
     assert writer.failures == 1
     assert writer.entries == 0
     assert list((tmp_path / "tmp").iterdir()) == []  # nothing of it is left on the disk
@@ -258,7 +311,7 @@ def test_a_folder_that_cannot_be_written_to_ends_the_writing(tmp_path):
     writer = Writer()
     writer.put(Store(tmp_path / "space"), [key(0)], entries(1))
     with pytest.warns(UserWarning, match="writes nothing any more"):
-        writer.close()
+        writer.flush()
 
 
 def test_a_disk_that_was_full_is_written_to_by_the_next_run(tmp_path, monkeypatch):
@@ -270,7 +323,7 @@ def test_a_disk_that_was_full_is_written_to_by_the_next_run(tmp_path, monkeypatc
         with pytest.warns(UserWarning, match="writes nothing any more"):
             writer.flush()
         assert found(opened(tmp_path)) == [0, 1]  # what is there is read meanwhile
-    writer.close()
+    writer.flush()
     write(tmp_path)
     assert found(opened(tmp_path)) == list(range(COUNT))
 
@@ -290,7 +343,7 @@ def test_a_folder_that_may_only_be_read_is_read():
             store.sweep()
             writer.put(store, [key(COUNT)], entries(1))
             with pytest.warns(UserWarning, match=r"PermissionError.*set cache\.dir"):
-                writer.close()
+                writer.flush()
             with pytest.warns(UserWarning, match="cannot write to dir"):
                 assert open_space(folder, {"other": 1}).read(key(0)) is None
         finally:
@@ -331,7 +384,7 @@ def test_a_cache_that_is_removed_meanwhile_is_filled_again(tmp_path):
     writer.flush()
     store.refresh()
     assert found(store) == list(range(COUNT))
-    writer.close()
+    writer.flush()
     assert store.failures == writer.failures == 0
 
 
@@ -348,7 +401,7 @@ def test_a_file_that_was_swept_by_a_clock_of_tomorrow_is_lost_and_nothing_else(t
         writer.flush()
     assert (writer.failures, writer.stopped) == (1, "")
     writer.put(store, [key(row) for row in range(COUNT)], entries())
-    writer.close()
+    writer.flush()
     assert found(opened(tmp_path)) == list(range(COUNT))
 
 
@@ -377,7 +430,7 @@ def test_two_configurations_fill_one_folder_at_once(tmp_path):
             writer.put(store, [key(row)], values, wait=True)
             if row % 4 == 0:
                 writer.flush()
-        writer.close()
+        writer.flush()
         return store.folder
 
     with ThreadPoolExecutor(4) as pool:
@@ -410,7 +463,7 @@ def test_the_first_shards_of_a_run_come_soon(tmp_path, monkeypatch):
         writer, store = Writer(), Store(tmp_path / str(shards))
         for row in range(3):
             writer.put(store, [key(row)], entries(1), wait=True)
-        writer.close()
+        writer.flush()
         assert len(store.all_shards()) == shards
 
 
@@ -419,7 +472,7 @@ def test_shards_are_sealed_by_size(tmp_path, monkeypatch):
     writer, store = Writer(), Store(tmp_path)
     for row in range(8):
         writer.put(store, [key(row)], entries(1), wait=True)
-    writer.close()
+    writer.flush()
     assert len(list((tmp_path / "shards").rglob("*.safetensors"))) == 2
 
 
@@ -427,7 +480,7 @@ def test_different_shapes_lie_in_different_shards(tmp_path):
     writer, store = Writer(), Store(tmp_path)
     for number, side in enumerate((8, 16)):
         writer.put(store, [key(number)], {"moments": torch.ones(1, 2, 4, side, 8)}, wait=True)
-    writer.close()
+    writer.flush()
     assert len(list((tmp_path / "shards").iterdir())) == 2
     assert found(opened(tmp_path), 2) == [0, 1]
 

@@ -24,7 +24,7 @@ def written_bytes(folder, fields, count=16):
     """Bytes an entry of a shard of so many."""
     writer = Writer()
     writer.put(Store(folder), [bytes([row] * 16) for row in range(count)], fields)
-    writer.close()
+    writer.flush()
     return writer.bytes / count
 
 

@@ -58,7 +58,7 @@ def test_the_cache_is_told(tmp_path, capsys, monkeypatch):
     store = open_space(folder, {"encoder": 1})
     writer = Writer()
     writer.put(store, [key_of(0)], {"moments": torch.zeros(1, 2, 16, 1024, 1024)})
-    writer.close()
+    writer.flush()
     found = report()["cache"]
     assert (found["encoders"], found["used_gib"]) == (1, 0.1)
     assert found["free_gib"] >= 0
