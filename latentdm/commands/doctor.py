@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import shutil
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -31,21 +31,21 @@ VARIABLES = (
 Report = dict[str, Any]
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Run the command.
+DESCRIPTION = (
+    "Print versions, devices, what dtype=auto chooses on them, cores, memory, the cache and the extras that are "
+    "missing, for a bug report. It tells no host name and no token."
+)
 
-    Args:
-        arguments: its options.
-    """
-    parser = ArgumentParser(
-        prog="latentdm doctor",
-        description="Print versions, devices, what dtype=auto chooses on them, cores, memory, the cache and the extras "
-        "that are missing, for a bug report. It tells no host name and no token.",
-    )
+
+def add_options(parser: ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
-    as_json = parser.parse_args(list(arguments)).json
+
+
+def run(settings: Namespace) -> None:
+    """Print the report."""
     found = report()
-    print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
+    print(json.dumps(found, indent=2) if settings.json else "\n".join(lines(found)))
 
 
 def report() -> Report:

@@ -1,40 +1,37 @@
 """``latentdm preview``: encode one batch, draw it, and say what to check."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from latentdm.commands.config import compose_config, count, device_of, parse, with_data
-from latentdm.errors import RunError, UserError, plain_errors
+from latentdm.commands.config import add_data, composed, count, device_of
+from latentdm.errors import RunError, UserError
+
+DESCRIPTION = (
+    "Draw what a model would see of your data: images, masks, and latents decoded again. Takes the overrides of "
+    "train_example.py, as in: latentdm preview pixels=folder pixels.root=photos pixels.size=256 masks=batch"
+)
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Run the command.
+def add_options(parser: ArgumentParser) -> None:
+    """Those of the command."""
+    parser.add_argument("--samples", type=count, default=4, help="rows of the picture (default: 4)")
+    parser.add_argument("--output", type=Path, default=Path("preview.png"), help="the PNG (default: preview.png)")
+    add_data(parser)
 
-    Args:
-        arguments: its options and overrides.
+
+def run(settings: Namespace) -> None:
+    """Write the picture, and print its path and what to check.
 
     Raises:
         HydraException: the settings or the data are wrong.
     """
-    parser = ArgumentParser(
-        prog="latentdm preview",
-        description="Draw what a model would see of your data: images, masks, and latents decoded again. "
-        "Takes the overrides of train_example.py, as in: "
-        "latentdm preview pixels=folder pixels.root=photos pixels.size=256 masks=batch",
-    )
-    parser.add_argument("--samples", type=count, default=4, help="rows of the picture (default: 4)")
-    parser.add_argument("--output", type=Path, default=Path("preview.png"), help="the PNG (default: preview.png)")
-    settings = parse(with_data(parser), arguments)
-    cfg = compose_config(settings)
-    with plain_errors(cfg):
+    with composed(settings) as cfg:
         _draw(cfg, settings)
 
 
 def _draw(cfg: DictConfig, settings: Namespace) -> None:
-    """Write the picture, and print its path and what to check."""
     import torch  # all of it late, as composing says sooner what is wrong
     from hydra.utils import instantiate
     from PIL import Image

@@ -13,7 +13,8 @@ import latentdm
 from latentdm.cache.keys import key_of
 from latentdm.cache.store import open_space
 from latentdm.cache.writer import Writer
-from latentdm.commands.doctor import report, run
+from latentdm.cli import main
+from latentdm.commands.doctor import report
 from latentdm.frozen.weights import computes_bfloat16
 
 DEVICES = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
@@ -35,7 +36,7 @@ def installed(tmp_path, monkeypatch):
 
 
 def told(capsys, *arguments):
-    run(arguments)
+    assert main(["doctor", *arguments]) == 0
     return capsys.readouterr().out
 
 
@@ -88,7 +89,8 @@ def test_the_reason_of_the_dtype_is_that_of_the_processor(native, capsys, monkey
 
 def test_what_is_missing_is_told_with_the_extra_that_brings_it(installed, capsys):
     installed(
-        "latentdm", "0.1.0", "Requires-Dist: torch>=2.4", "Requires-Dist: no-such-thing>=1; extra == 'wings'",
+        "latentdm", "0.1.0", "Requires-Dist: torch>=2.4",
+        "Requires-Dist: no-such-thing>=1; extra == 'wings'",
         "Requires-Dist: tqdm; extra == 'wings'", "Requires-Dist: of-another; sys_platform == 'no' and extra == 'wings'",
     )  # fmt: skip
     assert report()["extras"]["wings"]["no-such-thing"] == {"version": None, "problem": "missing"}
