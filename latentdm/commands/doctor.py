@@ -7,7 +7,7 @@ import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -70,30 +70,23 @@ def report() -> Report:
 
 
 def _requirements() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
-    """Of latentdm, as its installed metadata has them: what it needs, and extra → what that needs."""
+    """Of latentdm, as its installed metadata has them: what it needs, and extra → what that needs beside it."""
     try:
         every = [Requirement(text) for text in requires("latentdm") or ()]
+        extras = metadata("latentdm").get_all("Provides-Extra") or ()
     except PackageNotFoundError:  # a folder on the path, and not installed
         return [Requirement(name) for name in IMPORTED], {}
-    needed = [each for each in every if each.marker is None or each.marker.evaluate({"extra": _extra(each)})]
-    extras: dict[str, list[Requirement]] = {}
-    for name in dict.fromkeys(_extra(each) for each in needed):
-        if name and name not in FOR_CONTRIBUTORS:
-            extras[name] = [
-                each for each in needed if each.name != "latentdm" and _extra(each) in {name, *_included(needed, name)}
-            ]
-    return [each for each in needed if not _extra(each)], extras
+    base = _needed(every, "")
+    beside = {name: [each for each in _needed(every, name) if each not in base] for name in extras}
+    return base, {name: needed for name, needed in beside.items() if name not in FOR_CONTRIBUTORS}
 
 
-def _extra(requirement: Requirement) -> str:
-    """The extra that a requirement belongs to; "" for none."""
-    _, found, name = str(requirement.marker or "").partition('extra == "')
-    return name.partition('"')[0] if found else ""
-
-
-def _included(needed: Sequence[Requirement], extra: str) -> set[str]:
-    """The extras of latentdm that an extra brings along."""
-    return {name for each in needed if each.name == "latentdm" and _extra(each) == extra for name in each.extras}
+def _needed(every: Sequence[Requirement], extra: str) -> list[Requirement]:
+    """What latentdm needs with an extra, "" for none, and the extras that this one brings along."""
+    needed = [each for each in every if each.marker is None or each.marker.evaluate({"extra": extra})]
+    included = [name for each in needed if each.name == "latentdm" for name in sorted(each.extras)]
+    needed = [each for each in needed if each.name != "latentdm"]
+    return needed + [each for name in included for each in _needed(every, name)]
 
 
 def _state(requirement: Requirement) -> dict[str, Any]:

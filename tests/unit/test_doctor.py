@@ -89,7 +89,7 @@ def test_the_reason_of_the_dtype_is_that_of_the_processor(native, capsys, monkey
 
 def test_what_is_missing_is_told_with_the_extra_that_brings_it(installed, capsys):
     installed(
-        "latentdm", "0.1.0", "Requires-Dist: torch>=2.4",
+        "latentdm", "0.1.0", "Provides-Extra: wings", "Requires-Dist: torch>=2.4",
         "Requires-Dist: no-such-thing>=1; extra == 'wings'",
         "Requires-Dist: tqdm; extra == 'wings'", "Requires-Dist: of-another; sys_platform == 'no' and extra == 'wings'",
     )  # fmt: skip
