@@ -72,7 +72,7 @@ class PerBatchFinder(EncodeCallback):
         """
         if self.table or trainer.state.fn != TrainerFn.FITTING:
             return
-        encoder = trainer.datamodule.encoder  # type: ignore[attr-defined]
+        encoder = self.encoder_of(trainer)
         vae = encoder.vae
         views = sum(key in (LATENTS, MASKED_LATENTS) for key in encoder.channels)
         shape = (3, *encoder.crop(inputs[PIXELS]).shape[2:])
