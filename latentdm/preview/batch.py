@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from latentdm.alarms import MASK_RANGE, STD_RANGE, latent_std_alarm, mask_alarm
+from latentdm.alarms import STD_RANGE, latent_std_alarm, mask_alarm
 from latentdm.batch import LATENT_MASK, LATENTS, MASK, MASKED_LATENTS, NOISE_MASK, PIXELS, SOURCE
 from latentdm.cache.rows import is_blank
 from latentdm.encoders.base import Encoder
@@ -145,8 +145,7 @@ def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, 
                 f"latent_mask=nearest takes the top left pixel of each {r} by {r} block, as in Stable Diffusion: "
                 "orange should lie half a block further right and down than white, on average."
             )
-        low, high = MASK_RANGE
-        alarms.append(mask_alarm(float((moved < low).float().mean()), float((moved > high).float().mean())))
+        alarms.append(mask_alarm(moved))
     return lines + [f"CHECK: {alarm}." for alarm in alarms if alarm]
 
 

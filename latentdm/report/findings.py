@@ -20,7 +20,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdm.alarms import MASK_RANGE, latent_std_alarm, mask_alarm, repeated_batches_alarm
+from latentdm.alarms import latent_std_alarm, mask_alarm, repeated_batches_alarm
 from latentdm.batch import LATENTS, NOISE_MASK, ORIGINAL_SIZE, PIXELS
 from latentdm.callbacks.latent_stats import Window, overall
 from latentdm.data.buckets import Size
@@ -263,9 +263,7 @@ class _Look:
             found.drawn.append(Drawn(describe_sizes(encoder, inputs, outputs), columns, titles, figures))
         mean, std, _ = self.window.read()
         found.mean, found.std = mean.tolist(), std.tolist()
-        low, high = MASK_RANGE
-        shares = np.array(found.noise_masks)
-        masks = mask_alarm(float((shares < low).mean()), float((shares > high).mean())) if len(shares) else None
+        masks = mask_alarm(torch.tensor(found.noise_masks))
         alarms = (latent_std_alarm(overall(std)), masks, repeated_batches_alarm(self.window.repeated()))
         found.alarms += [alarm for alarm in alarms if alarm]
         found.kept = kept(self.datamodule, found.latent_values / found.samples, found.mask_bytes / found.samples)
