@@ -5,13 +5,14 @@ import os
 import platform
 import shutil
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from packaging.requirements import Requirement
 
 import latentdm
@@ -45,23 +46,32 @@ def add_options(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> None:
     """Print the report."""
     found = report()
-    print(json.dumps(found, indent=2) if settings.json else "\n".join(lines(found)))
+    print(json.dumps(found, indent=2) if settings.json else as_text(found))
+
+
+def as_text(found: Report) -> str:
+    """The report as YAML in ASCII, whatever the terminal: a line for each package and device."""
+    text: str = yaml.safe_dump(found, sort_keys=False, default_flow_style=None, width=120)
+    return text.rstrip()
 
 
 def report() -> Report:
-    """All that the command prints, under the names of its JSON."""
+    """All that the command prints; what is wrong is a ``problem``."""
     base, extras = _requirements()
+    compilers = (name for name in ("cc", "gcc", "clang", "cl") if shutil.which(name))
+    bare = {} if extras else {"problem": "latentdm is not installed as a package; pip install it"}
     return {
+        **bare,
         "latentdm": latentdm.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {each.name: _state(each) for each in base},
-        "extras": {name: {each.name: _state(each) for each in needed} for name, needed in extras.items()},
+        "extras": {name: _states(needed, name) for name, needed in extras.items()},
         "devices": _devices(),
         "cores": _cores(),
         "memory": _memory(),
         "cache": _cache(),
-        "compiler": next((name for name in ("cc", "gcc", "clang", "cl") if shutil.which(name)), None),
+        "compiler": next(compilers, "none: compile= runs eagerly"),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
@@ -89,7 +99,16 @@ def _needed(every: Sequence[Requirement], extra: str) -> list[Requirement]:
     return needed + [each for name in included for each in _needed(every, name)]
 
 
-def _state(requirement: Requirement) -> dict[str, Any]:
+def _states(needed: Sequence[Requirement], extra: str) -> dict[str, Report]:
+    """Those of an extra; a problem names the extra that brings what is missing."""
+    states = {each.name: _state(each) for each in needed}
+    for state in states.values():
+        if "problem" in state:
+            state["problem"] += f"; pip install 'latentdm[{extra}]'"
+    return states
+
+
+def _state(requirement: Requirement) -> Report:
     """``version``, None where it is missing, and ``problem`` where there is one."""
     name = requirement.name
     try:
@@ -180,6 +199,8 @@ def _cache() -> Report:
         "writable": there.is_dir() and os.access(there, os.W_OK),
         "versions": {"format": str(FORMAT), **decoder()},
     }
+    if not report["writable"]:
+        report["problem"] = "may not be written to; set cache.dir"
     try:
         report["free_gib"] = round(shutil.disk_usage(there).free / 2**30)
     except OSError as error:
@@ -196,54 +217,3 @@ def _bytes(path: Path) -> int:
 
 def _gib(size: int) -> float:
     return round(size / 2**30, 1)
-
-
-# ---------------------------------------------------------------- words
-
-
-def lines(found: Report) -> Iterator[str]:
-    """The report as text in ASCII, whatever the terminal."""
-
-    def line(name: str, text: object) -> str:
-        return f"{name:<18}{' '.join(str(text).split())}"
-
-    yield line("latentdm", found["latentdm"])
-    yield line("python", f"{found['python']} on {found['platform']}")
-    for name, state in found["packages"].items():
-        yield line(name, f"{state['version'] or ''} {_problem(state)}")
-    if not found["extras"]:
-        yield line("extras", "unknown: latentdm is not installed as a package; pip install it")
-    for extra, states in found["extras"].items():
-        wrong = [f"{name} {_problem(state)}" for name, state in states.items() if "problem" in state]
-        there = ", ".join(f"{name} {state['version']}" for name, state in states.items() if "problem" not in state)
-        remedy = [f"pip install 'latentdm[{extra}]'"] if wrong else []
-        yield line(f"extra {extra}", "; ".join([*([there] if there else []), *wrong, *remedy]))
-    for device in found["devices"]:
-        memory = f", {device['memory_gib']} GiB" if "memory_gib" in device else ""
-        yield line(device["device"], f"{device['name']}{memory}; dtype=auto is {device['dtype_auto']}: {device['why']}")
-    cores, memory = found["cores"], found["memory"]
-    threads = f", torch uses {cores['torch_threads']} threads" if "torch_threads" in cores else ""
-    yield line("cores", f"{cores['usable']} usable of {cores['machine']}{threads}")
-    known = {"machine_gib": "", "limit_gib": " allowed to this container", "shared_gib": " shared between loaders"}
-    parts = [f"{memory[key]} GiB{what}" for key, what in known.items() if memory[key] is not None]
-    yield line("memory", ", ".join(parts) or "unknown")
-    if cache := found["cache"]:
-        free = f"{cache['free_gib']} GiB free" if "free_gib" in cache else ""
-        closed = "" if cache["writable"] else "PROBLEM: may not be written to; set cache.dir"
-        texts = [
-            cache["dir"],
-            f"{cache['used_gib']} GiB of {cache['encoders']} encoders",
-            free,
-            _problem(cache),
-            closed,
-        ]
-        yield line("cache", ", ".join(filter(None, texts)))
-        yield line("", "entries of " + ", ".join(f"{name} {value}" for name, value in cache["versions"].items()))
-    yield line("compiler", found["compiler"] or "none: compile= runs eagerly")
-    yield line(
-        "environment", " ".join(f"{name}={value}" for name, value in found["environment"].items()) or "nothing set"
-    )
-
-
-def _problem(state: Report) -> str:
-    return f"PROBLEM: {state['problem']}" if "problem" in state else ""

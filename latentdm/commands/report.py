@@ -55,7 +55,7 @@ def _write(cfg: DictConfig, settings: Namespace) -> None:
     device = device_of(settings.device)
     torch.manual_seed(cfg.get("seed", 0))
     found = look(instantiate(cfg.datamodule), settings.samples, device, settings.stage)
-    write(settings.output, page(found, shown(cfg), "\n".join(doctor.lines(doctor.report()))))
+    write(settings.output, page(found, shown(cfg), doctor.as_text(doctor.report())))
     print(settings.output.resolve())
     if found.ended:
         print(f"  CHECK: looking ended early: {found.ended}")
