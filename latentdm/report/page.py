@@ -19,9 +19,10 @@ from PIL import Image
 import latentdm
 from latentdm.data.buckets import Size
 from latentdm.errors import RunError, shortened
+from latentdm.preview.batch import Drawn
 from latentdm.preview.sheet import MAX_TILE, to_image
 from latentdm.report.charts import Chart, histogram, rows, spread
-from latentdm.report.findings import Drawn, Findings
+from latentdm.report.findings import Findings
 
 SECTIONS = {
     "check": "What to check",

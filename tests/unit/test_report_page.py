@@ -8,9 +8,9 @@ from helpers import complains
 from PIL import Image
 from report_pages import check_form
 
+from latentdm.preview.batch import Drawn
 from latentdm.report import Findings, page, write
 from latentdm.report.charts import histogram, rows, spread
-from latentdm.report.findings import Drawn
 from latentdm.report.page import SECTIONS, data_uri, visible
 
 EVIL = "</pre><script>alert(1)</script>\u202e\u2066\x00\ud800 \"' {{ 1 }}"
