@@ -57,16 +57,11 @@ class VAEOffload(EncodeCallback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the networks to the CPU if this stage is one of ``stages``."""
         stage = "test" if trainer.testing else "predict" if trainer.predicting else "validate"
-        if stage in self.stages:
-            self._leave(trainer, stage)
-
-    def _leave(self, trainer: Trainer, stage: str) -> None:
-        vae = self.encoder_of(trainer).vae
-        if vae.device.type == "cpu":
-            return
-        self._device = vae.device
-        with _freed(self._device, stage):
-            trainer.datamodule.line.setup("cpu")  # type: ignore[attr-defined]
+        device = self.encoder_of(trainer).vae.device
+        if stage in self.stages and device.type != "cpu":
+            self._device = device
+            with _freed(device, stage):
+                trainer.datamodule.line.setup("cpu")  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move them back."""

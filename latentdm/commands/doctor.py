@@ -6,6 +6,7 @@ import platform
 import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.resources import files
@@ -158,12 +159,8 @@ def _cores() -> Report:
     """Of the machine, those that this process may use, and torch's threads."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores: Report = {"machine": os.cpu_count(), "usable": allowed}
-    try:
-        import torch
-
-        cores["torch_threads"] = torch.get_num_threads()
-    except Exception:  # told with the packages
-        pass
+    with suppress(Exception):  # told with the packages
+        cores["torch_threads"] = import_module("torch").get_num_threads()
     return cores
 
 
