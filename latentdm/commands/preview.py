@@ -3,8 +3,6 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from latentdm.commands.config import add_data, composed, count, device_of
 from latentdm.errors import RunError, UserError
 
@@ -28,33 +26,29 @@ def run(settings: Namespace) -> None:
         HydraException: the settings or the data are wrong.
     """
     with composed(settings) as cfg:
-        _draw(cfg, settings)
+        import torch  # all of it late, as composing says sooner what is wrong
+        from hydra.utils import instantiate
+        from PIL import Image
 
+        from latentdm.data import PixelDataModule
+        from latentdm.preview import describe, first_samples, preview
 
-def _draw(cfg: DictConfig, settings: Namespace) -> None:
-    import torch  # all of it late, as composing says sooner what is wrong
-    from hydra.utils import instantiate
-    from PIL import Image
-
-    from latentdm.data import PixelDataModule
-    from latentdm.preview import describe, first_samples, preview
-
-    if settings.output.is_dir() or settings.output.suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"--output {settings.output}: expected the name of a picture, such as preview.png")
-    device = device_of(settings.device)
-    torch.manual_seed(cfg.get("seed", 0))
-    datamodule = instantiate(cfg.datamodule)
-    inputs, outputs, captions = first_samples(datamodule, settings.samples, device, settings.stage)
-    notes = describe(datamodule.encoder, inputs, outputs)
-    picture = preview(datamodule.encoder, inputs, outputs, captions, settings.samples, notes)
-    try:
-        settings.output.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(settings.output)
-    except OSError as error:
-        raise RunError(f"--output {settings.output}: cannot write it: {error.strerror or error}") from error
-    print(settings.output.resolve())
-    data = datamodule.pixels
-    if isinstance(data, PixelDataModule):
-        notes += [f"Data: {text}." for text in (data.summary(), data.notes()) if text]
-    for note in notes:
-        print(f"  {note}")
+        if settings.output.is_dir() or settings.output.suffix.lower() not in Image.registered_extensions():
+            raise UserError(f"--output {settings.output}: expected the name of a picture, such as preview.png")
+        device = device_of(settings.device)
+        torch.manual_seed(cfg.get("seed", 0))
+        datamodule = instantiate(cfg.datamodule)
+        inputs, outputs, captions = first_samples(datamodule, settings.samples, device, settings.stage)
+        notes = describe(datamodule.encoder, inputs, outputs)
+        picture = preview(datamodule.encoder, inputs, outputs, captions, settings.samples, notes)
+        try:
+            settings.output.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(settings.output)
+        except OSError as error:
+            raise RunError(f"--output {settings.output}: cannot write it: {error.strerror or error}") from error
+        print(settings.output.resolve())
+        data = datamodule.pixels
+        if isinstance(data, PixelDataModule):
+            notes += [f"Data: {text}." for text in (data.summary(), data.notes()) if text]
+        for note in notes:
+            print(f"  {note}")

@@ -40,27 +40,23 @@ def run(settings: Namespace) -> None:
         HydraException: the settings or the data are wrong.
     """
     with composed(settings) as cfg:
-        _write(cfg, settings)
+        import torch  # all of it late, as composing says sooner what is wrong
+        from hydra.utils import instantiate
 
+        from latentdm.commands import doctor
+        from latentdm.report import look, page, write
 
-def _write(cfg: DictConfig, settings: Namespace) -> None:
-    import torch  # all of it late, as composing says sooner what is wrong
-    from hydra.utils import instantiate
-
-    from latentdm.commands import doctor
-    from latentdm.report import look, page, write
-
-    if settings.output.is_dir() or settings.output.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--output {settings.output}: expected the name of a page, such as report.html")
-    device = device_of(settings.device)
-    torch.manual_seed(cfg.get("seed", 0))
-    found = look(instantiate(cfg.datamodule), settings.samples, device, settings.stage)
-    write(settings.output, page(found, shown(cfg), doctor.as_text(doctor.report())))
-    print(settings.output.resolve())
-    if found.ended:
-        print(f"  CHECK: looking ended early: {found.ended}")
-    for alarm in found.alarms:
-        print(f"  CHECK: {alarm}.")
+        if settings.output.is_dir() or settings.output.suffix.lower() not in (".html", ".htm"):
+            raise UserError(f"--output {settings.output}: expected the name of a page, such as report.html")
+        device = device_of(settings.device)
+        torch.manual_seed(cfg.get("seed", 0))
+        found = look(instantiate(cfg.datamodule), settings.samples, device, settings.stage)
+        write(settings.output, page(found, shown(cfg), doctor.as_text(doctor.report())))
+        print(settings.output.resolve())
+        if found.ended:
+            print(f"  CHECK: looking ended early: {found.ended}")
+        for alarm in found.alarms:
+            print(f"  CHECK: {alarm}.")
 
 
 def shown(cfg: DictConfig) -> str:
