@@ -1,5 +1,7 @@
 """Alarms of latents, masks and batches that look wrong, in words that say what to check."""
 
+from torch import Tensor
+
 STD_RANGE = (0.5, 2.0)
 """The range of the standard deviation of normalised latents.
 
@@ -30,9 +32,10 @@ def latent_std_alarm(std: float, bounds: tuple[float, float] = STD_RANGE) -> str
     )
 
 
-def mask_alarm(empty: float, full: float, bounds: tuple[float, float] = MASK_RANGE) -> str | None:
-    """What is wrong where these shares of the masks are empty and full; None where nothing is."""
+def mask_alarm(shares: Tensor, bounds: tuple[float, float] = MASK_RANGE) -> str | None:
+    """What is wrong with masks that cover these shares of their images, ``n``; None where nothing is."""
     low, high = bounds
+    empty, full = float((shares < low).float().mean()), float((shares > high).float().mean())  # NaN without masks
     if empty >= UNUSABLE_SHARE:
         return (
             f"{empty:.0%} of the masks cover less than {low:.1%} of their image, so that there is next to nothing to "

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
@@ -21,10 +22,12 @@ COMMANDS = {
     "report": "write a page about your data and what a model would see of it, before anything trains",
     "train": "fine-tune a model of diffusers, as an experiment has it",
 }
-"""Command → summary; the module ``latentdm.commands.<command>`` runs it."""
+"""Command → summary; the module ``latentdm.commands.<command>`` has ``DESCRIPTION``, ``add_options`` and ``run``."""
 
 APART = ("completion", "doctor")
-"""Commands that need nothing of the current folder: to press Tab in one that is not trusted runs no code of it."""
+"""Commands that take no config, and need nothing of the current folder: to press Tab in one that is not trusted runs no
+code of it.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,13 +59,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         with nullcontext() if command in APART else _importing_from(os.getcwd()):
-            import_module(f"latentdm.commands.{command}").run(rest)
+            settings = parser_of(command).parse_intermixed_args(rest)
+            import_module(f"latentdm.commands.{command}").run(settings)
     except HydraException as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(f"latentdm {command}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def parser_of(command: str) -> ArgumentParser:
+    """Its options and, where it takes a config, Hydra's overrides between them."""
+    from latentdm.commands.config import add_overrides  # late, as usage and version need no Hydra
+
+    module = import_module(f"latentdm.commands.{command}")
+    prog = f"latentdm {command}"
+    parser = ArgumentParser(prog=prog, description=module.DESCRIPTION, conflict_handler="resolve")
+    module.add_options(parser)
+    if command not in APART:
+        add_overrides(parser)
+    return parser
 
 
 def _usage() -> str:

@@ -32,7 +32,22 @@ class EncodeCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there is something to watch."""
-        encoder_of(trainer, type(self).__name__)
+        self.encoder_of(trainer)
+
+    def encoder_of(self, trainer: Trainer) -> Any:
+        """The encoder of the trainer's data module.
+
+        Raises:
+            UserError: the data module has none.
+        """
+        datamodule = getattr(trainer, "datamodule", None)
+        encoder = getattr(datamodule, "encoder", None)
+        if not hasattr(encoder, "vae"):
+            raise UserError(
+                f"{type(self).__name__}: needs a LatentDataModule to watch, got {type(datamodule).__name__}; "
+                "pass one as datamodule=, or remove the callback"
+            )
+        return encoder
 
     def on_encode_start(self, trainer: Trainer, pl_module: LightningModule, inputs: Inputs) -> None:
         """Called when a batch is on the device, before masks are made and images encoded.
@@ -55,22 +70,6 @@ class EncodeCallback(Callback):
             outputs: what the stages wrote, under our names, in float32: ``latents``, …
             batch: as the step receives it, under the user's names.
         """
-
-
-def encoder_of(trainer: Trainer, owner: str) -> Any:
-    """The encoder of the trainer's data module.
-
-    Raises:
-        UserError: the data module has none.
-    """
-    datamodule = getattr(trainer, "datamodule", None)
-    encoder = getattr(datamodule, "encoder", None)
-    if not hasattr(encoder, "vae"):
-        raise UserError(
-            f"{owner}: needs a LatentDataModule to watch, got {type(datamodule).__name__}; "
-            "pass one as datamodule=, or remove the callback"
-        )
-    return encoder
 
 
 class LogSteps:

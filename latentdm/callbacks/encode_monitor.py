@@ -54,7 +54,7 @@ class EncodeMonitor(EncodeCallback):
                 self._now = _Times(pl_module.device)
             # A batch of several loaders has several parts that are encoded, one after another.
             self._now.images += len(inputs[PIXELS])
-            self._now.chunks -= _vae(trainer).chunks
+            self._now.chunks -= self.encoder_of(trainer).vae.chunks
             self._now.mark()
 
     def on_encode_end(
@@ -63,7 +63,7 @@ class EncodeMonitor(EncodeCallback):
         """Mark where encoding ends."""
         if trainer.training and self._now is not None:
             self._now.mark()
-            self._now.chunks += _vae(trainer).chunks
+            self._now.chunks += self.encoder_of(trainer).vae.chunks
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Mark where the step starts."""
@@ -82,7 +82,7 @@ class EncodeMonitor(EncodeCallback):
             self._warm, self._now = True, None
         if self._steps.reached(trainer) and self._window:
             costs = self._read()
-            vae = _vae(trainer)
+            vae = self.encoder_of(trainer).vae
             metrics = costs.metrics() | {
                 "encode/reencoded_samples": float(vae.reencoded),
                 "encode/oom_retries": float(vae.retries),
@@ -100,7 +100,7 @@ class EncodeMonitor(EncodeCallback):
         costs = Costs()
         for times in self._window:
             costs.add(times)
-        self.totals = self.totals.plus(costs)
+            self.totals.add(times)
         self._window = []
         return costs
 
@@ -148,10 +148,6 @@ class Costs:
         self.encode_s += encode_s
         self.step_s += step_s
 
-    def plus(self, other: "Costs") -> "Costs":
-        """Both together."""
-        return Costs(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
-
 
 class _Times:
     """The moments of a batch: encoding starts and ends, once for each of its parts; the step starts and ends."""
@@ -183,7 +179,3 @@ class _Times:
     def _between(self, start: Any, end: Any) -> float:
         seconds: float = start.elapsed_time(end) / 1000 if self._cuda else end - start
         return seconds
-
-
-def _vae(trainer: Trainer) -> Any:
-    return trainer.datamodule.encoder.vae  # type: ignore[attr-defined]

@@ -3,18 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from latentdm.batch import Key
-from latentdm.callbacks.base import EncodeCallback, Inputs, Outputs
+from latentdm.callbacks.base import Inputs, Outputs
+from latentdm.callbacks.pictures import PictureCallback
 from latentdm.preview import captions_of, preview
-from latentdm.preview.publish import Publisher
 from latentdm.validation import Check
 
 
-class LatentPreview(EncodeCallback):
+class LatentPreview(PictureCallback):
     """Draws a training batch at the start and every few steps: images, masks, and latents decoded again.
 
     The picture is written as ``step_000500.png`` and sent to the trainer's loggers: TensorBoard, and each that has a
@@ -36,6 +34,8 @@ class LatentPreview(EncodeCallback):
         >>> Trainer(callbacks=[LatentPreview(every_n_steps=500)]).fit(model, datamodule=dm)  # doctest: +SKIP
     """
 
+    key, subfolder = "preview", "previews"
+
     def __init__(
         self,
         every_n_steps: int = 500,
@@ -43,18 +43,13 @@ class LatentPreview(EncodeCallback):
         caption: Key | None = None,
         dirpath: str | Path | None = None,
     ) -> None:
-        check = Check("LatentPreview")
-        self.every_n_steps = check.integer("every_n_steps", every_n_steps, 1)
-        self.samples = check.integer("samples", samples, 1)
-        self.caption = caption
-        self.dirpath = dirpath
-        self._publisher = Publisher("LatentPreview", "preview")
+        super().__init__(samples, caption, dirpath)
+        self.every_n_steps = Check("LatentPreview").integer("every_n_steps", every_n_steps, 1)
         self._drawn: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the folder of the pictures."""
+        """Choose the folder of the pictures, and forget earlier runs."""
         super().setup(trainer, pl_module, stage)
-        self._publisher.open(trainer, self.dirpath, "previews")
         self._drawn = None
 
     def on_encode_end(
@@ -67,14 +62,5 @@ class LatentPreview(EncodeCallback):
         if self._drawn is not None and step % self.every_n_steps:
             return
         self._drawn = step
-        captions = captions_of(batch, self.caption)
-        try:
-            picture = preview(trainer.datamodule.encoder, inputs, outputs, captions, self.samples)  # type: ignore[attr-defined]
-        except torch.OutOfMemoryError:
-            rank_zero_warn(f"LatentPreview: no memory to decode a sample at step {step}; this picture is skipped")
-            return
-        self._publisher.publish(picture, trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say how many pictures could not be written."""
-        self._publisher.close()
+        encoder, captions = self.encoder_of(trainer), captions_of(batch, self.caption)
+        self.publish(lambda: preview(encoder, inputs, outputs, captions, self.samples), trainer)

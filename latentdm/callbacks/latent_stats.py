@@ -97,10 +97,7 @@ class LatentStats(EncodeCallback):
             return
         self._checked = True
         self._warn("std", latent_std_alarm(overall(std), self.std_range))
-        if len(shares):
-            low, high = self.mask_range
-            empty, full = float((shares < low).float().mean()), float((shares > high).float().mean())
-            self._warn("masks", mask_alarm(empty, full, self.mask_range))
+        self._warn("masks", mask_alarm(shares, self.mask_range))
         self._warn("batches", repeated_batches_alarm(self._window.repeated()))
         if "ranks" not in self._warned and _ranks_read_their_own(trainer):
             heads = trainer.strategy.all_gather(torch.stack(self._window.heads))

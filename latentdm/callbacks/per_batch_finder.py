@@ -72,7 +72,7 @@ class PerBatchFinder(EncodeCallback):
         """
         if self.table or trainer.state.fn != TrainerFn.FITTING:
             return
-        encoder = trainer.datamodule.encoder  # type: ignore[attr-defined]
+        encoder = self.encoder_of(trainer)
         vae = encoder.vae
         views = sum(key in (LATENTS, MASKED_LATENTS) for key in encoder.channels)
         shape = (3, *encoder.crop(inputs[PIXELS]).shape[2:])
@@ -135,21 +135,18 @@ def _seconds(vae: Any, images: Tensor, reserve: int) -> float | None:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(images.device)
         torch.cuda.synchronize(images.device)
-    began, fits = perf_counter(), True
+    began, took = perf_counter(), None
     try:
         vae.posterior(images)
         if on_gpu:
             torch.cuda.synchronize(images.device)
+        took = perf_counter() - began
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        fits = False
-    if not fits:  # outside of the handler, whose traceback would keep the tensors alive
-        if on_gpu:
-            torch.cuda.empty_cache()
-        return None
-    took = perf_counter() - began
-    if on_gpu:
+    if on_gpu and took is None:  # outside of the handler, whose traceback would keep the tensors alive
+        torch.cuda.empty_cache()
+    if on_gpu and took is not None:
         total = torch.cuda.get_device_properties(images.device).total_memory
         if torch.cuda.max_memory_allocated(images.device) + reserve > total:
             return None

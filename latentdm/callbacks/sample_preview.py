@@ -3,27 +3,24 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from latentdm.batch import LATENTS, Key
-from latentdm.callbacks.base import EncodeCallback, Inputs, Outputs, encoder_of
+from latentdm.callbacks.base import Inputs, Outputs
+from latentdm.callbacks.pictures import PictureCallback
 from latentdm.containers import items_of, rebuild
 from latentdm.errors import UserError
 from latentdm.preview import before_and_after, captions_of
-from latentdm.preview.publish import Publisher
 from latentdm.tensors import describe
-from latentdm.validation import Check
 
 TOLERANCE = 0.01
 """How far beyond 0…1 pixels may lie: resizing and half precision overshoot by less than two 8-bit levels."""
 
 
-class SamplePreview(EncodeCallback):
+class SamplePreview(PictureCallback):
     """Lets the model sample the first validation batch, at every validation, and draws before and after.
 
     One row a sample: the image, the masked image, what the model sampled, and the image with its masked part from the
@@ -49,12 +46,11 @@ class SamplePreview(EncodeCallback):
         latest: the last picture's file, on rank 0.
     """
 
+    key = subfolder = "samples"
+
     def __init__(self, samples: int = 4, caption: Key | None = None, dirpath: str | Path | None = None) -> None:
-        self.samples = Check("SamplePreview").integer("samples", samples, 1)
-        self.caption = caption
-        self.dirpath = dirpath
+        super().__init__(samples, caption, dirpath)
         self.latest: Path | None = None
-        self._publisher = Publisher("SamplePreview", "samples")
         self._encoded: tuple[Inputs, Outputs] | None = None
         self._awaits_batch = False
 
@@ -66,7 +62,6 @@ class SamplePreview(EncodeCallback):
                 f"SamplePreview: {type(pl_module).__name__} has no predict_step; let it sample latents or pixels for a "
                 "batch, or remove the callback"
             )
-        self._publisher.open(trainer, self.dirpath, "samples")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Await the first batch."""
@@ -100,21 +95,12 @@ class SamplePreview(EncodeCallback):
         n = min(self.samples, b)
         with isolate_rng(), trainer.precision_plugin.predict_step_context():
             sampled = pl_module.predict_step(_first(batch, n, b), batch_idx)
-        encoder = encoder_of(trainer, "SamplePreview")
+        encoder = self.encoder_of(trainer)
         _check_samples(sampled, n, encoded[LATENTS], encoder.vae, f"{type(pl_module).__name__}.predict_step")
-        if not trainer.is_global_zero:
-            return
-        try:
+        if trainer.is_global_zero:
             captions = captions_of(batch, self.caption)
-            picture = before_and_after(encoder, inputs, encoded, sampled, captions)
-        except torch.OutOfMemoryError:
-            rank_zero_warn("SamplePreview: no memory to decode a sample; this picture is skipped")
-            return
-        self.latest = self._publisher.publish(picture, trainer) or self.latest
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say how many pictures could not be written."""
-        self._publisher.close()
+            file = self.publish(lambda: before_and_after(encoder, inputs, encoded, sampled, captions), trainer)
+            self.latest = file or self.latest
 
 
 def _check_samples(sampled: Any, n: int, latents: Tensor, vae: Any, step: str) -> None:

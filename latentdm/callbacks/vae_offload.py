@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from latentdm.callbacks.base import EncodeCallback, Inputs, encoder_of
+from latentdm.callbacks.base import EncodeCallback, Inputs
 from latentdm.validation import Check
 
 STAGES = ("validate", "test", "predict")
@@ -50,23 +50,18 @@ class VAEOffload(EncodeCallback):
         """Warn where there is no device to free."""
         super().setup(trainer, pl_module, stage)
         self._device = None
-        if encoder_of(trainer, "VAEOffload").vae.device.type == "cpu" and not self._warned:
+        if self.encoder_of(trainer).vae.device.type == "cpu" and not self._warned:
             self._warned = True
             rank_zero_warn("VAEOffload: has no effect: the frozen networks compute on the CPU; remove the callback")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the networks to the CPU if this stage is one of ``stages``."""
         stage = "test" if trainer.testing else "predict" if trainer.predicting else "validate"
-        if stage in self.stages:
-            self._leave(trainer, stage)
-
-    def _leave(self, trainer: Trainer, stage: str) -> None:
-        vae = encoder_of(trainer, "VAEOffload").vae
-        if vae.device.type == "cpu":
-            return
-        self._device = vae.device
-        with _freed(self._device, stage):
-            trainer.datamodule.line.setup("cpu")  # type: ignore[attr-defined]
+        device = self.encoder_of(trainer).vae.device
+        if stage in self.stages and device.type != "cpu":
+            self._device = device
+            with _freed(device, stage):
+                trainer.datamodule.line.setup("cpu")  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move them back."""
@@ -76,11 +71,11 @@ class VAEOffload(EncodeCallback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what was encoded so far."""
-        self._chunks = encoder_of(trainer, "VAEOffload").vae.chunks
+        self._chunks = self.encoder_of(trainer).vae.chunks
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the autoencoder rest on the CPU if nothing was encoded in this epoch; it comes back by itself."""
-        vae = encoder_of(trainer, "VAEOffload").vae
+        vae = self.encoder_of(trainer).vae
         if vae.chunks == self._chunks != self._left_at and self._device is None and vae.device.type != "cpu":
             self._left_at = vae.chunks
             with _freed(vae.device, "epochs that read everything"):

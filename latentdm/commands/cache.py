@@ -2,14 +2,13 @@
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from latentdm.commands.config import compose_config, device_of, parse
-from latentdm.errors import UserError, plain_errors
+from latentdm.commands.config import composed, device_of
+from latentdm.errors import UserError
 
 DOES = {
     "info": "what it holds, and what of it the configuration finds, lacks and does not need",
@@ -20,30 +19,29 @@ DOES = {
 }
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Run the command.
+DESCRIPTION = (
+    "Look after a cache of latents. Takes the overrides of train_example.py, as in: latentdm cache info cache=disk "
+    "cache.dir=latents pixels=folder pixels.root=photos. " + " ".join(f"{name}: {what}." for name, what in DOES.items())
+)
 
-    Args:
-        arguments: its options and overrides.
 
-    Raises:
-        HydraException: the settings or the data are wrong.
-    """
-    parser = ArgumentParser(
-        prog="latentdm cache",
-        description="Look after a cache of latents. Takes the overrides of train_example.py, as in: latentdm cache "
-        "info cache=disk cache.dir=latents pixels=folder pixels.root=photos. "
-        + " ".join(f"{name}: {what}." for name, what in DOES.items()),
-    )
+def add_options(parser: ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("action", choices=list(DOES))
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--format", choices=["safetensors", "webdataset", "comfyui"], default="safetensors")
     parser.add_argument("--output", type=Path, default=Path("exported"), help="folder (default: exported)")
     parser.add_argument("--dry-run", action="store_true", help="of prune: remove nothing")
     parser.add_argument("--device", help="where the encoder would compute (default: cuda if there is one, else cpu)")
-    settings = parse(parser, arguments)
-    cfg = compose_config(settings)
-    with plain_errors(cfg):
+
+
+def run(settings: Namespace) -> None:
+    """Do it, and print what was found.
+
+    Raises:
+        HydraException: the settings or the data are wrong.
+    """
+    with composed(settings) as cfg:
         print_found(_run(cfg, settings), settings.json)
 
 

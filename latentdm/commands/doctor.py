@@ -4,14 +4,16 @@ import json
 import os
 import platform
 import shutil
-from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from packaging.requirements import Requirement
 
 import latentdm
@@ -31,37 +33,46 @@ VARIABLES = (
 Report = dict[str, Any]
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Run the command.
+DESCRIPTION = (
+    "Print versions, devices, what dtype=auto chooses on them, cores, memory, the cache and the extras that are "
+    "missing, for a bug report. It tells no host name and no token."
+)
 
-    Args:
-        arguments: its options.
-    """
-    parser = ArgumentParser(
-        prog="latentdm doctor",
-        description="Print versions, devices, what dtype=auto chooses on them, cores, memory, the cache and the extras "
-        "that are missing, for a bug report. It tells no host name and no token.",
-    )
+
+def add_options(parser: ArgumentParser) -> None:
+    """Those of the command."""
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
-    as_json = parser.parse_args(list(arguments)).json
+
+
+def run(settings: Namespace) -> None:
+    """Print the report."""
     found = report()
-    print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
+    print(json.dumps(found, indent=2) if settings.json else as_text(found))
+
+
+def as_text(found: Report) -> str:
+    """The report as YAML in ASCII, whatever the terminal: a line for each package and device."""
+    text: str = yaml.safe_dump(found, sort_keys=False, default_flow_style=None, width=120)
+    return text.rstrip()
 
 
 def report() -> Report:
-    """All that the command prints, under the names of its JSON."""
+    """All that the command prints; what is wrong is a ``problem``."""
     base, extras = _requirements()
+    compilers = (name for name in ("cc", "gcc", "clang", "cl") if shutil.which(name))
+    bare = {} if extras else {"problem": "latentdm is not installed as a package; pip install it"}
     return {
+        **bare,
         "latentdm": latentdm.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {each.name: _state(each) for each in base},
-        "extras": {name: {each.name: _state(each) for each in needed} for name, needed in extras.items()},
+        "extras": {name: _states(needed, name) for name, needed in extras.items()},
         "devices": _devices(),
         "cores": _cores(),
         "memory": _memory(),
         "cache": _cache(),
-        "compiler": next((name for name in ("cc", "gcc", "clang", "cl") if shutil.which(name)), None),
+        "compiler": next(compilers, "none: compile= runs eagerly"),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
@@ -70,33 +81,35 @@ def report() -> Report:
 
 
 def _requirements() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
-    """Of latentdm, as its installed metadata has them: what it needs, and extra → what that needs."""
+    """Of latentdm, as its installed metadata has them: what it needs, and extra → what that needs beside it."""
     try:
         every = [Requirement(text) for text in requires("latentdm") or ()]
+        extras = metadata("latentdm").get_all("Provides-Extra") or ()
     except PackageNotFoundError:  # a folder on the path, and not installed
         return [Requirement(name) for name in IMPORTED], {}
-    needed = [each for each in every if each.marker is None or each.marker.evaluate({"extra": _extra(each)})]
-    extras: dict[str, list[Requirement]] = {}
-    for name in dict.fromkeys(_extra(each) for each in needed):
-        if name and name not in FOR_CONTRIBUTORS:
-            extras[name] = [
-                each for each in needed if each.name != "latentdm" and _extra(each) in {name, *_included(needed, name)}
-            ]
-    return [each for each in needed if not _extra(each)], extras
+    base = _needed(every, "")
+    beside = {name: [each for each in _needed(every, name) if each not in base] for name in extras}
+    return base, {name: needed for name, needed in beside.items() if name not in FOR_CONTRIBUTORS}
 
 
-def _extra(requirement: Requirement) -> str:
-    """The extra that a requirement belongs to; "" for none."""
-    _, found, name = str(requirement.marker or "").partition('extra == "')
-    return name.partition('"')[0] if found else ""
+def _needed(every: Sequence[Requirement], extra: str) -> list[Requirement]:
+    """What latentdm needs with an extra, "" for none, and the extras that this one brings along."""
+    needed = [each for each in every if each.marker is None or each.marker.evaluate({"extra": extra})]
+    included = [name for each in needed if each.name == "latentdm" for name in sorted(each.extras)]
+    needed = [each for each in needed if each.name != "latentdm"]
+    return needed + [each for name in included for each in _needed(every, name)]
 
 
-def _included(needed: Sequence[Requirement], extra: str) -> set[str]:
-    """The extras of latentdm that an extra brings along."""
-    return {name for each in needed if each.name == "latentdm" and _extra(each) == extra for name in each.extras}
+def _states(needed: Sequence[Requirement], extra: str) -> dict[str, Report]:
+    """Those of an extra; a problem names the extra that brings what is missing."""
+    states = {each.name: _state(each) for each in needed}
+    for state in states.values():
+        if "problem" in state:
+            state["problem"] += f"; pip install 'latentdm[{extra}]'"
+    return states
 
 
-def _state(requirement: Requirement) -> dict[str, Any]:
+def _state(requirement: Requirement) -> Report:
     """``version``, None where it is missing, and ``problem`` where there is one."""
     name = requirement.name
     try:
@@ -146,12 +159,8 @@ def _cores() -> Report:
     """Of the machine, those that this process may use, and torch's threads."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores: Report = {"machine": os.cpu_count(), "usable": allowed}
-    try:
-        import torch
-
-        cores["torch_threads"] = torch.get_num_threads()
-    except Exception:  # told with the packages
-        pass
+    with suppress(Exception):  # told with the packages
+        cores["torch_threads"] = import_module("torch").get_num_threads()
     return cores
 
 
@@ -187,6 +196,8 @@ def _cache() -> Report:
         "writable": there.is_dir() and os.access(there, os.W_OK),
         "versions": {"format": str(FORMAT), **decoder()},
     }
+    if not report["writable"]:
+        report["problem"] = "may not be written to; set cache.dir"
     try:
         report["free_gib"] = round(shutil.disk_usage(there).free / 2**30)
     except OSError as error:
@@ -203,54 +214,3 @@ def _bytes(path: Path) -> int:
 
 def _gib(size: int) -> float:
     return round(size / 2**30, 1)
-
-
-# ---------------------------------------------------------------- words
-
-
-def lines(found: Report) -> Iterator[str]:
-    """The report as text in ASCII, whatever the terminal."""
-
-    def line(name: str, text: object) -> str:
-        return f"{name:<18}{' '.join(str(text).split())}"
-
-    yield line("latentdm", found["latentdm"])
-    yield line("python", f"{found['python']} on {found['platform']}")
-    for name, state in found["packages"].items():
-        yield line(name, f"{state['version'] or ''} {_problem(state)}")
-    if not found["extras"]:
-        yield line("extras", "unknown: latentdm is not installed as a package; pip install it")
-    for extra, states in found["extras"].items():
-        wrong = [f"{name} {_problem(state)}" for name, state in states.items() if "problem" in state]
-        there = ", ".join(f"{name} {state['version']}" for name, state in states.items() if "problem" not in state)
-        remedy = [f"pip install 'latentdm[{extra}]'"] if wrong else []
-        yield line(f"extra {extra}", "; ".join([*([there] if there else []), *wrong, *remedy]))
-    for device in found["devices"]:
-        memory = f", {device['memory_gib']} GiB" if "memory_gib" in device else ""
-        yield line(device["device"], f"{device['name']}{memory}; dtype=auto is {device['dtype_auto']}: {device['why']}")
-    cores, memory = found["cores"], found["memory"]
-    threads = f", torch uses {cores['torch_threads']} threads" if "torch_threads" in cores else ""
-    yield line("cores", f"{cores['usable']} usable of {cores['machine']}{threads}")
-    known = {"machine_gib": "", "limit_gib": " allowed to this container", "shared_gib": " shared between loaders"}
-    parts = [f"{memory[key]} GiB{what}" for key, what in known.items() if memory[key] is not None]
-    yield line("memory", ", ".join(parts) or "unknown")
-    if cache := found["cache"]:
-        free = f"{cache['free_gib']} GiB free" if "free_gib" in cache else ""
-        closed = "" if cache["writable"] else "PROBLEM: may not be written to; set cache.dir"
-        texts = [
-            cache["dir"],
-            f"{cache['used_gib']} GiB of {cache['encoders']} encoders",
-            free,
-            _problem(cache),
-            closed,
-        ]
-        yield line("cache", ", ".join(filter(None, texts)))
-        yield line("", "entries of " + ", ".join(f"{name} {value}" for name, value in cache["versions"].items()))
-    yield line("compiler", found["compiler"] or "none: compile= runs eagerly")
-    yield line(
-        "environment", " ".join(f"{name}={value}" for name, value in found["environment"].items()) or "nothing set"
-    )
-
-
-def _problem(state: Report) -> str:
-    return f"PROBLEM: {state['problem']}" if "problem" in state else ""

@@ -1,42 +1,37 @@
 """``latentdm encode``: fill the cache ahead of time."""
 
 import json
-from argparse import ArgumentParser
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from latentdm.commands.config import compose_config, parse
-from latentdm.errors import UserError, plain_errors
+from latentdm.commands.config import composed
+from latentdm.errors import UserError
+
+DESCRIPTION = (
+    "Encode all images of a configuration into its cache. Takes the overrides of train_example.py, as in: latentdm "
+    "encode cache=disk pixels=folder pixels.root=photos trainer.devices=2 trainer.strategy=ddp. What is there is not "
+    "encoded again. part=0/4 encodes a quarter by itself, for arrays of jobs."
+)
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Run the command.
+def add_options(parser: ArgumentParser) -> None:
+    """It has none: ``part`` stands among the overrides."""
 
-    Args:
-        arguments: its options and overrides.
+
+def run(settings: Namespace) -> None:
+    """Fill the cache, and print what was done; the last line is JSON.
 
     Raises:
         HydraException: the settings or the data are wrong.
     """
-    parser = ArgumentParser(
-        prog="latentdm encode",
-        description="Encode all images of a configuration into its cache. Takes the overrides of train_example.py, as "
-        "in: latentdm encode cache=disk pixels=folder pixels.root=photos trainer.devices=2 trainer.strategy=ddp. What "
-        "is there is not encoded again. part=0/4 encodes a quarter by itself, for arrays of jobs.",
-    )
-    settings = parse(parser, arguments)
-    part = (0, 1)
-    for override in list(settings.overrides):
-        if override.startswith("part="):
-            settings.overrides.remove(override)
-            part = _part(override.removeprefix("part="))
-    cfg = compose_config(settings)
-    with plain_errors(cfg):
-        _encode(cfg, part)
+    parts = [each for each in settings.overrides if each.startswith("part=")]
+    settings.overrides = [each for each in settings.overrides if each not in parts]
+    with composed(settings) as cfg:
+        _encode(cfg, _part(parts[-1].removeprefix("part=")) if parts else (0, 1))
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -5,6 +5,7 @@ frame is shown.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,30 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from latentdm.alarms import MASK_RANGE, STD_RANGE, latent_std_alarm, mask_alarm
+from latentdm.alarms import STD_RANGE, latent_std_alarm, mask_alarm
 from latentdm.batch import LATENT_MASK, LATENTS, MASK, MASKED_LATENTS, NOISE_MASK, PIXELS, SOURCE
 from latentdm.cache.rows import is_blank
 from latentdm.encoders.base import Encoder
 from latentdm.preview.samples import first
 from latentdm.preview.sheet import ORANGE, Sheet, three_components, tinted
 from latentdm.tensors import dtype_name, unit_levels, unit_mask
+
+
+@dataclass
+class Drawn:
+    """Samples of one size, as they are drawn.
+
+    Attributes:
+        size: what images become of which latents, in a sentence.
+        columns: header → ``b 3 h w`` or ``b 1 h w`` in 0…1; those at latent resolution are smaller.
+        titles: one a sample.
+        figures: what goes behind each.
+    """
+
+    size: str
+    columns: dict[str, Tensor]
+    titles: list[str]
+    figures: list[str]
 
 
 def preview(
@@ -43,27 +61,27 @@ def preview(
         An RGB picture.
     """
     b = min(samples or len(outputs[LATENTS]), len(outputs[LATENTS]))
-    columns, figures = rows(encoder, first(inputs, b), first(outputs, b))
-    titles = [f"{title} · {told}" for title, told in zip(titles_of(captions, b), figures, strict=True)]
-    return _sheet(columns, titles, notes)
+    drawn = rows(encoder, first(inputs, b), first(outputs, b), captions)
+    titles = [f"{title} · {told}" for title, told in zip(drawn.titles, drawn.figures, strict=True)]
+    return _sheet(drawn.columns, titles, notes)
 
 
 def rows(
-    encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
+    encoder: Encoder,
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Tensor],
+    captions: Sequence[str] | None = None,
+) -> Drawn:
     """What `preview` draws, before it is one picture.
 
     Args:
         encoder: as for `preview`.
         inputs: as for `preview`.
         outputs: as for `preview`.
-
-    Returns:
-        Header → ``b 3 h w`` or ``b 1 h w`` in 0…1 (those at latent resolution are smaller), and what goes behind the
-        title of each sample.
+        captions: as for `preview`.
     """
     b = len(outputs[LATENTS])
-    inputs = _shown(encoder, inputs, outputs)
+    images, columns = _given(encoder, inputs, outputs)
     masked = [""] * b
     if NOISE_MASK in outputs:
         shares = (part.tolist() for part in mask_shares(encoder, inputs, outputs))
@@ -72,7 +90,16 @@ def rows(
         f"{masks}latents' std {float(latents.std()):.2f}"
         for masks, latents in zip(masked, outputs[LATENTS], strict=True)
     ]
-    return _columns(encoder, inputs, outputs), figures
+    if MASKED_LATENTS in images:
+        columns["mask\nover image"] = tinted(images[LATENTS], _mask(encoder, inputs, b))
+        columns["masked\nimage"] = images[MASKED_LATENTS]
+    if encoder.vae.can_decode:
+        for key in images:
+            columns[f"decoded\n{key}"] = _decoded(encoder, outputs[key])
+    if NOISE_MASK in outputs:
+        columns["noise_mask\n+ latent_mask"] = _both_masks(outputs[NOISE_MASK], outputs[LATENT_MASK])
+    columns["latents\nas colour"] = three_components(_frame(outputs[LATENTS]))
+    return Drawn(_sizes(encoder, inputs, outputs), columns, _titles(captions, b), figures)
 
 
 def before_and_after(
@@ -96,11 +123,9 @@ def before_and_after(
     """
     b = len(sampled)
     inputs, outputs = first(inputs, b), first(outputs, b)
-    inputs = _shown(encoder, inputs, outputs)
-    images = {key: _frame(image) for key, image in encoder.images(inputs).items()}
+    images, columns = _given(encoder, inputs, outputs)
     is_latents = sampled.shape[1:] == outputs[LATENTS].shape[1:]
     made = _decoded(encoder, sampled) if is_latents else sampled
-    columns = _given(encoder, images, inputs)
     kept = columns.get("source", columns["image"]).to(made.device)
     if MASKED_LATENTS in images:
         columns["masked\nimage"] = images[MASKED_LATENTS]
@@ -108,21 +133,14 @@ def before_and_after(
     if MASKED_LATENTS in images:
         hole = outputs[NOISE_MASK].to(made.device)
         columns["sampled,\nin the image"] = kept * (1 - hole) + made * hole
-    return _sheet(columns, titles_of(captions, b))
-
-
-def _shown(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
-    """Inputs with pictures to show: where a cache had the latents and no image was read, those latents decoded."""
-    if not is_blank(inputs) or not encoder.vae.can_decode:
-        return inputs
-    return {**inputs, PIXELS: _decoded(encoder, outputs[LATENTS])}
+    return _sheet(columns, _titles(captions, b))
 
 
 def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> list[str]:
     """What a person should check in a preview, a sentence or two each; what is wrong begins with ``CHECK``."""
     vae, latents = encoder.vae, outputs[LATENTS]
     r = vae.spatial_compression
-    lines = [describe_sizes(encoder, inputs, outputs)]
+    lines = [_sizes(encoder, inputs, outputs)]
     if vae.can_decode:
         lines.append(
             "Decoded latents should look like the image; what is lost there, no model trained on them can learn."
@@ -145,12 +163,11 @@ def describe(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, 
                 f"latent_mask=nearest takes the top left pixel of each {r} by {r} block, as in Stable Diffusion: "
                 "orange should lie half a block further right and down than white, on average."
             )
-        low, high = MASK_RANGE
-        alarms.append(mask_alarm(float((moved < low).float().mean()), float((moved > high).float().mean())))
+        alarms.append(mask_alarm(moved))
     return lines + [f"CHECK: {alarm}." for alarm in alarms if alarm]
 
 
-def describe_sizes(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> str:
+def _sizes(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> str:
     """What images become of which latents, by what, in a sentence."""
     vae, latents = encoder.vae, outputs[LATENTS]
     whole, cropped, small = (
@@ -165,25 +182,9 @@ def describe_sizes(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping
 
 def mask_shares(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """``b`` and ``b``: the share of its image that each mask covers, and each noise mask."""
-    mask, moved = (part.float().flatten(1).mean(1) for part in _masks(encoder, inputs, outputs))
-    return mask, moved
-
-
-def _columns(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Header → ``b c h' w'`` images of the samples."""
-    images = {key: _frame(image) for key, image in encoder.images(inputs).items()}
-    columns = _given(encoder, images, inputs)
-    if MASKED_LATENTS in images:
-        mask, _ = _masks(encoder, inputs, outputs)
-        columns["mask\nover image"] = tinted(images[LATENTS], mask)
-        columns["masked\nimage"] = images[MASKED_LATENTS]
-    if encoder.vae.can_decode:
-        for key in images:
-            columns[f"decoded\n{key}"] = _decoded(encoder, outputs[key])
-    if NOISE_MASK in outputs:
-        columns["noise_mask\n+ latent_mask"] = _both_masks(outputs[NOISE_MASK], outputs[LATENT_MASK])
-    columns["latents\nas colour"] = three_components(_frame(outputs[LATENTS]))
-    return columns
+    moved = outputs[NOISE_MASK]
+    mask = _mask(encoder, inputs, len(moved))
+    return mask.float().flatten(1).mean(1), moved.float().flatten(1).mean(1)
 
 
 def _decoded(encoder: Encoder, latents: Tensor) -> Tensor:
@@ -200,20 +201,27 @@ def _both_masks(noise_mask: Tensor, latent_mask: Tensor) -> Tensor:
     return tinted(noise_mask.float().expand(-1, 3, -1, -1), over, ORANGE, strength=0.6)
 
 
-def _given(encoder: Encoder, images: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The image, and the picture that the model is shown where it is another one."""
+def _given(
+    encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The images that are encoded, under the keys of their latents, and the first columns.
+
+    These are the image, and the picture that the model is shown where it is another one. Where a cache had the latents
+    and no image was read, those latents are decoded.
+    """
+    if is_blank(inputs) and encoder.vae.can_decode:
+        inputs = {**inputs, PIXELS: _decoded(encoder, outputs[LATENTS])}
+    images = {key: _frame(image) for key, image in encoder.images(inputs).items()}
     columns = {"image": images[LATENTS]}
     if SOURCE in inputs:
         source = unit_levels(_frame(inputs[SOURCE])[:, :3])
         columns["source"] = encoder.crop(source).expand(-1, 3, -1, -1)
-    return columns
+    return images, columns
 
 
-def _masks(encoder: Encoder, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """``b 1 h w`` in 0…1: the mask that the encoder was given, cropped, and its noise mask."""
-    moved = outputs[NOISE_MASK]
-    mask = encoder.crop(unit_mask(inputs[MASK], inputs[PIXELS]))
-    return mask.expand(len(moved), -1, -1, -1), moved
+def _mask(encoder: Encoder, inputs: Mapping[str, Any], b: int) -> Tensor:
+    """``b 1 h w`` in 0…1: the mask that the encoder was given, cropped."""
+    return encoder.crop(unit_mask(inputs[MASK], inputs[PIXELS])).expand(b, -1, -1, -1)
 
 
 def _spread(shares: Tensor) -> str:
@@ -221,7 +229,7 @@ def _spread(shares: Tensor) -> str:
     return f"{float(shares.mean()):.0%} ({float(shares.min()):.0%} to {float(shares.max()):.0%})"
 
 
-def titles_of(captions: Sequence[str] | None, b: int) -> list[str]:
+def _titles(captions: Sequence[str] | None, b: int) -> list[str]:
     """A title a sample: its caption, or else its number."""
     if captions is None:
         return [f"sample {row}" for row in range(b)]

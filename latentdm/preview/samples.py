@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 from latentdm.batch import LATENTS, MASK, PIXELS, Key
@@ -65,7 +66,9 @@ def batches(datamodule: LatentDataModule, stage: str = "train") -> Generator[Any
     """
     datamodule.prepare_data()
     datamodule.setup("fit")
-    yield from _first_loader(datamodule.train_dataloader() if stage == "train" else datamodule.val_dataloader())
+    loaders = datamodule.train_dataloader() if stage == "train" else datamodule.val_dataloader()
+    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "sequential")
+    yield from combined.flattened[0] if combined.flattened else ()
 
 
 def encoded(
@@ -103,16 +106,6 @@ def captions_of(batch: Any, key: Key | None = None) -> list[str] | None:
         if isinstance(value, list | tuple) and value and all(isinstance(caption, str) for caption in value):
             return list(value)
     return None
-
-
-def _first_loader(loaders: Any) -> Any:
-    """The first of the loaders that a data module gives, as Lightning takes them: one, or some in dicts and lists."""
-    loaders = getattr(loaders, "iterables", loaders)  # of a CombinedLoader
-    if isinstance(loaders, Mapping):
-        loaders = list(loaders.values())
-    if isinstance(loaders, list | tuple):
-        return _first_loader(loaders[0]) if loaders else ()
-    return loaders
 
 
 def joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:

@@ -142,12 +142,11 @@ def _shortened(title: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, w
 
 def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """One line that fits."""
-    line = " ".join(text.split())
-    if len(line) <= width and font.getlength(line) <= width:
-        return line
+    if len(text) <= width and font.getlength(text) <= width:
+        return text
     # Names and captions may be of any length, and to measure one costs as much as its length.
-    length = bisect_right(range(min(len(line), width)), width, key=lambda end: ceil(font.getlength(f"{line[:end]}…")))
-    return f"{line[: max(length - 1, 0)]}…"
+    length = bisect_right(range(min(len(text), width)), width, key=lambda end: ceil(font.getlength(f"{text[:end]}…")))
+    return f"{text[: max(length - 1, 0)]}…"
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

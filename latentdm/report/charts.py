@@ -1,17 +1,11 @@
-"""Charts as inline SVG: positions are computed here, and the page's template draws them.
+"""Charts as inline SVG: all are rows of a name, a bar and a number, which the page's template draws.
 
 A chart is as wide as a phone, so that its letters are never scaled down; wider pages set several side by side.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil, floor, isfinite, log10
-
-WIDTH, HEIGHT = 340, 180
-"""In pixels."""
-
-LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 24
-"""Margins that hold the labels of the axes."""
 
 BINS = 20
 """Bars of a histogram, about."""
@@ -22,23 +16,19 @@ MAX_ROWS = 24
 
 @dataclass(frozen=True)
 class Bar:
-    """A rectangle, and what a pointer on it is told."""
+    """A row.
 
-    x: float
-    y: float
-    width: float
-    height: float
+    Attributes:
+        name: what stands in front of it.
+        start: where it begins, in 0…1.
+        end: where it ends; without a bar the same.
+        told: the number behind it.
+    """
+
+    name: str
+    start: float
+    end: float
     told: str
-
-
-@dataclass(frozen=True)
-class Label:
-    """A text at a place; ``anchor`` is SVG's: start, middle or end."""
-
-    x: float
-    y: float
-    text: str
-    anchor: str = "middle"
 
 
 @dataclass(frozen=True)
@@ -48,23 +38,14 @@ class Chart:
     Attributes:
         title: what it shows.
         summary: the same in numbers, for those who do not see it.
-        height: of the drawing.
-        bars: its rectangles.
-        labels: its texts.
-        lines: horizontal ones, from ``LEFT`` to the right, by their height.
-        dots: places of dots, as (x, y).
+        bars: its rows.
+        zero: where the number 0 lies, in 0…1.
     """
 
     title: str
     summary: str
-    height: float = HEIGHT
-    width: float = WIDTH
-    bars: list[Bar] = field(default_factory=list)
-    labels: list[Label] = field(default_factory=list)
-    lines: list[float] = field(default_factory=list)
-    dots: list[tuple[float, float]] = field(default_factory=list)
-    left: float = LEFT
-    right: float = WIDTH - RIGHT
+    bars: list[Bar]
+    zero: float = 0.0
 
 
 def histogram(
@@ -86,34 +67,17 @@ def histogram(
     step = _step(((usual if cut else high) - low) / BINS or abs(low) / BINS or 1.0, whole)
     start = floor(low / step + 1e-9) * step
     count = max(1, ceil(((usual if cut else high) - start) / step + (1e-9 if limits is None else -1e-9)))
-    counts = [0] * (count + cut)
-    for value in ordered:
-        counts[min(int((value - start) / step + 1e-9), len(counts) - 1)] += 1
     names = [f"{_number(start + n * step)} to {_number(start + (n + 1) * step)}{unit}" for n in range(count)]
     if cut:
         names.append(f"{_number(start + count * step)}{unit} and more")
-    middle = ordered[len(ordered) // 2]
+    counts = [0] * len(names)
+    for value in ordered:
+        counts[min(int((value - start) / step + 1e-9), len(counts) - 1)] += 1
     summary = (
         f"{title}: {len(ordered)} values from {_number(ordered[0])} to {_number(ordered[-1])}{unit}, median "
-        f"{_number(middle)}{unit}; most are in {names[counts.index(max(counts))]}"
+        f"{_number(ordered[len(ordered) // 2])}{unit}; most are in {names[counts.index(max(counts))]}"
     )
-    chart = Chart(title, summary)
-    floor_y, slot = HEIGHT - BOTTOM, (WIDTH - LEFT - RIGHT) / len(counts)
-    scale = (floor_y - TOP) / max(counts)
-    for n, (found, name) in enumerate(zip(counts, names, strict=True)):
-        if found:
-            height = max(found * scale, 1.0)
-            chart.bars.append(
-                Bar(LEFT + n * slot + 0.5, floor_y - height, max(slot - 1, 0.5), height, f"{name}: {found}")
-            )
-    _count_axis(chart, max(counts), scale, floor_y)
-    every = max(1, ceil(len(counts) / 5))
-    for n in range(0, len(counts) + 1 - cut, every):
-        anchor = "end" if n == len(counts) else "middle"
-        chart.labels.append(Label(LEFT + n * slot, HEIGHT - 8, f"{_number(start + n * step)}{unit}", anchor))
-    if cut:
-        chart.labels.append(Label(WIDTH - RIGHT, TOP + 2, "last bar: and more", "end"))
-    return chart
+    return _counted(title, summary, names, counts)
 
 
 def rows(title: str, counts: Mapping[str, int]) -> Chart:
@@ -125,51 +89,28 @@ def rows(title: str, counts: Mapping[str, int]) -> Chart:
         shown[f"{len(counts) - len(shown)} others"] = sum(counts.values()) - sum(shown.values())
     most = max(shown, key=lambda name: shown[name])
     summary = f"{title}: {len(counts)} of them, most in {most} ({shown[most]} of {sum(counts.values())})"
-    left, row = 92, 22
-    chart = Chart(title, summary, height=len(shown) * row + 8, left=left)
-    scale = (WIDTH - left - 56) / shown[most]
-    for n, (name, count) in enumerate(shown.items()):
-        y, width = 4 + n * row, max(count * scale, 1.0)
-        chart.bars.append(Bar(left, y + 3, width, row - 6, f"{name}: {count}"))
-        chart.labels.append(Label(left - 6, y + row / 2 + 4, name, "end"))
-        chart.labels.append(Label(left + width + 5, y + row / 2 + 4, f"{count:,}", "start"))
-    return chart
+    return _counted(title, summary, list(shown), list(shown.values()))
 
 
 def spread(title: str, mean: Sequence[float], std: Sequence[float]) -> Chart:
-    """Of each channel a bar from mean − std to mean + std and a dot at the mean; lines lie at −1, 0 and 1."""
-    pairs = [(m, s) for m, s in zip(mean, std, strict=True) if isfinite(m) and isfinite(s)]
-    top = max([1.2, *(abs(m) + s for m, s in pairs)])
+    """Of each channel a bar from mean − std to mean + std, around 0."""
+    channels = list(zip(mean, std, strict=True))
+    top = max([1.2, *(abs(m) + s for m, s in channels if isfinite(m) and isfinite(s))])
     summary = (
         f"{title}: {len(mean)} channels; means from {min(mean):.2f} to {max(mean):.2f}, standard deviations from "
         f"{min(std):.2f} to {max(std):.2f}"
     )
-    chart = Chart(title, summary)
-    middle, scale = (TOP + HEIGHT - BOTTOM) / 2, (HEIGHT - BOTTOM - TOP) / 2 / top
-    slot = (WIDTH - LEFT - RIGHT) / len(mean)
-    width = min(max(slot * 0.5, 0.8), 14)
-    for n, (m, s) in enumerate(zip(mean, std, strict=True)):
-        if isfinite(m) and isfinite(s):
-            x = LEFT + (n + 0.5) * slot
-            told = f"channel {n}: mean {m:.2f}, std {s:.2f}"
-            chart.bars.append(Bar(x - width / 2, middle - (m + s) * scale, width, max(2 * s * scale, 0.5), told))
-            chart.dots.append((x, middle - m * scale))
-    for value in (-1, 0, 1) if top < 4 else (-round(top), 0, round(top)):
-        y = middle - value * scale
-        chart.lines.append(y)
-        chart.labels.append(Label(LEFT - 5, y + 4, str(value).replace("-", "−"), "end"))
-    for n in range(0, len(mean), max(1, ceil(len(mean) / 8))):
-        chart.labels.append(Label(LEFT + (n + 0.5) * slot, HEIGHT - 8, str(n)))
-    return chart
+    bars = []
+    for n, (m, s) in enumerate(channels):
+        ends = (m - s, m + s) if isfinite(m) and isfinite(s) else (0.0, 0.0)
+        start, end = (0.5 + value / top / 2 for value in ends)
+        bars.append(Bar(f"channel {n}", start, end, f"{m:.2f} ± {s:.2f}".replace("-", "−")))
+    return Chart(title, summary, bars, 0.5)
 
 
-def _count_axis(chart: Chart, most: int, scale: float, floor_y: float) -> None:
-    """Lines at nothing, and at a round number near the top."""
-    step = _step(most / 3, whole=True)
-    for n in range(int(most // step) + 1):
-        y = floor_y - n * step * scale
-        chart.lines.append(y)
-        chart.labels.append(Label(LEFT - 5, y + 4, _number(n * step), "end"))
+def _counted(title: str, summary: str, names: Sequence[str], counts: Sequence[int]) -> Chart:
+    bars = [Bar(name, 0.0, count / max(counts), f"{count:,}") for name, count in zip(names, counts, strict=True)]
+    return Chart(title, summary, bars)
 
 
 def _step(least: float, whole: bool) -> float:

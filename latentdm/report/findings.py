@@ -20,36 +20,19 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdm.alarms import MASK_RANGE, latent_std_alarm, mask_alarm, repeated_batches_alarm
+from latentdm.alarms import latent_std_alarm, mask_alarm, repeated_batches_alarm
 from latentdm.batch import LATENTS, NOISE_MASK, ORIGINAL_SIZE, PIXELS
 from latentdm.callbacks.latent_stats import Window, overall
 from latentdm.data.buckets import Size
 from latentdm.data.module import PixelDataModule
 from latentdm.datamodule import LatentDataModule
 from latentdm.errors import RunError, UserError
-from latentdm.preview.batch import describe_sizes, mask_shares, rows, titles_of
+from latentdm.preview.batch import Drawn, mask_shares, rows
 from latentdm.preview.samples import CAPTIONS, batches, captions_of, encoded, first, joined
 from latentdm.report.costs import Kept, kept
 
 ROWS, SIZES = 6, 3
 """Samples that are drawn, and of how many sizes at most."""
-
-
-@dataclass
-class Drawn:
-    """Samples of one size, as the preview draws them.
-
-    Attributes:
-        size: what images become of which latents, in a sentence.
-        columns: header → ``b 3 h w`` or ``b 1 h w`` in 0…1.
-        titles: one a sample.
-        figures: what goes behind each.
-    """
-
-    size: str
-    columns: dict[str, Tensor]
-    titles: list[str]
-    figures: list[str]
 
 
 @dataclass
@@ -256,16 +239,12 @@ class _Look:
         for parts in self.parts.values():
             inputs, outputs = joined([part[0] for part in parts]), joined([part[1] for part in parts])
             count = min(len(outputs[LATENTS]), max(1, ROWS // len(self.parts)))
-            inputs, outputs = first(inputs, count), first(outputs, count)
             titles = [title for part in parts for title in part[2]]
-            columns, figures = rows(encoder, inputs, outputs)
-            titles = titles_of(titles if len(titles) >= count else None, count)
-            found.drawn.append(Drawn(describe_sizes(encoder, inputs, outputs), columns, titles, figures))
+            captions = titles if len(titles) >= count else None
+            found.drawn.append(rows(encoder, first(inputs, count), first(outputs, count), captions))
         mean, std, _ = self.window.read()
         found.mean, found.std = mean.tolist(), std.tolist()
-        low, high = MASK_RANGE
-        shares = np.array(found.noise_masks)
-        masks = mask_alarm(float((shares < low).mean()), float((shares > high).mean())) if len(shares) else None
+        masks = mask_alarm(torch.tensor(found.noise_masks))
         alarms = (latent_std_alarm(overall(std)), masks, repeated_batches_alarm(self.window.repeated()))
         found.alarms += [alarm for alarm in alarms if alarm]
         found.kept = kept(self.datamodule, found.latent_values / found.samples, found.mask_bytes / found.samples)

@@ -12,15 +12,17 @@ from typing import Any
 from unicodedata import category
 
 from jinja2 import Environment, StrictUndefined, Template
+from jinja2.filters import do_filesizeformat
 from markupsafe import Markup
 from PIL import Image
 
 import latentdm
 from latentdm.data.buckets import Size
 from latentdm.errors import RunError, shortened
+from latentdm.preview.batch import Drawn
 from latentdm.preview.sheet import MAX_TILE, to_image
 from latentdm.report.charts import Chart, histogram, rows, spread
-from latentdm.report.findings import Drawn, Findings
+from latentdm.report.findings import Findings
 
 SECTIONS = {
     "check": "What to check",
@@ -76,9 +78,6 @@ def page(found: Findings, config: str = "", versions: str = "") -> str:
         empty_captions=found.captions.count(0),
         long_captions=sum(length > LONG_CAPTION for length in found.captions),
         latent_charts=[spread("Latent channels", found.mean, found.std)] if found.mean else [],
-        channel_rows=[
-            (n, f"{mean:.3f}", f"{std:.3f}") for n, (mean, std) in enumerate(zip(found.mean, found.std, strict=True))
-        ],
         skipped_rows=[
             ("(what describes samples)" if name == why else shortened(name, 300), shortened(why, 600))
             for name, why in skipped[:MAX_SKIPPED]
@@ -206,9 +205,10 @@ def _costs(found: Findings) -> Iterator[tuple[str, str]]:
             else "unknown: the data have no length"
         ),
     )
-    yield f"A cache, {kept.each}", f"{_size(kept.bytes)} in {kept.dtype}{''.join(f'; {why}' for why in kept.reasons)}"
+    size = f"about {do_filesizeformat(kept.bytes, binary=True)} in {kept.dtype}"
+    yield f"A cache, {kept.each}", "; ".join([size, *kept.reasons])
     if total is not None:
-        yield f"A cache, {kept.each} of all", _size(kept.bytes * total)
+        yield f"A cache, {kept.each} of all", f"about {do_filesizeformat(kept.bytes * total, binary=True)}"
 
 
 def _duration(seconds: float) -> str:
@@ -216,10 +216,3 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * unit:
             return f"about {seconds / unit:.1f} {name}"
     return f"about {seconds:.0f} seconds"
-
-
-def _size(size: float) -> str:
-    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
-        if size >= unit:
-            return f"about {size / unit:.1f} {name}"
-    return f"about {size / 2**10:.1f} KiB"

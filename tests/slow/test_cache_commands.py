@@ -176,6 +176,12 @@ def test_broken_images_are_reported_by_name(folder, capsys):
     assert json.loads(printed.strip().splitlines()[-1])["failures"] == 1
 
 
+@pytest.mark.parametrize("part", ["4/4", "-1/4", "half"])
+def test_a_part_that_there_is_not_is_said_in_a_line(part, folder, capsys):
+    assert main(["encode", f"part={part}", *overrides("cache")]) == 1
+    assert capsys.readouterr().err.startswith(f"latentdm encode: part={part}: expected i/n")
+
+
 def test_encode_without_a_folder_says_what_to_add(folder, capsys):
     assert main(["encode", "pixels=folder", "pixels.root=photos"]) == 1
     assert "add cache=disk" in capsys.readouterr().err

@@ -160,12 +160,13 @@ def settings_of(arguments):
     """The options that every command has, without those that change no config."""
     from argparse import ArgumentParser
 
-    from latentdm.commands.config import parse
+    from latentdm.commands.config import add_overrides
 
     parser = ArgumentParser()
     for option in ("--samples", "--output", "--stage", "--device"):
         parser.add_argument(option)
-    return parse(parser, arguments)
+    add_overrides(parser)
+    return parser.parse_intermixed_args(arguments)
 
 
 def project():

@@ -1,5 +1,7 @@
 """The config groups and choices are listed with a line each."""
 
+from contextlib import suppress
+
 import pytest
 from running import ROOT
 
@@ -32,8 +34,7 @@ def test_choices_of_ones_own_are_listed_too(tmp_path, capsys):
     (tmp_path / "masks" / "wide.yaml").write_text("# Broad ones.\nshare: [0.4, 0.6]\n", encoding="utf-8")
     (tmp_path / "masks" / "latin.yaml").write_bytes(b"# caf\xe9\n")
     (tmp_path / ".git").mkdir()
-    with pytest.raises(SystemExit, match="0"):
-        main(["config", "--config-dir", str(tmp_path), "--help"])
+    assert main(["config", "--help", "--config-dir", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "    wide          Broad ones\n" in text
     assert "    random        Random boxes and strokes" in text
@@ -42,7 +43,7 @@ def test_choices_of_ones_own_are_listed_too(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--config-dir", "--help"], ["--config-dir=nowhere", "--help"]])
 def test_help_is_given_whatever_stands_beside_it(arguments, capsys):
-    with pytest.raises(SystemExit):
+    with suppress(SystemExit):
         main(["config", *arguments])
     assert "latentdm config" in "".join(capsys.readouterr())
 

@@ -21,6 +21,8 @@ from latentdm.commands.completion import SCRIPTS, candidates
         ("latentdm preview masks=r", ["masks=random"]),
         ("latentdm preview --samples 3 encoder=inpaint encoder.la", ["encoder.latent_mask="]),
         ("latentdm preview encoder=plain encoder.la", []),
+        ("latentdm cache info masks=r", ["masks=random"]),
+        ("latentdm cache masks=r", ["masks=random"]),
         ("latentdm train vae=sdxl_", ["vae=sdxl_fp16_fix"]),
         ("latentdm preview pixels.root=ph", []),
         ("latentdm preview --config-dir nowhere masks=r", []),
