@@ -39,10 +39,12 @@ class Steps:
     def __init__(self, left: Sequence[Numbers], global_batch: int, drop_last: bool) -> None:
         self.left = left
         self.global_batch = global_batch
-        self.counts = np.array([int((runs[:, 1] - runs[:, 0]).sum()) for runs in left])
+        sizes = [runs[:, 1] - runs[:, 0] for runs in left]
+        self.counts = np.array([int(of_bucket.sum()) for of_bucket in sizes])
         self.order: Permutation | None = None
         steps = self.counts // global_batch if drop_last else -(-self.counts // global_batch)
         self._first = np.concatenate([[0], steps.cumsum()])  # of each bucket, and past the last
+        self._before = [np.concatenate([[0], of_bucket.cumsum()[:-1]]) for of_bucket in sizes]  # each run of a bucket
 
     def __len__(self) -> int:
         """The number of steps."""
@@ -63,12 +65,12 @@ class Steps:
         """What is left when so many steps were taken."""
         buckets, steps = self._find(np.arange(min(count, len(self))))
         left = []
-        for bucket, (runs, total) in enumerate(zip(self.left, self.counts.tolist(), strict=True)):
+        for bucket, total in enumerate(self.counts.tolist()):
             taken = np.zeros(int(np.diff(self._first)[bucket]) + 1, dtype=bool)  # the last: what no step takes
             taken[steps[buckets == bucket]] = True
             edges = np.flatnonzero(np.diff(taken, prepend=True, append=True)).reshape(-1, 2)
             spans = np.minimum(edges * self.global_batch, total)
-            left.append(_pieces(runs, spans[spans[:, 0] < spans[:, 1]]))
+            left.append(self._runs(bucket, spans[spans[:, 0] < spans[:, 1]]))
         return left
 
     def _find(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
@@ -78,25 +80,18 @@ class Steps:
         return buckets, moved - self._first[buckets]
 
     def _ordinals(self, bucket: int, numbers: Numbers) -> Numbers:
-        runs = self.left[bucket]
-        before = np.concatenate([[0], (runs[:, 1] - runs[:, 0]).cumsum()[:-1]])
+        """What is left of a bucket, counted through → its ordinals."""
+        before = self._before[bucket]
         run = np.searchsorted(before, numbers, side="right") - 1
-        ordinals: Numbers = runs[run, 0] + numbers - before[run]
+        ordinals: Numbers = self.left[bucket][run, 0] + numbers - before[run]
         return ordinals
 
-
-def _pieces(runs: Numbers, spans: Numbers) -> Numbers:
-    """Spans of the numbers that runs hold, counted through → runs."""
-    before = np.concatenate([[0], (runs[:, 1] - runs[:, 0]).cumsum()])
-    pieces = []
-    for first, last in spans.tolist():
-        for run in range(int(np.searchsorted(before, first, side="right")) - 1, len(runs)):
-            low, high = max(first, int(before[run])), min(last, int(before[run + 1]))
-            if low >= high:
-                break
-            shift = int(runs[run, 0] - before[run])
-            pieces.append((low + shift, high + shift))
-    return np.array(pieces, dtype=np.int64).reshape(-1, 2)
+    def _runs(self, bucket: int, spans: Numbers) -> Numbers:
+        """Spans of the same numbers, in order and apart → runs, as of ``left``."""
+        cuts = np.union1d(spans, self._before[bucket])  # where a span or a run begins, or a span ends
+        lengths, within = np.diff(cuts), np.searchsorted(spans.ravel(), cuts[:-1], side="right") % 2 == 1
+        firsts = self._ordinals(bucket, cuts[:-1][within])
+        return np.stack([firsts, firsts + lengths[within]], axis=1)
 
 
 class GlobalOrder(DistributedSampler[list[Key]]):
@@ -188,11 +183,9 @@ class GlobalOrder(DistributedSampler[list[Key]]):
 
     def seen(self, epoch: int, taken: Taken) -> int:
         """How many samples of an epoch were seen on all ranks together."""
-        left: Sequence[Numbers] | None = None
-        for phase, (global_batch, count) in enumerate(taken):
-            left = self.steps(epoch, left, global_batch, phase).after(count)
-        whole = int(self.layout.counts.sum())
-        return 0 if left is None else whole - sum(int((runs[:, 1] - runs[:, 0]).sum()) for runs in left)
+        steps, count = self.rest(epoch, taken)
+        left = sum(int((runs[:, 1] - runs[:, 0]).sum()) for runs in steps.after(count))
+        return int(self.layout.counts.sum()) - left
 
     def steps(
         self, epoch: int, left: Sequence[Numbers] | None = None, global_batch: int | None = None, phase: int = 0
