@@ -186,8 +186,7 @@ def explained(batches: Iterator[Any], dataset: Any) -> Iterator[Any]:
     """
     try:
         try:
-            with watched(dataset) as watch:
-                yield from watch.awaited(batches) if watch else batches
+            yield from watched(batches, dataset)
         except CONNECTION_LOST:
             sleep(SIGNAL_S)  # otherwise the signal's error may come in the middle of anything that follows
             raise
