@@ -9,24 +9,12 @@ from torch.utils.data import DataLoader, Dataset
 from latentdm.errors import UserTypeError
 
 
-class Delegated:
-    """A method of the wrapped data module, as a method of the wrapper.
+class OfPixels:
+    """A method of the wrapped data module, or an attribute that Lightning or a tuner sets on it.
 
     Lightning looks at the code of a method to see whether a stage is defined. It finds that of ``pixels``, or of a
     subclass of the wrapper that has its own.
     """
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, wrapper: Any, owner: type) -> Any:
-        if wrapper is None or wrapper.pixels is None:
-            return getattr(LightningDataModule, self._name)
-        return getattr(wrapper.pixels, self._name)
-
-
-class Shared:
-    """An attribute that Lightning gives every data module, or that a tuner sets: that of the wrapped one."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -72,19 +60,19 @@ class Wrapper(LightningDataModule):
 
     CHECKPOINT_HYPER_PARAMS_KEY = HyperparametersKey()
 
-    name = Shared()
-    batch_size = Shared()
-    prepare_data_per_node = Shared()
-    allow_zero_length_dataloader_with_multiple_devices = Shared()
+    name = OfPixels()
+    batch_size = OfPixels()
+    prepare_data_per_node = OfPixels()
+    allow_zero_length_dataloader_with_multiple_devices = OfPixels()
 
-    prepare_data = Delegated()
-    train_dataloader = Delegated()
-    val_dataloader = Delegated()
-    test_dataloader = Delegated()
-    predict_dataloader = Delegated()
-    on_exception = Delegated()
-    state_dict = Delegated()
-    load_state_dict = Delegated()
+    prepare_data = OfPixels()
+    train_dataloader = OfPixels()
+    val_dataloader = OfPixels()
+    test_dataloader = OfPixels()
+    predict_dataloader = OfPixels()
+    on_exception = OfPixels()
+    state_dict = OfPixels()
+    load_state_dict = OfPixels()
 
     def __init__(self, pixels: LightningDataModule) -> None:
         super().__init__()
