@@ -6,7 +6,6 @@ reads that part up to there, and what lies between is passed over undecoded. Nob
 shard holds, and no rank can run out before the others.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -60,25 +59,22 @@ class Part:
         items: all of them.
 
     Attributes:
-        first: the number of the first one that can still be had.
+        first: the number that was asked for last, apart from replacements.
+        number: that of the sample read last. Those from ``first`` on cannot be read, and it stands for them.
     """
 
     def __init__(self, items: Iterator[Item]) -> None:
-        self.first = 0
+        self.first, self.number = 0, -1
         self._items = items
-        self._held: deque[Item] = deque()
+        self._last: Item
 
     def item(self, number: int, first: int) -> Item:
-        """A sample by its number; those before ``first`` are given up."""
-        while self.first < first:
-            if self._held:
-                self._held.popleft()
-            else:
-                next(self._items)
-            self.first += 1
-        while len(self._held) <= number - first:
-            self._held.append(next(self._items))
-        return self._held[number - first]
+        """A sample by its number, which may be that of one that replaces ``first``."""
+        self.first = first
+        while self.number < number:
+            self._last = next(self._items)
+            self.number += 1
+        return self._last
 
 
 @dataclass(eq=False)
