@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from lightning.pytorch.utilities import rank_zero_info
 
 from latentdm.data.dataset import PixelDataset, Sample
+from latentdm.data.decode import ImageFile
 from latentdm.data.geometry import Record, ResizeCrop
 from latentdm.data.module import PictureDataModule
 from latentdm.data.skips import SampleError
@@ -216,7 +217,7 @@ def own_share(shards: Sequence[str], read: Callable[[str], Iterator[T]], part: i
     return islice((sample for shard in shards for sample in read(shard)), part, None, parts)
 
 
-def stable_index(key: str | bytes) -> int:
+def stable_index(key: str | ImageFile) -> int:
     """An ``index`` of 63 bits, for samples that have a name or a content but no number."""
-    content = key.encode("utf-8", "surrogateescape") if isinstance(key, str) else key
+    content = key if isinstance(key, bytes) else str(key).encode("utf-8", "surrogateescape")
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "big") >> 1

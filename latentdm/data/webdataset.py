@@ -30,12 +30,10 @@ OWNER = "WebDatasetData"
 
 IMAGE_ENDINGS = tuple(ending[1:] for ending in EXTENSIONS)
 SIDECAR_ENDINGS = tuple(ending[1:] for ending in SIDECARS)
-COMPANION_ENDINGS = {
+PICTURE_ENDINGS = {"image": IMAGE_ENDINGS} | {
     kind: tuple(f"{mark}.{ending}" for mark in MARKS[kind] for ending in IMAGE_ENDINGS) for kind in COMPANIONS
 }
-KNOWN = frozenset(
-    [*IMAGE_ENDINGS, *SIDECAR_ENDINGS, "cls", *(end for ends in COMPANION_ENDINGS.values() for end in ends)]
-)
+KNOWN = frozenset([*SIDECAR_ENDINGS, "cls", *chain.from_iterable(PICTURE_ENDINGS.values())])
 """All endings that need not be named."""
 
 MAX_TOLD = 20
@@ -100,18 +98,17 @@ class ShardRecords:
             self._check_name(sample.key, name, beside)
             if sample.twice:
                 raise SampleError(f"cannot read {name}: it has two files ending in .{sample.twice[0]}; remove one")
-            image = self._find(files, "image", IMAGE_ENDINGS, name)
-            companions: dict[str, Any] = {
-                kind: self._find(files, kind, ends, name) for kind, ends in COMPANION_ENDINGS.items()
+            pictures: dict[str, Any] = {
+                kind: self._find(files, kind, endings, name) for kind, endings in PICTURE_ENDINGS.items()
             }
-            if image is None:
+            if pictures["image"] is None:
                 wanted = self.columns.get("image", ", ".join(IMAGE_ENDINGS))
                 raise SampleError(f"cannot read {name}: it has no image ({wanted}), only {', '.join(files)}; remove it")
             rows = self._rows(files, name)
         except SampleError as error:
             return error
         self._tell(files)
-        return Record(name, stable_index(name), image, **companions, columns=rows[0], others=rows[1:])
+        return Record(name, stable_index(name), **pictures, columns=rows[0], others=rows[1:])
 
     def _tell(self, files: Mapping[str, bytes]) -> None:
         """Say which files are left out, once for each ending."""
