@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.parsing import AttributeDict
 from torch.utils.data import DataLoader, Dataset
 
@@ -56,11 +56,12 @@ class Wrapper(LightningDataModule):
         UserTypeError: it is something else.
     """
 
-    pixels: Any = None  # of the class: Lightning's __init__ sets the trainer, which ours hands on
+    pixels: Any = None  # of the class: Lightning's __init__ sets what is of the pixels
 
     CHECKPOINT_HYPER_PARAMS_KEY = HyperparametersKey()
 
     name = OfPixels()
+    trainer = OfPixels()
     batch_size = OfPixels()
     prepare_data_per_node = OfPixels()
     allow_zero_length_dataloader_with_multiple_devices = OfPixels()
@@ -79,17 +80,6 @@ class Wrapper(LightningDataModule):
         if not isinstance(pixels, LightningDataModule):
             raise UserTypeError(_no_data_module(pixels))
         self.pixels = pixels
-
-    @property
-    def trainer(self) -> Trainer | None:
-        """The trainer, known to the wrapped data module as well."""
-        return self._trainer
-
-    @trainer.setter
-    def trainer(self, trainer: Trainer | None) -> None:
-        self._trainer = trainer
-        if self.pixels is not None:
-            self.pixels.trainer = trainer
 
     # ---------------------------------------------------------------- hyperparameters
 
