@@ -154,7 +154,7 @@ class GlobalOrder(DistributedSampler[list[Key]]):
 
     def __len__(self) -> int:
         """The number of batches of an epoch, the same on every rank."""
-        return len(self.steps(self.epoch))
+        return len(self.rest(self.epoch, ())[0])
 
     def __iter__(self) -> Iterator[list[Key]]:
         """This rank's batches of the epoch, without those that were ``taken``."""
@@ -175,10 +175,15 @@ class GlobalOrder(DistributedSampler[list[Key]]):
         done = list(taken)
         if not done or done[-1][0] != self.global_batch:
             done.append((self.global_batch, 0))
-        left: Sequence[Numbers] | None = None
+        left = [np.array([[0, count]]) for count in self.layout.counts.tolist()]
         for phase, (global_batch, count) in enumerate(done):
-            steps = self.steps(epoch, left, global_batch, phase)
-            left = steps.after(count) if phase + 1 < len(done) else None
+            steps = Steps(left, global_batch, self.drop_last)
+            if not len(steps) and phase == 0:
+                steps = Steps(left, global_batch, drop_last=False)
+            if self.shuffled and len(left) > 1:
+                steps.order = Permutation(len(steps), self.seed, epoch, f"buckets/{phase}")
+            if phase + 1 < len(done):
+                left = steps.after(count)
         return steps, min(count, len(steps))
 
     def seen(self, epoch: int, taken: Taken) -> int:
@@ -186,26 +191,6 @@ class GlobalOrder(DistributedSampler[list[Key]]):
         steps, count = self.rest(epoch, taken)
         left = sum(int((runs[:, 1] - runs[:, 0]).sum()) for runs in steps.after(count))
         return int(self.layout.counts.sum()) - left
-
-    def steps(
-        self, epoch: int, left: Sequence[Numbers] | None = None, global_batch: int | None = None, phase: int = 0
-    ) -> Steps:
-        """The steps of an epoch, or of what is left of it.
-
-        Args:
-            epoch: shuffles buckets, where there are some.
-            left: as of `Steps`; None: all.
-            global_batch: samples a step; None: as now.
-            phase: how often the global batch has changed within the epoch.
-        """
-        size = global_batch or self.global_batch
-        whole = left or [np.array([[0, count]]) for count in self.layout.counts.tolist()]
-        steps = Steps(whole, size, self.drop_last)
-        if not len(steps) and left is None:
-            steps = Steps(whole, size, drop_last=False)
-        if self.shuffled and len(whole) > 1:
-            steps.order = Permutation(len(steps), self.seed, epoch, f"buckets/{phase}")
-        return steps
 
 
 class InOrder(GlobalOrder, SequentialSampler):  # type: ignore[misc]  # which yields numbers
