@@ -49,10 +49,10 @@ class Check:
             raise self.fail(setting, "a probability in 0…1", value)
         return float(value)
 
-    def choice(self, setting: str, value: Any, choices: Collection[str], hint: str = "") -> str:
+    def choice(self, setting: str, value: Any, choices: Collection[str]) -> str:
         """One of some texts."""
         if not isinstance(value, str) or value not in choices:
-            raise self.fail(setting, f"one of {', '.join(choices)}", value, hint)
+            raise self.fail(setting, f"one of {', '.join(choices)}", value)
         return value
 
     def integers(

@@ -2,31 +2,19 @@
 
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.parsing import AttributeDict
 from torch.utils.data import DataLoader, Dataset
 
 from latentdm.errors import UserTypeError
 
 
-class Delegated:
-    """A method of the wrapped data module, as a method of the wrapper.
+class OfPixels:
+    """A method of the wrapped data module, or an attribute that Lightning or a tuner sets on it.
 
     Lightning looks at the code of a method to see whether a stage is defined. It finds that of ``pixels``, or of a
     subclass of the wrapper that has its own.
     """
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, wrapper: Any, owner: type) -> Any:
-        if wrapper is None or wrapper.pixels is None:
-            return getattr(LightningDataModule, self._name)
-        return getattr(wrapper.pixels, self._name)
-
-
-class Shared:
-    """An attribute that Lightning gives every data module, or that a tuner sets: that of the wrapped one."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -68,40 +56,30 @@ class Wrapper(LightningDataModule):
         UserTypeError: it is something else.
     """
 
-    pixels: Any = None  # of the class: Lightning's __init__ sets the trainer, which ours hands on
+    pixels: Any = None  # of the class: Lightning's __init__ sets what is of the pixels
 
     CHECKPOINT_HYPER_PARAMS_KEY = HyperparametersKey()
 
-    name = Shared()
-    batch_size = Shared()
-    prepare_data_per_node = Shared()
-    allow_zero_length_dataloader_with_multiple_devices = Shared()
+    name = OfPixels()
+    trainer = OfPixels()
+    batch_size = OfPixels()
+    prepare_data_per_node = OfPixels()
+    allow_zero_length_dataloader_with_multiple_devices = OfPixels()
 
-    prepare_data = Delegated()
-    train_dataloader = Delegated()
-    val_dataloader = Delegated()
-    test_dataloader = Delegated()
-    predict_dataloader = Delegated()
-    on_exception = Delegated()
-    state_dict = Delegated()
-    load_state_dict = Delegated()
+    prepare_data = OfPixels()
+    train_dataloader = OfPixels()
+    val_dataloader = OfPixels()
+    test_dataloader = OfPixels()
+    predict_dataloader = OfPixels()
+    on_exception = OfPixels()
+    state_dict = OfPixels()
+    load_state_dict = OfPixels()
 
     def __init__(self, pixels: LightningDataModule) -> None:
         super().__init__()
         if not isinstance(pixels, LightningDataModule):
             raise UserTypeError(_no_data_module(pixels))
         self.pixels = pixels
-
-    @property
-    def trainer(self) -> Trainer | None:
-        """The trainer, known to the wrapped data module as well."""
-        return self._trainer
-
-    @trainer.setter
-    def trainer(self, trainer: Trainer | None) -> None:
-        self._trainer = trainer
-        if self.pixels is not None:
-            self.pixels.trainer = trainer
 
     # ---------------------------------------------------------------- hyperparameters
 

@@ -79,9 +79,9 @@ class FillData(PixelDataModule):
         if not any(isinstance(dataset, StreamImages) for dataset in able):
             self.predict_set = Jobs(able, self.part)
             return self._loader(self.predict_set, training=False)
-        ranks = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        ranks = self._ranks()
         jobs = StreamJobs(able, self.part, ranks["rank"], ranks["num_replicas"])
-        jobs.skips = self._skips(ranks["num_replicas"], ranks["rank"])
+        jobs.skips = self._skips()
         return DataLoader(jobs, self.batch_size, num_workers=self.num_workers, collate_fn=collate_missing)
 
     def teardown(self, stage: str) -> None:

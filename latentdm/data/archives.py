@@ -75,10 +75,8 @@ class _Head(tarfile.TarInfo):
         return head
 
 
-def members(stream: BinaryIO, shard: str) -> Iterator[dict[str, Any]]:
-    """The files in a shard, as the package ``webdataset`` has them: their ``fname``, ``data`` and ``__url__``.
-
-    Yields an empty one at the end, which keeps the sample that goes on in another shard apart.
+def members(stream: BinaryIO, shard: str) -> Iterator[tuple[str, bytes]]:
+    """The files in a shard: their names and contents.
 
     Raises:
         SampleError: a member is larger than it may be.
@@ -95,6 +93,5 @@ def members(stream: BinaryIO, shard: str) -> Iterator[dict[str, Any]]:
                     f"cannot read {shard}: its member {member.name} {what}; write the shard anew without it"
                 )
             content = tar.extractfile(member)
-            yield {"fname": member.name, "data": b"" if content is None else content.read(), "__url__": shard}
+            yield member.name, b"" if content is None else content.read()
             tar.members = []  # type: ignore[attr-defined]  # it would remember them all
-    yield {}

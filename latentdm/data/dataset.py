@@ -75,10 +75,6 @@ class PixelDataset(Dataset[Sample], ABC):
         """What the report calls a sample that cannot be read."""
         return f"sample {position}"
 
-    def new_epochs(self, epoch: int) -> int:
-        """The number of epochs, up to and with this one, that brought new samples: 1 where all have the same ones."""
-        return 1
-
     def replacement(self, position: int, epoch: int, attempt: int) -> int:
         """The position of the sample that replaces a broken one: drawn, and the same on every worker."""
         drawn = sample_seed(0, epoch, position, f"replacement/{attempt}")
@@ -113,7 +109,8 @@ class PixelDataset(Dataset[Sample], ABC):
             except SampleError as error:
                 if self.skips is None:
                     raise
-                self.skips.add(self.name(other), str(error), self.new_epochs(epoch))
+                # Each epoch of a stream brings new samples; otherwise all have the same ones.
+                self.skips.add(self.name(other), str(error), new_epochs=1 if self.parts is None else epoch + 1)
             other = self.replacement(position, epoch, attempt)
         raise RunError(f"{MAX_REPLACEMENTS} samples in a row cannot be read; the report lists what is wrong")
 

@@ -80,18 +80,18 @@ class Rows:
         Raises:
             SampleError: a column of pictures or captions holds something else, or a path outside the folders.
         """
-        image = _file(row[self.columns["image"]], f"the image of {name}", self.folders)
-        present = [kind for kind in COMPANIONS if kind in self.columns]
-        companions: dict[str, Any] = {
-            kind: _file(row[self.columns[kind]], f"the {kind} of {name}", self.folders) for kind in present
+        pictures: dict[str, Any] = {
+            kind: _file(row[self.columns[kind]], f"the {kind} of {name}", self.folders)
+            for kind in ("image", *COMPANIONS)
+            if kind in self.columns
         }
         others = {column: value for column, value in row.items() if column not in self.columns.values()}
         if CAPTION in self.columns:
             others[CAPTION] = row[self.columns[CAPTION]]
         if index is None:
-            index = stable_index(image if isinstance(image, bytes) else str(image))
+            index = stable_index(pictures["image"])
         rows = rows_of_image([others], what=name)
-        return Record(name, index, image, **companions, columns=rows[0], others=rows[1:])
+        return Record(name, index, **pictures, columns=rows[0], others=rows[1:])
 
 
 @dataclass(eq=False)

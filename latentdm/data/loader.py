@@ -55,7 +55,6 @@ class PixelLoader(DataLoader[Any]):
     by_hand = False
     _state: Mapping[str, Any] | None = None
     _epoch = 0
-    _taken: Taken = ()
     _yielded = 0
     _trained = 0  # Lightning's count when the iteration began
 
@@ -92,13 +91,12 @@ class PixelLoader(DataLoader[Any]):
             self.batch_sampler.locked = False
         state, self._state = self._state, None
         self._epoch, self._yielded = order.epoch, 0
-        self._taken = state["steps"] if state and state["epoch"] == order.epoch else ()
+        order.taken = state["steps"] if state and state["epoch"] == order.epoch else ()
         if self.progress:
             if state is None and self.progress.resumes:
-                self._taken = self._counted(order)
+                order.taken = self._counted(order)
             self.progress.began()
             self._trained = self.progress.batches
-        order.taken = self._taken
         for batch in explained(self._batches(), self.dataset):
             self._yielded += 1
             yield batch
@@ -112,7 +110,7 @@ class PixelLoader(DataLoader[Any]):
             return dict(self._state)
         order: GlobalOrder = self.sampler
         done = self._yielded if self.progress is None else min(self._yielded, self.progress.batches - self._trained)
-        steps, now = [list(pair) for pair in self._taken], order.global_batch
+        steps, now = [list(pair) for pair in order.taken], order.global_batch
         if not steps or steps[-1][0] != now:
             steps.append([now, 0])
         steps[-1][1] += max(done, 0)
@@ -186,8 +184,7 @@ def explained(batches: Iterator[Any], dataset: Any) -> Iterator[Any]:
     """
     try:
         try:
-            with watched(dataset) as watch:
-                yield from watch.awaited(batches) if watch else batches
+            yield from watched(batches, dataset)
         except CONNECTION_LOST:
             sleep(SIGNAL_S)  # otherwise the signal's error may come in the middle of anything that follows
             raise

@@ -184,7 +184,15 @@ class PixelDataModule(LightningDataModule):
     def _sets(self) -> list[PixelDataset]:
         return [s for s in (self.train_set, self.val_set, self.test_set, self.predict_set) if s is not None]
 
-    def _skips(self, ranks: int, rank: int) -> Skips | None:
+    def _ranks(self) -> dict[str, int]:
+        """How many share the data, and which of them this is, as samplers call it.
+
+        The strategy knows; under tensor parallelism that is not every rank.
+        """
+        shared = process_ranks() if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return shared or {"num_replicas": 1, "rank": 0}
+
+    def _skips(self) -> Skips | None:
         """The report of this run; made with its first loader."""
         if self.on_error == "skip" and self.skips is None:
             # Without a trainer a folder of a new name, that nobody has made: it is made at the first skip, if at all.
@@ -192,7 +200,8 @@ class PixelDataModule(LightningDataModule):
             folder = (home if self.trainer is None else Path(self.trainer.default_root_dir)) / "skipped_samples"
             problems = self.problems()
             total = max(map(len, self._sets())) + len(problems)  # which count as a sample each
-            self.skips = Skips(folder, rank, ranks, self.max_skipped_share, total)
+            ranks = self._ranks()
+            self.skips = Skips(folder, ranks["rank"], ranks["num_replicas"], self.max_skipped_share, total)
             with attributed(type(self).__name__):
                 for problem in problems:
                     self.skips.add(problem, problem)
@@ -205,10 +214,7 @@ class PixelDataModule(LightningDataModule):
         return dataset
 
     def _loader(self, dataset: PixelDataset, training: bool) -> DataLoader[Sample]:
-        # The strategy knows which ranks share the data: under tensor parallelism that is not every rank.
-        shared = process_ranks() if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        ranks = shared or {"num_replicas": 1, "rank": 0}
-        dataset.skips = self._skips(ranks["num_replicas"], ranks["rank"])
+        dataset.skips = self._skips()
         dataset.owner = type(self).__name__
         dataset.read_timeout = self.read_timeout
         if self.num_workers > (dataset.reading.workers if dataset.reading else 0):
@@ -224,7 +230,7 @@ class PixelDataModule(LightningDataModule):
         overfits = bool(getattr(self.trainer, "overfit_batches", 0))
         make = GlobalOrder if training and not overfits else InOrder
         drop_last = training and dataset.bucket_of is None
-        order = make(dataset, self.batch_size, training, drop_last, seed=self.seed, **ranks)
+        order = make(dataset, self.batch_size, training, drop_last, seed=self.seed, **self._ranks())
         batches = RankBatches(order, self.batch_size)
         loader = PixelLoader(dataset, batch_sampler=batches, **settings)
         loader.owner = type(self).__name__

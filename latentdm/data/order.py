@@ -39,10 +39,12 @@ class Steps:
     def __init__(self, left: Sequence[Numbers], global_batch: int, drop_last: bool) -> None:
         self.left = left
         self.global_batch = global_batch
-        self.counts = np.array([int((runs[:, 1] - runs[:, 0]).sum()) for runs in left])
+        sizes = [runs[:, 1] - runs[:, 0] for runs in left]
+        self.counts = np.array([int(of_bucket.sum()) for of_bucket in sizes])
         self.order: Permutation | None = None
         steps = self.counts // global_batch if drop_last else -(-self.counts // global_batch)
         self._first = np.concatenate([[0], steps.cumsum()])  # of each bucket, and past the last
+        self._before = [np.concatenate([[0], of_bucket.cumsum()[:-1]]) for of_bucket in sizes]  # each run of a bucket
 
     def __len__(self) -> int:
         """The number of steps."""
@@ -63,12 +65,12 @@ class Steps:
         """What is left when so many steps were taken."""
         buckets, steps = self._find(np.arange(min(count, len(self))))
         left = []
-        for bucket, (runs, total) in enumerate(zip(self.left, self.counts.tolist(), strict=True)):
+        for bucket, total in enumerate(self.counts.tolist()):
             taken = np.zeros(int(np.diff(self._first)[bucket]) + 1, dtype=bool)  # the last: what no step takes
             taken[steps[buckets == bucket]] = True
             edges = np.flatnonzero(np.diff(taken, prepend=True, append=True)).reshape(-1, 2)
             spans = np.minimum(edges * self.global_batch, total)
-            left.append(_pieces(runs, spans[spans[:, 0] < spans[:, 1]]))
+            left.append(self._runs(bucket, spans[spans[:, 0] < spans[:, 1]]))
         return left
 
     def _find(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
@@ -78,25 +80,18 @@ class Steps:
         return buckets, moved - self._first[buckets]
 
     def _ordinals(self, bucket: int, numbers: Numbers) -> Numbers:
-        runs = self.left[bucket]
-        before = np.concatenate([[0], (runs[:, 1] - runs[:, 0]).cumsum()[:-1]])
+        """What is left of a bucket, counted through → its ordinals."""
+        before = self._before[bucket]
         run = np.searchsorted(before, numbers, side="right") - 1
-        ordinals: Numbers = runs[run, 0] + numbers - before[run]
+        ordinals: Numbers = self.left[bucket][run, 0] + numbers - before[run]
         return ordinals
 
-
-def _pieces(runs: Numbers, spans: Numbers) -> Numbers:
-    """Spans of the numbers that runs hold, counted through → runs."""
-    before = np.concatenate([[0], (runs[:, 1] - runs[:, 0]).cumsum()])
-    pieces = []
-    for first, last in spans.tolist():
-        for run in range(int(np.searchsorted(before, first, side="right")) - 1, len(runs)):
-            low, high = max(first, int(before[run])), min(last, int(before[run + 1]))
-            if low >= high:
-                break
-            shift = int(runs[run, 0] - before[run])
-            pieces.append((low + shift, high + shift))
-    return np.array(pieces, dtype=np.int64).reshape(-1, 2)
+    def _runs(self, bucket: int, spans: Numbers) -> Numbers:
+        """Spans of the same numbers, in order and apart → runs, as of ``left``."""
+        cuts = np.union1d(spans, self._before[bucket])  # where a span or a run begins, or a span ends
+        lengths, within = np.diff(cuts), np.searchsorted(spans.ravel(), cuts[:-1], side="right") % 2 == 1
+        firsts = self._ordinals(bucket, cuts[:-1][within])
+        return np.stack([firsts, firsts + lengths[within]], axis=1)
 
 
 class GlobalOrder(DistributedSampler[list[Key]]):
@@ -159,7 +154,7 @@ class GlobalOrder(DistributedSampler[list[Key]]):
 
     def __len__(self) -> int:
         """The number of batches of an epoch, the same on every rank."""
-        return len(self.steps(self.epoch))
+        return len(self.rest(self.epoch, ())[0])
 
     def __iter__(self) -> Iterator[list[Key]]:
         """This rank's batches of the epoch, without those that were ``taken``."""
@@ -180,39 +175,22 @@ class GlobalOrder(DistributedSampler[list[Key]]):
         done = list(taken)
         if not done or done[-1][0] != self.global_batch:
             done.append((self.global_batch, 0))
-        left: Sequence[Numbers] | None = None
+        left = [np.array([[0, count]]) for count in self.layout.counts.tolist()]
         for phase, (global_batch, count) in enumerate(done):
-            steps = self.steps(epoch, left, global_batch, phase)
-            left = steps.after(count) if phase + 1 < len(done) else None
+            steps = Steps(left, global_batch, self.drop_last)
+            if not len(steps) and phase == 0:
+                steps = Steps(left, global_batch, drop_last=False)
+            if self.shuffled and len(left) > 1:
+                steps.order = Permutation(len(steps), self.seed, epoch, f"buckets/{phase}")
+            if phase + 1 < len(done):
+                left = steps.after(count)
         return steps, min(count, len(steps))
 
     def seen(self, epoch: int, taken: Taken) -> int:
         """How many samples of an epoch were seen on all ranks together."""
-        left: Sequence[Numbers] | None = None
-        for phase, (global_batch, count) in enumerate(taken):
-            left = self.steps(epoch, left, global_batch, phase).after(count)
-        whole = int(self.layout.counts.sum())
-        return 0 if left is None else whole - sum(int((runs[:, 1] - runs[:, 0]).sum()) for runs in left)
-
-    def steps(
-        self, epoch: int, left: Sequence[Numbers] | None = None, global_batch: int | None = None, phase: int = 0
-    ) -> Steps:
-        """The steps of an epoch, or of what is left of it.
-
-        Args:
-            epoch: shuffles buckets, where there are some.
-            left: as of `Steps`; None: all.
-            global_batch: samples a step; None: as now.
-            phase: how often the global batch has changed within the epoch.
-        """
-        size = global_batch or self.global_batch
-        whole = left or [np.array([[0, count]]) for count in self.layout.counts.tolist()]
-        steps = Steps(whole, size, self.drop_last)
-        if not len(steps) and left is None:
-            steps = Steps(whole, size, drop_last=False)
-        if self.shuffled and len(whole) > 1:
-            steps.order = Permutation(len(steps), self.seed, epoch, f"buckets/{phase}")
-        return steps
+        steps, count = self.rest(epoch, taken)
+        left = sum(int((runs[:, 1] - runs[:, 0]).sum()) for runs in steps.after(count))
+        return int(self.layout.counts.sum()) - left
 
 
 class InOrder(GlobalOrder, SequentialSampler):  # type: ignore[misc]  # which yields numbers

@@ -6,8 +6,8 @@ reads that part up to there, and what lies between is passed over undecoded. Nob
 shard holds, and no rank can run out before the others.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from random import Random
@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from lightning.pytorch.utilities import rank_zero_info
 
 from latentdm.data.dataset import PixelDataset, Sample
+from latentdm.data.decode import ImageFile
 from latentdm.data.geometry import Record, ResizeCrop
 from latentdm.data.module import PictureDataModule
 from latentdm.data.skips import SampleError
@@ -59,66 +60,51 @@ class Part:
         items: all of them.
 
     Attributes:
-        first: the number of the first one that can still be had.
+        first: the number that was asked for last, apart from replacements.
+        number: that of the sample read last. Those from ``first`` on cannot be read, and it stands for them.
     """
 
     def __init__(self, items: Iterator[Item]) -> None:
-        self.first = 0
+        self.first, self.number = 0, -1
         self._items = items
-        self._held: deque[Item] = deque()
+        self._last: Item
 
     def item(self, number: int, first: int) -> Item:
-        """A sample by its number; those before ``first`` are given up."""
-        while self.first < first:
-            if self._held:
-                self._held.popleft()
-            else:
-                next(self._items)
-            self.first += 1
-        while len(self._held) <= number - first:
-            self._held.append(next(self._items))
-        return self._held[number - first]
+        """A sample by its number, which may be that of one that replaces ``first``."""
+        self.first = first
+        while self.number < number:
+            self._last = next(self._items)
+            self.number += 1
+        return self._last
 
 
+@dataclass(eq=False)
 class StreamImages(PixelDataset):
     """The images of a stream. A stream that ends is read again.
 
-    Args:
-        owner: the class that an error names.
+    Attributes:
         items: gives the records.
         crops: makes samples of them.
         length: samples an epoch, on all ranks together.
         training: go on with other samples in each epoch, and shuffle; otherwise an epoch begins at the beginning.
-        shuffle_buffer: records that are held over all parts, and drawn from at random; 0: the stream's own order.
+        shuffle_buffer: records of each part that are held, and drawn from at random; 0: the stream's own order.
         seed: the order follows from it.
-        parts: the most in which training reads the stream.
+        parts: in how many the stream is read.
+        owner: the class that an error names; None: this one.
     """
 
-    parts: int
-
-    def __init__(
-        self,
-        owner: str,
-        items: Items,
-        crops: ResizeCrop,
-        length: int,
-        training: bool,
-        shuffle_buffer: int,
-        seed: int,
-        parts: int,
-    ) -> None:
-        self.owner = owner
-        self.items = items
-        self.crops = crops
-        self.length = length
-        self.training = training
-        self.seed = seed
-        self.parts = usable_parts(items.files, parts) if training else 1
-        self.shuffle_buffer = -(-shuffle_buffer // self.parts) if training else 0
-        self._epoch = 0
-        self._read: dict[int, Part] = {}
-        self._replaced: int | None = None
-        self._name = ""
+    items: Items
+    crops: ResizeCrop
+    length: int
+    training: bool
+    shuffle_buffer: int
+    seed: int
+    parts: int = 1
+    owner: str | None = None
+    _epoch: int = field(default=0, init=False)
+    _read: dict[int, Part] = field(default_factory=dict, init=False)
+    _replaced: int | None = field(default=None, init=False)
+    _name: str = field(default="", init=False)
 
     def __len__(self) -> int:
         """Samples an epoch."""
@@ -135,10 +121,6 @@ class StreamImages(PixelDataset):
         """The position of the part's next sample; which comes again in its own turn."""
         self._replaced = position
         return position + (attempt + 1) * self.parts
-
-    def new_epochs(self, epoch: int) -> int:
-        """Each training epoch may see new samples."""
-        return epoch + 1
 
     def sample(self, position: int, epoch: int) -> Sample:
         """The sample of a part: ``position`` is ``number · parts + part``.
@@ -200,11 +182,12 @@ class StreamDataModule(PictureDataModule):
 
     def stream(self, items: Items, training: bool) -> StreamImages:
         """The dataset of a stream of records."""
-        length = self.epoch_length if training else self.val_length
         owner, crops = type(self).__name__, self.crops(training)
-        if training:
-            rank_zero_info(f"{owner}: an epoch is epoch_length={length} images, however many the stream holds")
-        return StreamImages(owner, items, crops, length, training, self.shuffle_buffer, self.seed, self.parts)
+        if not training:
+            return StreamImages(items, crops, self.val_length, training, 0, self.seed, owner=owner)
+        length, parts = self.epoch_length, usable_parts(items.files, self.parts)
+        rank_zero_info(f"{owner}: an epoch is epoch_length={length} images, however many the stream holds")
+        return StreamImages(items, crops, length, training, -(-self.shuffle_buffer // parts), self.seed, parts, owner)
 
 
 def shuffled(items: Iterator[T], buffer: int, random: Random) -> Iterator[T]:
@@ -234,7 +217,7 @@ def own_share(shards: Sequence[str], read: Callable[[str], Iterator[T]], part: i
     return islice((sample for shard in shards for sample in read(shard)), part, None, parts)
 
 
-def stable_index(key: str | bytes) -> int:
+def stable_index(key: str | ImageFile) -> int:
     """An ``index`` of 63 bits, for samples that have a name or a content but no number."""
-    content = key.encode("utf-8", "surrogateescape") if isinstance(key, str) else key
+    content = key if isinstance(key, bytes) else str(key).encode("utf-8", "surrogateescape")
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "big") >> 1

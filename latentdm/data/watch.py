@@ -5,13 +5,13 @@ would wait for ever, at the end of the program too. Once it is killed PyTorch ra
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from multiprocessing import active_children
 from threading import Event, Thread
 from time import monotonic, process_time
 from typing import Any, TypeVar
 
-from latentdm.data.files import Patience, patience
+from latentdm.data.files import patience
 from latentdm.data.reading import NO_POSITION, Reading
 
 T = TypeVar("T")
@@ -32,50 +32,25 @@ STARTING_S = 120.0
 """Seconds in which workers start."""
 
 
-class Watch:
-    """Sees whether workers get any further while somebody waits for them.
+def watched(batches: Iterator[T], dataset: Any) -> Iterator[T]:
+    """The batches of a loader; workers that get no further while somebody waits for one are ended.
 
     Args:
-        reading: what they read.
-        limit: seconds that the reading of a file may take.
+        batches: what workers read.
+        dataset: from which they read: its ``reading`` tells how far they are; without one there are no workers.
     """
-
-    def __init__(self, reading: Reading, limit: float) -> None:
-        self._reading = reading
-        self._limit = limit
-        self._waiting = False
-        self._ended = Event()
-
-    def awaited(self, batches: Iterator[T]) -> Iterator[T]:
-        """The batches; the time until each of them counts, and what is done with it does not."""
-        while True:
-            self._waiting = True
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            finally:
-                self._waiting = False
-            yield batch
-
-    def run(self) -> None:
-        """Until `end`, or until workers were killed: the reading tells that they were."""
-        state, since = self._reading.state(), monotonic()
-        while not self._ended.wait(POLL_S):
-            if not self._waiting or state != (state := self._reading.state()):
-                since = monotonic()
-            started = all(process != NO_POSITION for process, *_ in state)
-            if monotonic() - since > max(self._limit + DECODING_S, 0 if started else STARTING_S):
-                self._reading.stood_still = True
-                mine = {process for process, *_ in state}
-                for child in active_children():
-                    if child.pid in mine:
-                        child.kill()
-                return
-
-    def end(self) -> None:
-        """Watch no longer."""
-        self._ended.set()
+    reading: Reading | None = getattr(dataset, "reading", None)
+    if reading is None:
+        yield from batches
+        return
+    reading.stood_still = False
+    waiting, ended = Event(), Event()
+    watch = partial(_watch, reading, dataset.read_timeout, waiting, ended)
+    Thread(target=watch, daemon=True, name="latentdm watch").start()
+    try:
+        yield from _awaited(batches, waiting)
+    finally:
+        ended.set()
 
 
 def working(items: Iterator[T]) -> Iterator[T]:
@@ -85,43 +60,55 @@ def working(items: Iterator[T]) -> Iterator[T]:
     and the library has a clock of its own for it.
 
     Args:
-        items: what is downloaded; the `Patience` of whoever asks for one of them hears of progress.
+        items: what is downloaded; the `Patience` of whoever asks for the first of them hears of progress.
     """
-    ended, awaiting = Event(), [Patience()]
+    waiting, ended, asking = Event(), Event(), patience()
 
     def look() -> None:
         used = process_time()
         while not ended.wait(WORKING_POLL_S):
             before, used = used, process_time()
-            if used - before > WORKING_S:
-                awaiting[0].progress()
+            if waiting.is_set() and used - before > WORKING_S:
+                asking.progress()
 
     Thread(target=look, daemon=True, name="latentdm download").start()
     try:
-        while True:
-            awaiting[0] = patience()
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            finally:
-                awaiting[0] = Patience()
-            yield item
+        yield from _awaited(items, waiting)
     finally:
         ended.set()
 
 
-@contextmanager
-def watched(dataset: Any) -> Iterator[Watch | None]:
-    """Watch the workers of a dataset; None where it has none."""
-    reading: Reading | None = getattr(dataset, "reading", None)
-    if reading is None:
-        yield None
-        return
-    reading.stood_still = False
-    watch = Watch(reading, dataset.read_timeout)
-    Thread(target=watch.run, daemon=True, name="latentdm watch").start()
-    try:
-        yield watch
-    finally:
-        watch.end()
+def _awaited(items: Iterator[T], waiting: Event) -> Iterator[T]:
+    """The items; ``waiting`` is set until each of them comes, and not while something is done with it."""
+    while True:
+        waiting.set()
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        finally:
+            waiting.clear()
+        yield item
+
+
+def _watch(reading: Reading, limit: float, waiting: Event, ended: Event) -> None:
+    """Until it has ended, or until workers were killed: the reading tells that they were.
+
+    Args:
+        reading: what workers read.
+        limit: seconds that the reading of a file may take.
+        waiting: set while somebody waits for them.
+        ended: set when nobody will any more.
+    """
+    state, since = reading.state(), monotonic()
+    while not ended.wait(POLL_S):
+        if not waiting.is_set() or state != (state := reading.state()):
+            since = monotonic()
+        started = all(process != NO_POSITION for process, *_ in state)
+        if monotonic() - since > max(limit + DECODING_S, 0 if started else STARTING_S):
+            reading.stood_still = True
+            mine = {process for process, *_ in state}
+            for child in active_children():
+                if child.pid in mine:
+                    child.kill()
+            return

@@ -3,10 +3,12 @@
 The package ``webdataset`` reads the shards; how they are split and repeated is `latentdm.data.stream`'s.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, groupby
+from operator import itemgetter
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -26,16 +28,12 @@ from latentdm.extras import require
 
 OWNER = "WebDatasetData"
 
-T = TypeVar("T")
-
 IMAGE_ENDINGS = tuple(ending[1:] for ending in EXTENSIONS)
 SIDECAR_ENDINGS = tuple(ending[1:] for ending in SIDECARS)
-COMPANION_ENDINGS = {
+PICTURE_ENDINGS = {"image": IMAGE_ENDINGS} | {
     kind: tuple(f"{mark}.{ending}" for mark in MARKS[kind] for ending in IMAGE_ENDINGS) for kind in COMPANIONS
 }
-KNOWN = frozenset(
-    [*IMAGE_ENDINGS, *SIDECAR_ENDINGS, "cls", *(end for ends in COMPANION_ENDINGS.values() for end in ends)]
-)
+KNOWN = frozenset([*SIDECAR_ENDINGS, "cls", *chain.from_iterable(PICTURE_ENDINGS.values())])
 """All endings that need not be named."""
 
 MAX_TOLD = 20
@@ -84,16 +82,15 @@ class ShardRecords:
         return own_share(shards, self._read, part, parts)
 
     def _read(self, shard: str) -> Iterator[Item]:
-        try:
-            for before, files, after in neighbours(_read_shard(shard)):
-                yield self._record(shard, files, [part.key for part in (before, after) if part])
-        except SampleError as error:  # which names it
-            yield error
-        except Exception as error:  # a file system, a network, a pipe or a broken tar: each has its own
-            # webdataset appends the stream it was reading, as an argument and in the text, with its address in memory.
-            text = error.strerror if isinstance(error, OSError) and error.strerror else next(iter(error.args), error)
-            why = str(text).split(" @ <")[0]
-            yield SampleError(f"cannot read the shard {shard}: {why}; replace or remove it")
+        before: Files | SampleError | None = None
+        sample = before
+        for after in chain(_read_shard(shard), [None]):
+            if isinstance(sample, Files):
+                beside = [other.key for other in (before, after) if isinstance(other, Files)]
+                yield self._record(shard, sample, beside)
+            elif sample is not None:
+                yield sample
+            before, sample = sample, after
 
     def _record(self, shard: str, sample: Files, beside: Collection[str]) -> Item:
         files, name = sample.contents, f"{shard}/{sample.key}"
@@ -101,18 +98,17 @@ class ShardRecords:
             self._check_name(sample.key, name, beside)
             if sample.twice:
                 raise SampleError(f"cannot read {name}: it has two files ending in .{sample.twice[0]}; remove one")
-            image = self._find(files, "image", IMAGE_ENDINGS, name)
-            companions: dict[str, Any] = {
-                kind: self._find(files, kind, ends, name) for kind, ends in COMPANION_ENDINGS.items()
+            pictures: dict[str, Any] = {
+                kind: self._find(files, kind, endings, name) for kind, endings in PICTURE_ENDINGS.items()
             }
-            if image is None:
+            if pictures["image"] is None:
                 wanted = self.columns.get("image", ", ".join(IMAGE_ENDINGS))
                 raise SampleError(f"cannot read {name}: it has no image ({wanted}), only {', '.join(files)}; remove it")
             rows = self._rows(files, name)
         except SampleError as error:
             return error
         self._tell(files)
-        return Record(name, stable_index(name), image, **companions, columns=rows[0], others=rows[1:])
+        return Record(name, stable_index(name), **pictures, columns=rows[0], others=rows[1:])
 
     def _tell(self, files: Mapping[str, bytes]) -> None:
         """Say which files are left out, once for each ending."""
@@ -269,43 +265,22 @@ class WebDatasetData(StreamDataModule):
         return self.stream(ShardRecords(expanded, self.columns), training)
 
 
-def _read_shard(url: str) -> Iterator[Files]:
-    """The samples of a shard."""
-    with open_shard(url, OWNER) as stream:
-        yield from samples_of(members(stream, url))
-
-
-def neighbours(parts: Iterable[T]) -> Iterator[tuple[T | None, T, T | None]]:
-    """Each part with the one before and the one after it."""
-    before: T | None = None
-    held: T | None = None
-    try:
-        for part in parts:
-            if held is not None:
-                yield before, held, part
-            before, held = held, part
-    except Exception:  # what came before is whole
-        if held is not None:
-            yield before, held, None
-        raise
-    if held is not None:
-        yield before, held, None
-
-
-def samples_of(files: Iterable[Mapping[str, Any]]) -> Iterator[Files]:
-    """The members of a shard, as the package ``webdataset`` gives them, by their names; an empty one is its end."""
+def _read_shard(shard: str) -> Iterator[Files | SampleError]:
+    """The samples of a shard, and last what is wrong with it; one that it breaks off in is not whole, and left out."""
     split = require("webdataset", extra="webdataset", needed_by=OWNER).tariterators.base_plus_ext
-    sample = None
-    for file in files:
-        key, ending = split(file["fname"]) if file else (None, None)
-        if file and key is None:
-            continue
-        if sample is not None and key != sample.key:
-            yield sample
-            sample = None
-        if file:
-            sample = sample or Files(str(key))
-            ending = str(ending).lower()
-            if ending in sample.contents:
-                sample.twice.append(ending)
-            sample.contents[ending] = file["data"]
+    try:
+        with open_shard(shard, OWNER) as stream:
+            files = ((*split(name), content) for name, content in members(stream, shard))
+            for key, group in groupby(filter(itemgetter(0), files), itemgetter(0)):  # a name without an ending has none
+                sample = Files(key)
+                for _, ending, content in group:
+                    if ending.lower() in sample.contents:
+                        sample.twice.append(ending.lower())
+                    sample.contents[ending.lower()] = content
+                yield sample
+    except SampleError as error:  # which names it
+        yield error
+    except Exception as error:  # a file system, a network, a pipe or a broken tar: each has its own
+        # webdataset appends the stream it was reading, as an argument and in the text, with its address in memory.
+        text = error.strerror if isinstance(error, OSError) and error.strerror else next(iter(error.args), error)
+        yield SampleError(f"cannot read the shard {shard}: {str(text).split(' @ <')[0]}; replace or remove it")

@@ -183,6 +183,17 @@ def test_a_broken_text_is_its_sample_s_alone(tmp_path, ending, content):
     assert f"1.{ending}" in data.skips.report()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("broken", [{1, 2}, {0, 1, 3}, {2, 3, 4}])
+def test_samples_in_a_row_that_cannot_be_read_are_each_replaced_by_the_next_that_can(tmp_path, broken, workers):
+    files = {f"{number}.png": b"no image" if number in broken else picture(number) for number in range(7)}
+    shard = write(tmp_path / "s.tar", files)
+    data = loaded(shard, epoch_length=6, on_error="skip", num_workers=workers)
+    names = [int(batch["name"][0].rpartition("/")[2]) for batch in data.train_dataloader()]
+    assert names == [min(set(range(number, 7)) - broken) for number in range(6)]
+    assert len(data.skips.read()) == len(broken)
+
+
 def test_a_file_twice_is_its_sample_s_alone(tmp_path):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         for name in ("0.png", "1.png", "1.PNG", "2.png"):
