@@ -21,8 +21,7 @@ from latentdm.autoencoders.network import Network
 from latentdm.autoencoders.posterior import Posterior
 from latentdm.draws import FreshDraws
 from latentdm.errors import UserError, attributed
-from latentdm.frozen.allocator import keep_freed
-from latentdm.frozen.chunks import Chunks, best_chunk
+from latentdm.frozen.chunks import Chunks
 from latentdm.frozen.compilation import compile_mode
 from latentdm.frozen.contexts import untracked
 from latentdm.frozen.weights import DTYPES, Weights, shown_source
@@ -100,9 +99,6 @@ class FrozenVAE:
         self._normalization = family.normalization(autoencoder).to("cpu")
         self._chunks = Chunks(tiling, fixed=mode is not None, owner=self.class_name)
         self._network = Network(autoencoder, family, self._weights)
-        self._planned: dict[
-            tuple[int, Sequence[int], int | None], int | None
-        ] = {}  # a small batch feels each calculation
         if encoder_only:
             for part in family.decoder_parts:
                 if isinstance(getattr(autoencoder, part, None), nn.Module):
@@ -207,7 +203,6 @@ class FrozenVAE:
     def to(self, device: torch.device | str, rest: bool = False) -> Self:
         """Move it to a device; the first time, settle its dtype there. At ``rest`` it goes when it is first needed."""
         self._weights.to(torch.device(device), rest)
-        self._planned = {}
         self._normalization = self._normalization.to(device)
         return self
 
@@ -225,9 +220,7 @@ class FrozenVAE:
 
     def best_chunk(self, size: Sequence[int]) -> int | None:
         """How many images ``h w`` or clips ``f h w`` are encoded at once where nobody says; None: all of a batch."""
-        if self._weights.compilation is not None:
-            return None  # one size for each size of image: the whole batch
-        return best_chunk(self.device, self._network.activation_bytes(size))
+        return self._chunks.best(self.device, self._network.activation_bytes(size))
 
     def encode(
         self, pixels: Tensor, posterior: Literal["sample", "mode"] = "sample", noise: Tensor | None = None
@@ -289,19 +282,9 @@ class FrozenVAE:
         encode = partial(self._network.moments, sets)
         count, shape = sum(map(len, sets)), sets[0].pixels.shape[2:]
         with untracked():
-            plan = count, shape, per_batch
-            size = self._planned[plan] if plan in self._planned else self._plan(*plan)
+            size = self._chunks.size(count, shape, per_batch, self.device, self._network.activation_bytes)
             moments = Posterior.cat(self._chunks.run(encode, count, size, shape, self.dtype, progress))
             return moments if moments.is_finite() else self._mend(moments, sets, name)
-
-    def _plan(self, count: int, shape: Sequence[int], per_batch: int | None) -> int | None:
-        """Images in a chunk, for the first batch of its kind; a CPU's allocator is made ready for them."""
-        size = self._planned[count, shape, per_batch] = per_batch or self.best_chunk(shape)
-        if self.device.type == "cpu":
-            keep_freed(
-                2 * min(size or count, count) * self._network.activation_bytes(shape)
-            )  # the largest buffer of a convolution
-        return size
 
     def draw(self, moments: Posterior, noise: Tensor | None) -> Tensor:
         """Latents of a posterior.

@@ -8,7 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from latentdm.errors import UserError
-from latentdm.frozen.allocator import keeps_freed
+from latentdm.frozen.allocator import keep_freed, keeps_freed
 from latentdm.frozen.contexts import NOTHING
 from latentdm.tensors import dtype_name
 from latentdm.validation import Check
@@ -65,6 +65,40 @@ class Chunks:
         """Image shape and dtype → images that fit; 0: not one, unless it is tiled."""
         self._sizes: dict[Hashable, set[int]] = {}
         """Of the chunks so far, where they are fixed."""
+        self._planned: dict[Hashable, int | None] = {}
+        """Kind of batch → its `size`, which is computed once: a small batch feels each calculation."""
+
+    def best(self, device: torch.device, image_bytes: int) -> int | None:
+        """How many images to encode at once where nobody says; None: all of a batch, as where sizes are fixed.
+
+        An accelerator is faster the more it is given. A CPU gains little from more images at once, and where freed
+        memory goes back to the system (`keep_freed`), it is up to four times faster with few.
+
+        Args:
+            device: where they are encoded.
+            image_bytes: of the widest layer's activations, for one image.
+        """
+        if self.fixed or device.type != "cpu":
+            return None
+        widest = KEPT_BYTES if keeps_freed() else CACHE_BYTES
+        return max(1, min(MAX_IMAGES_ON_CPU, widest // max(1, image_bytes)))
+
+    def size(
+        self,
+        count: int,
+        shape: Sequence[int],
+        per_batch: int | None,
+        device: torch.device,
+        activation_bytes: Callable[[Sequence[int]], int],
+    ) -> int | None:
+        """``per_batch``, or the best for ``count`` images of ``shape``. A CPU's allocator is made ready for them."""
+        kind = count, shape, per_batch, device
+        if kind not in self._planned:
+            image_bytes = activation_bytes(shape)
+            self._planned[kind] = size = per_batch or self.best(device, image_bytes)
+            if device.type == "cpu":
+                keep_freed(2 * min(size or count, count) * image_bytes)  # the largest buffer of a convolution
+        return self._planned[kind]
 
     def run(
         self,
@@ -154,22 +188,6 @@ class Chunks:
             f"{', tiled' if tiled else ''}; use {' or '.join(remedies)}, or leave the autoencoder more room. "
             f"What it needed: {failure}"
         )
-
-
-def best_chunk(device: torch.device, image_bytes: int) -> int | None:
-    """How many images to encode at once where nobody says; None: all of a batch.
-
-    An accelerator is faster the more it is given. A CPU gains little from more images at once, and where freed memory
-    goes back to the system (`keep_freed`), it is up to four times faster with few.
-
-    Args:
-        device: where they are encoded.
-        image_bytes: of the widest layer's activations, for one image.
-    """
-    if device.type != "cpu":
-        return None
-    widest = KEPT_BYTES if keeps_freed() else CACHE_BYTES
-    return max(1, min(MAX_IMAGES_ON_CPU, widest // max(1, image_bytes)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

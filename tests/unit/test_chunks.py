@@ -8,9 +8,17 @@ from helpers import images, tiny_kl
 
 from latentdm import FrozenVAE, PlainEncoder
 from latentdm.frozen import allocator
-from latentdm.frozen.chunks import CACHE_BYTES, KEPT_BYTES, MAX_IMAGES_ON_CPU, best_chunk
+from latentdm.frozen.chunks import CACHE_BYTES, KEPT_BYTES, MAX_IMAGES_ON_CPU, Chunks
 
 CPU = torch.device("cpu")
+
+
+def chunks(fixed: bool = False) -> Chunks:
+    return Chunks("never", fixed, "Tiny")
+
+
+def test_a_compiled_autoencoder_is_given_the_whole_batch():
+    assert chunks(fixed=True).best(CPU, 1) is None
 
 
 @pytest.mark.parametrize(("keeps", "widest"), [(True, KEPT_BYTES), (False, CACHE_BYTES)])
@@ -25,12 +33,12 @@ def test_a_cpu_is_given_as_many_images_as_its_allocator_bears(keeps, widest, mon
         1: MAX_IMAGES_ON_CPU,
         0: MAX_IMAGES_ON_CPU,  # no convolution, no activations
     }
-    assert {size: best_chunk(CPU, size) for size in cases} == cases
+    assert {size: chunks().best(CPU, size) for size in cases} == cases
 
 
 @pytest.mark.parametrize("image_bytes", [1, 10 * KEPT_BYTES])
 def test_an_accelerator_is_given_the_whole_batch(image_bytes):
-    assert best_chunk(torch.device("cuda"), image_bytes) is None
+    assert chunks().best(torch.device("cuda"), image_bytes) is None
 
 
 @pytest.fixture
