@@ -95,10 +95,9 @@ class FolderImages(PixelDataset):
                 raise SampleError(f"an image without a {kind}: {root / entry.name}; add one, or set {kind}s=ignore")
             pictures[kind] = None if name is None else beside(root, self.index.folders.get(kind)) / name
         target = None if self.bucket_of is None else self.shapes[self.bucket_of[position]]
-        columns, *others = rows
         image = root / entry.name
         name, number = entry.name.removeprefix(self.inside), row if self.first is None else self.first + position
-        return Record(name, number, image, **pictures, target=target, columns=columns, others=others)
+        return Record(name, number, image, **pictures, target=target, rows=rows)
 
     def sample(self, position: int, epoch: int) -> Sample:
         """An image, its companions and its columns, as `ResizeCrop` makes them.

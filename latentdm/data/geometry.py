@@ -4,7 +4,7 @@ Shapes: ``c h w``; ``H W`` is an image as it lies in its file. Sizes are (width,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -46,9 +46,8 @@ class Record:
         segmentation: the same of its label map.
         target: the size of the sample, where that was planned: an image may have been replaced since. None: that which
             follows from the image.
-        columns: whatever else belongs to it: its ``caption``, and any other column. One that has the name of a picture
-            is left out.
-        others: further sets of columns, as where an image has several captions.
+        rows: whatever else belongs to it, its ``caption`` and any other column; several sets of them where an image has
+            several captions. A column that has the name of a picture is left out.
     """
 
     name: str
@@ -58,14 +57,13 @@ class Record:
     source: ImageFile | None = None
     segmentation: ImageFile | None = None
     target: Size | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    others: Sequence[Mapping[str, Any]] = ()
+    rows: Sequence[Mapping[str, Any]] = ({},)
 
     def drawn(self, seed: int, epoch: int, training: bool) -> Mapping[str, Any]:
         """The columns of a sample: of several sets one, drawn for each sample and epoch; the first outside training."""
-        if not self.others or not training:
-            return self.columns
-        return (self.columns, *self.others)[sample_seed(seed, epoch, self.index, "caption") % (1 + len(self.others))]
+        if len(self.rows) == 1 or not training:
+            return self.rows[0]
+        return self.rows[sample_seed(seed, epoch, self.index, "caption") % len(self.rows)]
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,7 @@ class Rows:
             others[CAPTION] = row[self.columns[CAPTION]]
         if index is None:
             index = stable_index(image if isinstance(image, bytes) else str(image))
-        rows = rows_of_image([others], what=name)
-        return Record(name, index, image, **companions, columns=rows[0], others=rows[1:])
+        return Record(name, index, image, **companions, rows=rows_of_image([others], what=name))
 
 
 @dataclass(eq=False)

@@ -112,7 +112,7 @@ class ShardRecords:
         except SampleError as error:
             return error
         self._tell(files)
-        return Record(name, stable_index(name), image, **companions, columns=rows[0], others=rows[1:])
+        return Record(name, stable_index(name), image, **companions, rows=rows)
 
     def _tell(self, files: Mapping[str, bytes]) -> None:
         """Say which files are left out, once for each ending."""
