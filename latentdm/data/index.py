@@ -12,7 +12,6 @@ import stat
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from latentdm.batch import CAPTION
 from latentdm.data.decode import read_size
-from latentdm.data.files import NoAnswerError, asked, same_patience
+from latentdm.data.files import NoAnswerError, asked, threads
 from latentdm.data.index_file import SUFFIX, BrokenIndexError, read_table, write_table
 from latentdm.data.skips import SampleError
 from latentdm.errors import RunError
@@ -62,9 +61,6 @@ that has come or gone."""
 
 NO_STAMP = (0, -1)
 """The `stamp` of what cannot be looked at, which equals that of nothing else."""
-
-THREADS = 8
-"""They wait for the file system, which may be a network's."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +184,7 @@ class FolderIndex:
     def image_sizes(self) -> npt.NDArray[np.int32]:
         """``n 2``: width and height of each image, from its head, in parallel; 0 where it cannot be read."""
         # Reading silences warnings, which threads do side by side: the last to end may leave them silent.
-        with warnings.catch_warnings(), ThreadPoolExecutor(THREADS, initializer=same_patience()) as pool:
+        with warnings.catch_warnings(), threads() as pool:
             sizes = pool.map(partial(_image_size, self), range(len(self)))
             return np.array(list(tqdm(sizes, "reading sizes", len(self), leave=False)), dtype=np.int32).reshape(-1, 2)
 

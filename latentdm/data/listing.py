@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import islice
@@ -11,8 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from latentdm.data.decode import EXTENSIONS
-from latentdm.data.files import asked, same_patience
-from latentdm.data.index import NO_STAMP, THREADS, stamp
+from latentdm.data.files import asked, threads
+from latentdm.data.index import NO_STAMP, stamp
 from latentdm.data.names import SIDECARS, ending_of, is_metadata
 from latentdm.errors import UserError
 
@@ -68,10 +67,7 @@ def list_files(root: Path, skip: Path | None = None, start: str = "") -> Listing
     listing = Listing()
     seen = {_identity(skip)} if skip else set()
     level = [start]
-    with (
-        ThreadPoolExecutor(THREADS, initializer=same_patience()) as pool,
-        tqdm(desc=f"listing {root.name}", unit=" files", delay=2) as progress,
-    ):
+    with threads() as pool, tqdm(desc=f"listing {root.name}", unit=" files", delay=2) as progress:
         while level:
             fresh = []
             for folder in level:

@@ -17,9 +17,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from latentdm.batch import CAPTION, EPOCH, NAMES
 from latentdm.cache.rows import CACHED
+from latentdm.data.files import read_file
 from latentdm.data.names import ending_of
 from latentdm.data.skips import SampleError
-from latentdm.data.texts import check, decode, parse_csv, parse_json, quoted, read_bytes
+from latentdm.data.texts import check, decode, parse_csv, parse_json, quoted
 
 FILE_COLUMNS = ("file_name", "image_file_name")
 """The columns that name the image, as in Hugging Face's imagefolder: the first that is there."""
@@ -74,7 +75,7 @@ def read_sidecar(file: Path | bytes, name: str, columns: Mapping[str, str] | Non
     Raises:
         SampleError: the file is not UTF-8 or no JSON, or its caption no text.
     """
-    content, what = (file, name) if isinstance(file, bytes) else (read_bytes(file), str(file))
+    content, what = (file, name) if isinstance(file, bytes) else (read_file(file), str(file))
     text = decode(content, what)
     if ending_of(name) != ".json":
         return {CAPTION: text.strip()}
@@ -217,7 +218,7 @@ Found = tuple[str, Mapping[str, Any], str, bool]
 
 def _csv_rows(path: Path) -> Iterator[Found]:
     head: list[str] | None = None
-    for number, record in parse_csv(decode(read_bytes(path), path, "surrogateescape")):
+    for number, record in parse_csv(decode(read_file(path), path, "surrogateescape")):
         where = f"{path}, line {number}"
         if isinstance(record, csv.Error):
             if head is None:
@@ -239,7 +240,7 @@ def _csv_rows(path: Path) -> Iterator[Found]:
 
 
 def _json_lines(path: Path) -> Iterator[Found]:
-    content = read_bytes(path)
+    content = read_file(path)
     decode(content[:2] if content[:1] in (b"\xff", b"\xfe") else b"", path)  # UTF-16, whose lines are no lines
     for number, line in enumerate(content.split(b"\n"), start=1):
         where = f"{path}, line {number}"
@@ -256,7 +257,7 @@ def _json_lines(path: Path) -> Iterator[Found]:
 
 def _json_rows(path: Path) -> Iterator[Found]:
     """A list of rows, or an object of captions, or of sd-scripts' captions and tags, by the paths of their images."""
-    content = parse_json(decode(read_bytes(path), path), path)
+    content = parse_json(decode(read_file(path), path), path)
     if isinstance(content, list):
         for number, row in enumerate(content, start=1):
             yield f"{path}, row {number}", *_object_or_problem(row, f"{path}, row {number}"), False
@@ -275,7 +276,7 @@ def _json_rows(path: Path) -> Iterator[Found]:
 
 def _parquet_rows(path: Path) -> Iterator[Found]:
     try:
-        table = pq.read_table(pa.BufferReader(read_bytes(path)))
+        table = pq.read_table(pa.BufferReader(read_file(path)))
         opaque = [field.name for field in table.schema if OPAQUE.search(str(field.type))]
         rows = table.drop_columns(opaque).to_pylist()
     except pa.ArrowException as error:

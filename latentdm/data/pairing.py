@@ -15,6 +15,7 @@ import numpy.typing as npt
 from latentdm.batch import CAPTION, MASK, SEGMENTATION, SOURCE
 from latentdm.data.decode import EXTENSIONS
 from latentdm.data.described import TEXTS, Describer
+from latentdm.data.files import read_file
 from latentdm.data.geometry import COMPANIONS
 from latentdm.data.index import Entry
 from latentdm.data.listing import Listing, list_files, name_inside
@@ -23,7 +24,7 @@ from latentdm.data.metadata import is_labelme
 from latentdm.data.names import LIKE, ending_of, stem_of
 from latentdm.data.siblings import find_beside
 from latentdm.data.skips import SampleError
-from latentdm.data.texts import decode, parse_json, read_bytes
+from latentdm.data.texts import decode, parse_json
 from latentdm.errors import UserError
 from latentdm.validation import Check
 
@@ -212,7 +213,7 @@ def _sidecars(root: Path, listing: Listing, stems: Stems) -> dict[tuple[str, str
 
 def _is_labelme(path: Path) -> bool:
     try:
-        content = parse_json(decode(read_bytes(path), path), path)
+        content = parse_json(decode(read_file(path), path), path)
     except SampleError:  # an error when it is read
         return False
     return isinstance(content, dict) and is_labelme(content)
