@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from latentdm.batch import CAPTION, MASK, SEGMENTATION, SOURCE
 from latentdm.data.decode import EXTENSIONS
-from latentdm.data.described import TEXTS, Describer
+from latentdm.data.described import TEXTS, Descriptions
 from latentdm.data.files import read_file
 from latentdm.data.geometry import COMPANIONS
 from latentdm.data.index import Entry
@@ -95,14 +95,8 @@ def find_images(root: Path, pairing: Pairing, held_out: Path | None = None) -> F
     if held_out is not None and (inside := name_inside(root, held_out)) is not None:
         listing += list_files(root, start=inside)
     _settle_json(listing)
-    described = Describer(root, listing, pairing.choices, pairing.columns, pairing.lenient)()
-    problems, notes = described.problems, described.notes
-
-    def problem(text: str) -> None:
-        if not pairing.lenient:
-            raise UserError(text)
-        problems.append(text)
-
+    described = Descriptions(root, listing, pairing.choices, pairing.columns, pairing.lenient)
+    problem, notes = described.problem, described.notes
     for text in listing.problems:
         problem(text)
     matches = match(
@@ -148,7 +142,7 @@ def find_images(root: Path, pairing: Pairing, held_out: Path | None = None) -> F
                 f"add {stem_of(without[0])}-{kind}.png to {root}, or set {kind}s=ignore"
             )
     facts = {"notes": [*_notes(listing, matches, pairing), *notes], "folders": folders}
-    return Found(entries, problems, listing.watched, facts)
+    return Found(entries, described.problems, listing.watched, facts)
 
 
 def check_val_share(check: Check, val_share: object) -> float:
