@@ -12,7 +12,7 @@ import stat
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -88,12 +88,31 @@ class Entry:
     columns: Mapping[str, Any] | None = None
 
 
+@dataclass
+class Found:
+    """What a folder holds.
+
+    Attributes:
+        entries: its images, sorted by name.
+        problems: what is wrong with it.
+        watched: what to watch for changes: for each folder and metadata file its `stamp`.
+        notes: what was left out, and what else a person should know, as parts of a sentence.
+        folders: kind → the folder of companions that lie beside the root.
+    """
+
+    entries: Sequence[Entry]
+    problems: Sequence[str] = ()
+    watched: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    folders: Mapping[str, str] = field(default_factory=dict)
+
+
 class FolderIndex:
     """A table of images, sorted by name.
 
     Args:
         root: the folder.
-        table: as `to_table` makes it.
+        table: as `to_table` makes it, in one piece.
         identity: a hash of its content.
         file: where the table lies, if it is mapped into memory: then it is opened anew wherever it is sent to.
 
@@ -104,22 +123,17 @@ class FolderIndex:
         captioned: how many images have a caption.
     """
 
-    def __init__(self, root: Path, table: pa.Table, identity: bytes = b"", file: Path | None = None) -> None:
+    def __init__(self, root: Path, table: pa.RecordBatch, identity: bytes = b"", file: Path | None = None) -> None:
         self.root = root
+        self.table = table
         self.identity = identity
         self.file = file
-        columns = {name: table.column(name) for name in table.column_names}
-        # Combining copies, a single chunk as well, and what was mapped would be memory of this process.
-        self._columns = {
-            name: column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-            for name, column in columns.items()
-        }
-        self._metadata = table.schema.metadata
-        self.problems: list[str] = json.loads(self._metadata[b"problems"])
-        facts = json.loads(self._metadata[b"facts"])
-        self.notes: list[str] = facts.get("notes", [])
-        self.folders: dict[str, str] = facts.get("folders", {})
-        self.captioned: int = json.loads(self._metadata[b"captioned"])
+        self._columns = dict(zip(table.schema.names, table.columns, strict=True))
+        metadata = {name: json.loads(table.schema.metadata[name]) for name in (b"problems", b"facts", b"captioned")}
+        self.problems: list[str] = metadata[b"problems"]
+        self.notes: list[str] = metadata[b"facts"]["notes"]
+        self.folders: dict[str, str] = metadata[b"facts"]["folders"]
+        self.captioned: int = metadata[b"captioned"]
 
     def __len__(self) -> int:
         return len(self._columns["name"])
@@ -163,12 +177,12 @@ class FolderIndex:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.file is not None:
             return _reopened, (self.root, self.file, self.identity)
-        return FolderIndex, (self.root, pa.table(self._columns).replace_schema_metadata(self._metadata))
+        return FolderIndex, (self.root, self.table)
 
     @property
     def watched(self) -> dict[str, list[int]]:
         """What to watch for changes, as the build gave it."""
-        watched: dict[str, list[int]] = json.loads(self._metadata[b"watched"])
+        watched: dict[str, list[int]] = json.loads(self.table.schema.metadata[b"watched"])
         return watched
 
     def count(self, companion: str) -> int:
@@ -190,19 +204,14 @@ class FolderIndex:
 
 
 def folder_index(
-    root: Path,
-    settings: Mapping[str, Any],
-    build: Callable[[], tuple[Sequence[Entry], Sequence[str], Mapping[str, Sequence[int]], Mapping[str, Any]]],
-    cache: Path,
-    least: int,
+    root: Path, settings: Mapping[str, Any], build: Callable[[], Found], cache: Path, least: int
 ) -> FolderIndex:
     """The index of a folder: opened if it is kept and still true, else built, and kept if it is large.
 
     Args:
         root: the folder.
         settings: of the build; another file is kept for each set.
-        build: gives the images, what is wrong with the folder, for each folder and metadata file its time of change
-            in nanoseconds and its size, and what else is known: ``notes`` and ``folders``.
+        build: walks the folder.
         cache: the folder in which indices are kept.
         least: the number of images from which an index is kept.
     """
@@ -213,10 +222,10 @@ def folder_index(
     if index is not None:
         return index
     started = time.time_ns()
-    entries, problems, watched, known = build()
-    table = to_table(entries, problems, watched, known)
-    settled = all(started - mtime > SETTLED_S * 1e9 for mtime, _ in watched.values())
-    if len(entries) < least or not settled:
+    found = build()
+    table = to_table(found)
+    settled = all(started - mtime > SETTLED_S * 1e9 for mtime, _ in found.watched.values())
+    if len(found.entries) < least or not settled:
         return FolderIndex(root, table)
     try:
         write_table(table, file)
@@ -226,13 +235,9 @@ def folder_index(
     return _kept(root, file) or FolderIndex(root, table)
 
 
-def to_table(
-    entries: Sequence[Entry],
-    problems: Sequence[str],
-    watched: Mapping[str, Sequence[int]],
-    known: Mapping[str, Any],
-) -> pa.Table:
-    """Images as the table of a `FolderIndex`."""
+def to_table(found: Found) -> pa.RecordBatch:
+    """What a folder holds as the table of a `FolderIndex`."""
+    entries = found.entries
 
     def texts(attribute: str) -> list[bytes | None]:
         values = (getattr(entry, attribute) for entry in entries)
@@ -246,15 +251,11 @@ def to_table(
         "hash": [unit_hash(entry.name) for entry in entries],
     }
     captioned = sum(entry.caption is not None or CAPTION in (entry.columns or {}) for entry in entries)
-    facts = {
-        "problems": list(problems),
-        "watched": dict(watched),
-        "facts": dict(known),
-        "captioned": captioned,
-    }
-    metadata = {name: json.dumps(fact) for name, fact in facts.items()}
+    facts = {"notes": found.notes, "folders": found.folders}
+    metadata = {"problems": found.problems, "watched": found.watched, "facts": facts, "captioned": captioned}
+    schema = SCHEMA.with_metadata({name: json.dumps(fact) for name, fact in metadata.items()})
     arrays = [pa.array(data[name], SCHEMA.field(name).type) for name in SCHEMA.names]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def is_inside(name: str) -> bool:

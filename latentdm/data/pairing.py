@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from latentdm.data.decode import EXTENSIONS
 from latentdm.data.described import TEXTS, Descriptions
 from latentdm.data.files import read_file
 from latentdm.data.geometry import COMPANIONS
-from latentdm.data.index import Entry
+from latentdm.data.index import Entry, Found
 from latentdm.data.listing import Listing, list_files, name_inside
 from latentdm.data.matching import Matches, Stems, match
 from latentdm.data.metadata import is_labelme
@@ -56,23 +56,6 @@ class Pairing:
     def choices(self) -> dict[str, str]:
         """What is set for ``mask``, ``source``, ``segmentation`` and ``caption``."""
         return {MASK: self.masks, SOURCE: self.sources, SEGMENTATION: self.segmentations, CAPTION: self.captions}
-
-
-class Found(NamedTuple):
-    """What a folder holds.
-
-    Attributes:
-        entries: its images, sorted by name.
-        problems: what is wrong with it, where ``lenient``.
-        watched: what to watch for changes.
-        facts: ``notes``: what was left out, and what else a person should know, as parts of a sentence; ``folders``:
-            kind → the folder of companions that lie beside the root.
-    """
-
-    entries: list[Entry]
-    problems: list[str]
-    watched: dict[str, Sequence[int]]
-    facts: dict[str, Any]
 
 
 def find_images(root: Path, pairing: Pairing, held_out: Path | None = None) -> Found:
@@ -141,8 +124,8 @@ def find_images(root: Path, pairing: Pairing, held_out: Path | None = None) -> F
                 f"an image without a {kind}: {root / without[0]} (and {len(without) - 1} more of {len(entries)}); "
                 f"add {stem_of(without[0])}-{kind}.png to {root}, or set {kind}s=ignore"
             )
-    facts = {"notes": [*_notes(listing, matches, pairing), *notes], "folders": folders}
-    return Found(entries, described.problems, listing.watched, facts)
+    notes = [*_notes(listing, matches, pairing), *notes]
+    return Found(entries, described.problems, listing.watched, notes, folders)
 
 
 def check_val_share(check: Check, val_share: object) -> float:

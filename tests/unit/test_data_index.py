@@ -16,7 +16,7 @@ from PIL import Image
 
 from latentdm.data import SampleError
 from latentdm.data.folder import FolderImages, ImageFolderData
-from latentdm.data.index import Entry, folder_index
+from latentdm.data.index import Entry, Found, folder_index
 from latentdm.data.pairing import Pairing, find_images
 from latentdm.data.skips import Skips
 
@@ -84,7 +84,7 @@ def snapshot(folder):
 
 
 def test_it_is_built_once_and_holds_what_the_walk_found(opener):
-    entries = find_images(opener.root, opener.pairing)[0]
+    entries = find_images(opener.root, opener.pairing).entries
     first, second = opener(), opener()
     assert opener.built == 1
     assert everything(first) == everything(second) == entries
@@ -196,7 +196,7 @@ def test_a_change_makes_it_stale(opener, change):
     change(opener.root)
     index = opener()
     assert opener.built == 2
-    assert everything(index) == find_images(opener.root, opener.pairing)[0]
+    assert everything(index) == find_images(opener.root, opener.pairing).entries
     age(opener.root)
     opener()
     built = opener.built
@@ -285,6 +285,8 @@ def test_wrong_bytes_with_a_right_checksum_are_built_anew(opener, sealed):
     "change",
     [
         lambda head: head.update(rows=10**12),
+        lambda head: head.update(rows=2**62),
+        lambda head: head.update(rows=10**30),
         lambda head: head.update(rows=-1),
         lambda head: head.update(rows="12"),
         lambda head: head.update(places={}),
@@ -339,7 +341,7 @@ def test_an_index_of_another_user_is_not_opened(opener, monkeypatch):
 @pytest.mark.parametrize("column", ["name", "mask", "source", "segmentation", "caption"])
 def test_a_name_that_leaves_the_folder_is_refused_on_use(tmp_path, column, name):
     entries = [Entry(**{"name": "1.png", column: name}), Entry("a/..b/2.png")]
-    index = folder_index(tmp_path, {}, lambda: (entries, [], {}, {}), tmp_path / "cache", least=1)
+    index = folder_index(tmp_path, {}, lambda: Found(entries), tmp_path / "cache", least=1)
     with pytest.raises(SampleError, match=r"names .*, which lies outside"):
         index[0]
     assert index[1].name == "a/..b/2.png"
@@ -347,7 +349,7 @@ def test_a_name_that_leaves_the_folder_is_refused_on_use(tmp_path, column, name)
 
 def images_of(entries, tmp_path, **settings):
     """A data module of a folder whose kept index holds these entries, whoever wrote it."""
-    kept = folder_index(tmp_path, {}, lambda: (entries, [], {}, {}), tmp_path / "cache", least=1)
+    kept = folder_index(tmp_path, {}, lambda: Found(entries), tmp_path / "cache", least=1)
     crops = ImageFolderData(tmp_path, size=8).crops(training=False)
     return FolderImages(kept, np.arange(len(kept)), crops, **settings)
 
@@ -419,7 +421,7 @@ def test_a_disk_that_is_full_leaves_nothing_behind(opener, monkeypatch):
 
 def test_it_is_sent_to_workers_without_its_table(tmp_path):
     entries = [Entry(f"folder/{number:05}.png", columns={"caption": "a caption " * 5}) for number in range(5000)]
-    settings = (tmp_path, {}, lambda: (entries, [], {}, {}), tmp_path / "cache")
+    settings = (tmp_path, {}, lambda: Found(entries), tmp_path / "cache")
     small, kept = folder_index(*settings, least=5001), folder_index(*settings, least=1)
     assert len(pickle.dumps(small)) > 300_000
     sent = pickle.dumps(kept)
