@@ -222,7 +222,7 @@ class ImageFolderData(PictureDataModule):
         self.columns = dict(columns or {})
         self.buckets = None if buckets is None else Buckets(**buckets)
         self._plan: BucketPlan | None = None
-        self._sizes: dict[Path, npt.NDArray[np.int32]] = {}
+        self._known: dict[Path, FolderIndex] = {}
         self.index_dir = default_index_dir() if index_dir is None else Path(index_dir).expanduser()
 
     def __repr__(self) -> str:
@@ -262,7 +262,7 @@ class ImageFolderData(PictureDataModule):
             of_val = self._index(self.val_root)
             val = np.arange(len(of_val))
         if self.buckets is not None:
-            self._plan = self.buckets.plan(self._image_sizes(index)[train if inside else slice(None)])
+            self._plan = self.buckets.plan(index.sizes[train if inside else slice(None)])
             rank_zero_info(f"{OWNER}: {self._plan.table()}")
         self.train_set = self._dataset(index, train, training=True, first=firsts[0])
         self.val_set = self.test_set = None
@@ -303,7 +303,10 @@ class ImageFolderData(PictureDataModule):
         lenient = self.on_error == "skip"
         pairing = Pairing(self.masks, self.sources, self.segmentations, self.captions, self.columns, lenient)
         settings = {**asdict(pairing), "skip": held_out and held_out.resolve()}  # elsewhere a relative one is another
-        return folder_index(root, settings, lambda: find_images(root, pairing, held_out), self.index_dir, KEPT_FROM)
+        index = folder_index(root, settings, lambda: find_images(root, pairing, held_out), self.index_dir, KEPT_FROM)
+        if not index.is_same(self._known.get(root)):  # of one that is, the sizes may have been read
+            self._known[root] = index
+        return self._known[root]
 
     def _dataset(
         self,
@@ -321,15 +324,9 @@ class ImageFolderData(PictureDataModule):
         crops = self.crops(training, None if plan is None else plan.shape)
         images = FolderImages(index, rows, crops, first, inside, required, captions, self.columns)
         if plan is not None:
-            images.bucket_of = plan.buckets(self._image_sizes(index)[rows])
+            images.bucket_of = plan.buckets(index.sizes[rows])
             images.shapes = plan.shapes
         return images
-
-    def _image_sizes(self, index: FolderIndex) -> npt.NDArray[np.int32]:
-        """``n 2``, read once. A file that cannot be read counts as a square, and is replaced by one if at all."""
-        if index.root not in self._sizes:
-            self._sizes[index.root] = np.maximum(index.image_sizes(), 1)
-        return self._sizes[index.root]
 
 
 def default_index_dir() -> Path:

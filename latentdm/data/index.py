@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -195,12 +195,21 @@ class FolderIndex:
         hashes: npt.NDArray[np.float64] = self._columns["hash"].to_numpy(zero_copy_only=False)
         return hashes
 
-    def image_sizes(self) -> npt.NDArray[np.int32]:
-        """``n 2``: width and height of each image, from its head, in parallel; 0 where it cannot be read."""
+    def is_same(self, other: "FolderIndex | None") -> bool:
+        """Whether another one holds the same images, as they were when both were built."""
+        return other is not None and self.table.equals(other.table, check_metadata=True)
+
+    @cached_property
+    def sizes(self) -> npt.NDArray[np.int32]:
+        """``n 2``: width and height of each image, from its head, in parallel.
+
+        A file that cannot be read counts as a square, and is replaced by one if at all.
+        """
         # Reading silences warnings, which threads do side by side: the last to end may leave them silent.
         with warnings.catch_warnings(), threads() as pool:
             sizes = pool.map(partial(_image_size, self), range(len(self)))
-            return np.array(list(tqdm(sizes, "reading sizes", len(self), leave=False)), dtype=np.int32).reshape(-1, 2)
+            found = np.array(list(tqdm(sizes, "reading sizes", len(self), leave=False)), dtype=np.int32)
+            return np.maximum(found.reshape(-1, 2), 1)
 
 
 def folder_index(
