@@ -230,7 +230,7 @@ class _Waited(io.RawIOBase):
         self.size = 0
         self._endless = endless
         self._left = _patience.get().seconds
-        self._stream: BinaryIO | None = self._answer(opened, discard=lambda stream: stream.close())
+        self._stream: BinaryIO = self._answer(opened, discard=lambda stream: stream.close())
         if isinstance(self._stream, io.FileIO):
             self.size = os.fstat(self._stream.fileno()).st_size
 
@@ -245,30 +245,25 @@ class _Waited(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        return self._opened().seekable()
+        return self._stream.seekable()
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._opened().seek(offset, whence)
+        return self._stream.seek(offset, whence)
 
     def readinto(self, buffer: Any) -> int:
-        stream, count = self._opened(), min(len(buffer), PIECE)
+        count = min(len(buffer), PIECE)
         try:
-            content = self._answer(lambda: stream.read(count), discard=lambda _: stream.close())
+            content = self._answer(lambda: self._stream.read(count), discard=lambda _: self._stream.close())
         except SampleError:
-            self._stream = None  # it is read until it answers, and closed then
+            super().close()  # the stream itself is read until it answers, and closed then
             raise
         buffer[: len(content)] = content
         return len(content)
 
     def close(self) -> None:
-        if self._stream is not None and not self.closed:
+        if not self.closed:
             self._stream.close()
         super().close()
-
-    def _opened(self) -> BinaryIO:
-        if self._stream is None:
-            raise ValueError("reading from a file that was given up")
-        return self._stream
 
 
 class _Buffered(io.BufferedReader):

@@ -222,7 +222,7 @@ class ImageFolderData(PictureDataModule):
         self.columns = dict(columns or {})
         self.buckets = None if buckets is None else Buckets(**buckets)
         self._plan: BucketPlan | None = None
-        self._known: dict[Path, FolderIndex] = {}
+        self._indices: dict[Path, FolderIndex] = {}
         self.index_dir = default_index_dir() if index_dir is None else Path(index_dir).expanduser()
 
     def __repr__(self) -> str:
@@ -278,7 +278,7 @@ class ImageFolderData(PictureDataModule):
 
     def summary(self) -> str:
         """How many images, masks, sources and captions there are, how they are split, and whether masks are used."""
-        indices = self._indices()
+        indices = self._indices.values()
         counts = {"image": sum(map(len, indices)), **{k: sum(i.count(k) for i in indices) for k in COMPANIONS}}
         counts[CAPTION] = sum(index.captioned for index in indices)
         counts = {what: count for what, count in counts.items() if count or what not in (SOURCE, SEGMENTATION)}
@@ -288,25 +288,20 @@ class ImageFolderData(PictureDataModule):
 
     def notes(self) -> str:
         """What was left out, by endings with an example, and what else a person should know; known from `setup` on."""
-        return "; ".join(note for index in self._indices() for note in index.notes)
+        return "; ".join(note for index in self._indices.values() for note in index.notes)
 
     def problems(self) -> list[str]:
         """What is wrong with the folder, beside single images; known from `setup` on, where ``on_error`` is "skip"."""
-        return [problem for index in self._indices() for problem in index.problems]
-
-    def _indices(self) -> list[FolderIndex]:
-        """Of ``root``, and of ``val_root`` where there is one."""
-        parts = (self.train_set, self.val_set)
-        return list({id(part.index): part.index for part in parts if isinstance(part, FolderImages)}.values())
+        return [problem for index in self._indices.values() for problem in index.problems]
 
     def _index(self, root: Path, held_out: Path | None = None) -> FolderIndex:
         lenient = self.on_error == "skip"
         pairing = Pairing(self.masks, self.sources, self.segmentations, self.captions, self.columns, lenient)
         settings = {**asdict(pairing), "skip": held_out and held_out.resolve()}  # elsewhere a relative one is another
         index = folder_index(root, settings, lambda: find_images(root, pairing, held_out), self.index_dir, KEPT_FROM)
-        if not index.is_same(self._known.get(root)):  # of one that is, the sizes may have been read
-            self._known[root] = index
-        return self._known[root]
+        if not index.is_same(self._indices.get(root)):  # of one that is, the sizes may have been read
+            self._indices[root] = index
+        return self._indices[root]
 
     def _dataset(
         self,

@@ -6,8 +6,7 @@ written in JSON, and what it holds is checked. A file that somebody else may hav
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from hashlib import blake2b
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -50,7 +49,10 @@ def write_table(table: pa.RecordBatch, file: Path) -> None:
     _sweep(file.parent)
     new = file.with_suffix(f".{uuid4().hex}{HALF_WRITTEN}")
     try:
-        with _locked(new) as out:
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:  # for its user alone
+            if flock is not None:
+                with suppress(OSError):  # a file system without locks
+                    flock(out, LOCK_EX)
             _write(table, out)
         new.replace(file)
     finally:
@@ -89,30 +91,23 @@ def read_table(file: Path, schema: pa.Schema, identity: bytes | None = None) -> 
 
 def _write(table: pa.RecordBatch, out: BinaryIO) -> None:
     places: dict[str, list[list[int] | None]] = {}
-    buffers, end = [], 0
+    pieces: list[Any] = []
+    end = 0
     for name in table.schema.names:
         places[name] = []
         for buffer in table.column(name).buffers():
             places[name].append(None if buffer is None else [end, buffer.size])
             if buffer is not None:
-                buffers.append(buffer)
+                pieces += [memoryview(buffer), bytes(-buffer.size % ALIGNMENT)]
                 end += buffer.size + -buffer.size % ALIGNMENT
     facts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     head = json.dumps({"rows": table.num_rows, "places": places, "facts": facts}).encode()
     head += b" " * (-(HEAD_BYTES + len(head)) % ALIGNMENT)
     identity = blake2b(digest_size=IDENTITY_BYTES)
-    for piece in _pieces(head, buffers):
+    for piece in (len(head).to_bytes(HEAD_BYTES, "big"), head, *pieces):
         out.write(piece)
         identity.update(piece)
     out.write(identity.digest())
-
-
-def _pieces(head: bytes, buffers: list[Any]) -> Iterator[Any]:
-    yield len(head).to_bytes(HEAD_BYTES, "big")
-    yield head
-    for buffer in buffers:
-        yield memoryview(buffer)
-        yield bytes(-buffer.size % ALIGNMENT)
 
 
 def _table(content: memoryview, schema: pa.Schema, checked: bool) -> pa.RecordBatch:
@@ -150,16 +145,6 @@ def _hash(content: BinaryIO, size: int) -> bytes:
         total.update(piece)
         size -= len(piece)
     return total.digest()
-
-
-@contextmanager
-def _locked(new: Path) -> Iterator[BinaryIO]:
-    """A new file that none but its user may read, locked while it is written."""
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-        if flock is not None:
-            with suppress(OSError):  # a file system without locks
-                flock(out, LOCK_EX)
-        yield out
 
 
 def _sweep(folder: Path) -> None:
