@@ -4,6 +4,7 @@ An image may have several *rows*, each with one caption or none: of these one is
 """
 
 import csv
+import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from latentdm.cache.rows import CACHED
 from latentdm.data.files import read_file
 from latentdm.data.names import ending_of
 from latentdm.data.skips import SampleError
-from latentdm.data.texts import check, decode, parse_csv, parse_json, quoted
+from latentdm.data.texts import check, decode, parse_json, quoted
 
 FILE_COLUMNS = ("file_name", "image_file_name")
 """The columns that name the image, as in Hugging Face's imagefolder: the first that is there."""
@@ -209,26 +210,37 @@ def tell_once(text: str) -> None:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
+    """The records after RFC 4180: quoted fields of any length, with line breaks in them; empty lines are left out."""
+    text = decode(read_file(path), path, "surrogateescape")
+    usual = csv.field_size_limit(max(len(text), 1))
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     head: list[str] | None = None
-    for number, record in parse_csv(decode(read_file(path), path, "surrogateescape")):
-        where = f"{path}, line {number}"
-        if isinstance(record, csv.Error):
-            if head is None:
-                raise SampleError(f"cannot read {where}: it is no CSV ({record}); repair it")
-            yield Row(where, {}, f"cannot read {where}: it is no CSV ({record}); repair it, with quotes in pairs")
-        elif head is None:
-            head = [name.strip() for name in record]
-            twice = next((name for name, count in Counter(head).items() if name and count > 1), None)
-            if twice is not None:
-                raise SampleError(f"cannot read {where}: two columns have the name {quoted(twice)}; rename one")
-        else:
-            problem = ""
-            if len(record) > len(head):
+    try:
+        while True:
+            where = f"{path}, line {lines.line_num + 1}"
+            try:
+                record = next(lines)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if head is None:
+                    raise SampleError(f"cannot read {where}: it is no CSV ({error}); repair it") from error
+                yield Row(where, {}, f"cannot read {where}: it is no CSV ({error}); repair it, with quotes in pairs")
+                continue
+            if head is not None and record:
                 problem = (
                     f"{where} has {len(record)} cells where the first line names {len(head)}; put quotes around a text "
                     "with a comma in it"
                 )
-            yield Row(where, dict(zip(head, record, strict=False)), problem)
+                columns = dict(zip(head, record, strict=False))
+                yield Row(where, columns, problem if len(record) > len(head) else "")
+            elif record:
+                head = [name.strip() for name in record]
+                twice = next((name for name, count in Counter(head).items() if name and count > 1), None)
+                if twice is not None:
+                    raise SampleError(f"cannot read {where}: two columns have the name {quoted(twice)}; rename one")
+    finally:
+        csv.field_size_limit(usual)
 
 
 def _json_lines(path: Path) -> Iterator[Row]:

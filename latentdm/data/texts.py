@@ -4,11 +4,8 @@ A column's value becomes a part of a batch: what cannot travel there (a number o
 encoding has, nesting without end) is found here, and not by a worker or a tokenizer later.
 """
 
-import csv
-import io
 import json
 from collections import Counter
-from collections.abc import Iterator
 from reprlib import Repr
 from typing import Any
 
@@ -60,29 +57,6 @@ def parse_json(text: str, what: object) -> Any:
         raise SampleError(f"cannot read {what}: it is no JSON ({error}); repair or remove it") from error
     check(value, what)
     return value
-
-
-def parse_csv(text: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
-    """The records of a CSV file after RFC 4180, each with the number of its first line, or what is wrong with it.
-
-    A quoted field may hold line breaks, and be of any length. Empty lines are left out.
-    """
-    usual = csv.field_size_limit(max(len(text), 1))
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        while True:
-            number = lines.line_num + 1
-            try:
-                record = next(lines)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield number, error
-            else:
-                if record:
-                    yield number, record
-    finally:
-        csv.field_size_limit(usual)
 
 
 def check(value: object, what: object) -> None:
