@@ -49,7 +49,7 @@ class Stems(Names):
 
     Args:
         names: of the images.
-        parents: paths of folders that hold a folder of masks, of which `beside` will be asked.
+        parents: paths of folders that hold a folder of masks, to look for images beside it.
     """
 
     def __init__(self, names: Iterable[str], parents: Collection[str] = ()) -> None:
@@ -64,30 +64,24 @@ class Stems(Names):
                     self._beside.setdefault(parent, {}).setdefault(folder, {})[inside] = stem
 
     def of(self, guess: Guess) -> str | None:
-        """The image that a picture belongs to, if the guess is right."""
+        """The image that a picture belongs to, if the guess is right.
+
+        Of the folders beside its own that may hold it, it is the one of images there is, or the one that is called so.
+        """
         for stem in _names(guess.stem):
             if (found := self.find(stem)) is not None:
                 return found
         if guess.apart is None:
             return None
         parent, inside = guess.apart
-        return next(filter(None, (self.beside(parent, name, guess.kind == LIKE) for name in _names(inside))), None)
-
-    def beside(self, parent: str, inside: str, anywhere: bool = False) -> str | None:
-        """The image with that path inside the one folder of images there is, or the one that is called so.
-
-        Args:
-            parent: the folder of folders.
-            inside: the path, without its ending.
-            anywhere: any of the folders will do.
-        """
         folders = self._beside.get(parent, {})
         images = sorted(folder for folder in folders if folded(folder) in IMAGE_FOLDERS) or sorted(folders)
-        if anywhere:
+        if guess.kind == LIKE:  # any of them will do
             images = sorted(folders)
         elif len(images) != 1:
             return None
-        return next(filter(None, (folders[folder].get(folded(inside)) for folder in images)), None)
+        possible = (folders[folder].get(folded(name)) for name in _names(inside) for folder in images)
+        return next(filter(None, possible), None)
 
 
 @dataclass

@@ -92,20 +92,19 @@ def find_images(root: Path, pairing: Pairing, held_out: Path | None = None) -> F
     held |= {kind for description in described.images.values() for kind in description.companions}
     wanted = [kind for kind in COMPANIONS if kind not in held and pairing.choices[kind] != "ignore"]
     folders = find_beside(root, wanted, matches, listing, notes)
-    found: dict[str, dict[str, str]] = {kind: {} for kind in COMPANIONS}  # kind → stem of the image → name
+    found: dict[tuple[str, str], str] = {}  # kind, stem of the image → name
     for kind, stem, name in matches.pairs:
         if kind == LIKE or pairing.choices[kind] == "ignore":
             continue
-        if stem in found[kind]:
-            problem(f"two {kind}s for one image, {root / found[kind][stem]} and {root / name}; remove one")
-        found[kind].setdefault(stem, name)
+        if (first := found.setdefault((kind, stem), name)) != name:
+            problem(f"two {kind}s for one image, {root / first} and {root / name}; remove one")
     texts = _sidecars(root, listing, matches.stems) if pairing.captions != "ignore" else {}
     entries = []
     for name in matches.images:
         mtime, size = listing.images[name]
         stem, description = stem_of(name), described.images.get(name)
         named = description.companions if description else {}
-        pictures: dict[str, Any] = {kind: named.get(kind) or found[kind].get(stem) for kind in COMPANIONS}
+        pictures: dict[str, Any] = {kind: named.get(kind) or found.get((kind, stem)) for kind in COMPANIONS}
         caption, *others = [*texts.get((stem, ""), ()), *texts.get((stem, ending_of(name)), ())] or [None]
         columns = None if description is None else description.columns()
         if others:
