@@ -25,7 +25,6 @@ from latentdm.data.pairing import Pairing, check_val_share, find_images, split_h
 from latentdm.data.siblings import beside
 from latentdm.data.skips import SampleError
 from latentdm.errors import UserError, attributed
-from latentdm.shown import one_line
 from latentdm.validation import Check
 
 OWNER = "ImageFolderData"
@@ -223,10 +222,7 @@ class ImageFolderData(PictureDataModule):
         self.buckets = None if buckets is None else Buckets(**buckets)
         self._plan: BucketPlan | None = None
         self._indices: dict[Path, FolderIndex] = {}
-        self.index_dir = default_index_dir() if index_dir is None else Path(index_dir).expanduser()
-
-    def __repr__(self) -> str:
-        return one_line(self, index_dir=None if self.index_dir == default_index_dir() else self.index_dir)
+        self.index_dir = None if index_dir is None else Path(index_dir).expanduser()
 
     @attributed(OWNER)
     def setup(self, stage: str | None = None) -> None:
@@ -240,16 +236,15 @@ class ImageFolderData(PictureDataModule):
 
     def _set_up(self) -> None:
         index = of_val = self._index(self.root, self.val_root)
-        train, inside = np.arange(len(index)), ""
-        firsts: tuple[int | None, int | None] = (0, len(index))
+        everything = train = np.arange(len(index))
+        inside = ""
         if self.val_root is None:
             train, val = split_hashes(index.hashes, self.val_share)
-            firsts = (None, None)
         elif name := name_inside(self.root, self.val_root):  # listed together, as what is written above is of both
             inside = f"{name}/"
             held_out = index.below(inside)
-            train, val = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-            firsts = (0, len(train))
+            val = np.flatnonzero(held_out)
+            everything = train = np.flatnonzero(~held_out)
             for setting, found in (("root", train), ("val_root", val)):
                 if not len(found):
                     raise UserError(f"no images in {setting}={str(getattr(self, setting))!r}, apart from the other's")
@@ -262,16 +257,16 @@ class ImageFolderData(PictureDataModule):
             of_val = self._index(self.val_root)
             val = np.arange(len(of_val))
         if self.buckets is not None:
-            self._plan = self.buckets.plan(index.sizes[train if inside else slice(None)])
+            self._plan = self.buckets.plan(index.sizes[everything])
             rank_zero_info(f"{OWNER}: {self._plan.table()}")
-        self.train_set = self._dataset(index, train, training=True, first=firsts[0])
+        self.train_set = self._dataset(index, train, training=True, first=0 if self.val_root else None)
+        self.predict_set = predict = self._dataset(index, everything, training=False, first=0)
         self.val_set = self.test_set = None
         if len(val):
-            self.val_set = self.test_set = self._dataset(of_val, val, False, firsts[1], inside)
-        everything = train if self.val_root else np.arange(len(index))
-        self.predict_set = predict = self._dataset(index, everything, training=False, first=0)
-        if self.val_root and self.val_set:
-            self.predict_set = Joined(predict, self.val_set)
+            first = len(train) if self.val_root else None
+            self.val_set = self.test_set = self._dataset(of_val, val, False, first, inside)
+            if self.val_root:
+                self.predict_set = Joined(predict, self.val_set)
         rank_zero_info(f"{OWNER}: {self.summary()}")
         if notes := self.notes():
             rank_zero_info(f"{OWNER}: {notes}")
@@ -298,7 +293,8 @@ class ImageFolderData(PictureDataModule):
         lenient = self.on_error == "skip"
         pairing = Pairing(self.masks, self.sources, self.segmentations, self.captions, self.columns, lenient)
         settings = {**asdict(pairing), "skip": held_out and held_out.resolve()}  # elsewhere a relative one is another
-        index = folder_index(root, settings, lambda: find_images(root, pairing, held_out), self.index_dir, KEPT_FROM)
+        cache = self.index_dir or default_index_dir()
+        index = folder_index(root, settings, lambda: find_images(root, pairing, held_out), cache, KEPT_FROM)
         if not index.is_same(self._indices.get(root)):  # of one that is, the sizes may have been read
             self._indices[root] = index
         return self._indices[root]

@@ -235,6 +235,19 @@ def test_an_image_folder_s_own_index_is_opened_again(photos, tmp_path, monkeypat
     assert not any(name.startswith("b/") for name in first)
 
 
+def test_where_it_is_kept_by_default_is_no_setting_of_a_run(photos, tmp_path, monkeypatch):
+    settings = []
+    for home in ("here", "there"):  # as on another machine
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home))
+        monkeypatch.setattr("latentdm.data.folder.KEPT_FROM", 1)
+        data = ImageFolderData(photos, masks="ignore", on_error="skip")
+        data.setup()
+        assert len(list((tmp_path / home).rglob("*.index"))) == 1
+        assert "index_dir" not in repr(data)
+        settings.append(data.state_dict())
+    assert settings[0] == settings[1]
+
+
 # Broken files
 
 
