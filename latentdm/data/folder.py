@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from latentdm.data.dataset import Joined, PixelDataset, Sample
 from latentdm.data.described import stored
 from latentdm.data.files import READ_TIMEOUT_S, Patience, patient
 from latentdm.data.geometry import COMPANIONS, Record, ResizeCrop
-from latentdm.data.index import FolderIndex, folder_index
+from latentdm.data.index import FolderIndex, Found, folder_index
 from latentdm.data.listing import existing_folder, name_inside
 from latentdm.data.metadata import read_sidecar, rows_of_image
 from latentdm.data.module import PictureDataModule
-from latentdm.data.pairing import Pairing, check_val_share, find_images, split_hashes
+from latentdm.data.pairing import check_val_share, find_images, split_hashes
 from latentdm.data.siblings import beside
 from latentdm.data.skips import SampleError
 from latentdm.errors import UserError, attributed
@@ -289,12 +289,20 @@ class ImageFolderData(PictureDataModule):
         """What is wrong with the folder, beside single images; known from `setup` on, where ``on_error`` is "skip"."""
         return [problem for index in self._indices.values() for problem in index.problems]
 
+    @property
+    def _choices(self) -> dict[str, str]:
+        return {MASK: self.masks, SOURCE: self.sources, SEGMENTATION: self.segmentations, CAPTION: self.captions}
+
     def _index(self, root: Path, held_out: Path | None = None) -> FolderIndex:
-        lenient = self.on_error == "skip"
-        pairing = Pairing(self.masks, self.sources, self.segmentations, self.captions, self.columns, lenient)
-        settings = {**asdict(pairing), "skip": held_out and held_out.resolve()}  # elsewhere a relative one is another
-        cache = self.index_dir or default_index_dir()
-        index = folder_index(root, settings, lambda: find_images(root, pairing, held_out), cache, KEPT_FROM)
+        choices, lenient = self._choices, self.on_error == "skip"
+        settings: dict[str, Any] = {f"{kind}s": choice for kind, choice in choices.items()}
+        settings |= {"columns": self.columns, "lenient": lenient}
+        settings["skip"] = held_out and held_out.resolve()  # elsewhere a relative one is another
+
+        def build() -> Found:
+            return find_images(root, choices, self.columns, lenient, held_out)
+
+        index = folder_index(root, settings, build, self.index_dir or default_index_dir(), KEPT_FROM)
         if not index.is_same(self._indices.get(root)):  # of one that is, the sizes may have been read
             self._indices[root] = index
         return self._indices[root]
@@ -307,8 +315,7 @@ class ImageFolderData(PictureDataModule):
         first: int | None = None,
         inside: str = "",
     ) -> FolderImages:
-        choices = {MASK: self.masks, SOURCE: self.sources, SEGMENTATION: self.segmentations, CAPTION: self.captions}
-        required = {name for name, choice in choices.items() if choice == "require"}
+        required = {name for name, choice in self._choices.items() if choice == "require"}
         required |= {kind for kind in COMPANIONS if index.count(kind)}
         captions = self.captions == "require" or (self.captions == "auto" and index.captioned > 0)
         plan = self._plan

@@ -179,12 +179,6 @@ class FolderIndex:
             return _reopened, (self.root, self.file, self.identity)
         return FolderIndex, (self.root, self.table)
 
-    @property
-    def watched(self) -> dict[str, list[int]]:
-        """What to watch for changes, as the build gave it."""
-        watched: dict[str, list[int]] = json.loads(self.table.schema.metadata[b"watched"])
-        return watched
-
     def count(self, companion: str) -> int:
         """How many images have a ``mask``, a ``source`` or a ``segmentation``."""
         return len(self) - int(self._columns[companion].null_count)
@@ -306,7 +300,7 @@ def _is_true(index: FolderIndex) -> bool:
     """Whether folders, metadata files and some of the images still are what they were."""
     rows = random.Random().sample(range(len(index)), min(CHECKED_FILES, len(index)))
     images = {entry.name: (entry.mtime, entry.size) for entry in map(index.__getitem__, rows)}
-    watched = list({**index.watched, **images}.items())
+    watched = list({**json.loads(index.table.schema.metadata[b"watched"]), **images}.items())
 
     def unchanged(part: Sequence[tuple[str, Sequence[int]]]) -> bool:
         return all(list(stamp(index.root / name)) == list(then) for name, then in part)

@@ -5,14 +5,14 @@ A *companion* is another picture of an image: its mask, its source, or its label
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from latentdm.batch import CAPTION, MASK, SEGMENTATION, SOURCE
+from latentdm.batch import CAPTION
 from latentdm.data.decode import EXTENSIONS
 from latentdm.data.described import TEXTS, Descriptions
 from latentdm.data.files import read_file
@@ -32,45 +32,32 @@ SHOWN_ENDINGS = 8
 """Endings of left out files that are told apart, the most frequent first."""
 
 
-@dataclass(frozen=True)
-class Pairing:
-    """How masks, sources and captions are recognised.
-
-    Attributes:
-        masks: ``"auto"``, ``"require"`` or ``"ignore"``, see `latentdm.data.ImageFolderData`.
-        sources: the same.
-        segmentations: the same.
-        captions: the same.
-        columns: our name of a metadata column → its name there.
-        lenient: what is wrong with a single image is an error when it is read, and not at once.
-    """
-
-    masks: str = "auto"
-    sources: str = "auto"
-    segmentations: str = "auto"
-    captions: str = "auto"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    lenient: bool = False
-
-    @property
-    def choices(self) -> dict[str, str]:
-        """What is set for ``mask``, ``source``, ``segmentation`` and ``caption``."""
-        return {MASK: self.masks, SOURCE: self.sources, SEGMENTATION: self.segmentations, CAPTION: self.captions}
+AUTO = MappingProxyType(dict.fromkeys((*COMPANIONS, CAPTION), "auto"))
+"""Takes whatever there is."""
 
 
-def find_images(root: Path, pairing: Pairing, held_out: Path | None = None) -> Found:
+def find_images(
+    root: Path,
+    choices: Mapping[str, str] = AUTO,
+    columns: Mapping[str, str] | None = None,
+    lenient: bool = False,
+    held_out: Path | None = None,
+) -> Found:
     """The images of a folder and of the folders inside it; `latentdm.data.names` says what is recognised.
 
     What metadata say of an image comes before what names say. An image that the metadata do not name counts as well.
 
     Args:
         root: the folder.
-        pairing: what belongs to an image.
+        choices: of ``mask``, ``source``, ``segmentation`` and ``caption``: ``"auto"``, ``"require"`` or ``"ignore"``,
+            see `latentdm.data.ImageFolderData`.
+        columns: our name of a metadata column → its name there.
+        lenient: what is wrong with a single image is an error when it is read, and not at once.
         held_out: a folder for validation. One inside ``root`` is found under its own name, even if a link leads to it
             too; any other one is left out.
 
     Raises:
-        UserError: no images, and, unless ``pairing.lenient``: a companion without an image, two of one kind for one
+        UserError: no images, and, unless ``lenient``: a companion without an image, two of one kind for one
             image, an image without one where others have one (or where they are required), a metadata row that cannot
             be read, or that names a file outside the folder or one that does not exist.
     """
@@ -78,7 +65,7 @@ def find_images(root: Path, pairing: Pairing, held_out: Path | None = None) -> F
     if held_out is not None and (inside := name_inside(root, held_out)) is not None:
         listing += list_files(root, start=inside)
     _settle_json(listing)
-    described = Descriptions(root, listing, pairing.choices, pairing.columns, pairing.lenient)
+    described = Descriptions(root, listing, choices, columns or {}, lenient)
     problem, notes = described.problem, described.notes
     for text in listing.problems:
         problem(text)
@@ -90,15 +77,15 @@ def find_images(root: Path, pairing: Pairing, held_out: Path | None = None) -> F
         raise UserError(f"no images in root={str(root)!r}; expected files ending in {', '.join(EXTENSIONS)}")
     held = {kind for kind, *_ in (*matches.pairs, *matches.orphans)}
     held |= {kind for description in described.images.values() for kind in description.companions}
-    wanted = [kind for kind in COMPANIONS if kind not in held and pairing.choices[kind] != "ignore"]
+    wanted = [kind for kind in COMPANIONS if kind not in held and choices[kind] != "ignore"]
     folders = find_beside(root, wanted, matches, listing, notes)
     found: dict[tuple[str, str], str] = {}  # kind, stem of the image → name
     for kind, stem, name in matches.pairs:
-        if kind == LIKE or pairing.choices[kind] == "ignore":
+        if kind == LIKE or choices[kind] == "ignore":
             continue
         if (first := found.setdefault((kind, stem), name)) != name:
             problem(f"two {kind}s for one image, {root / first} and {root / name}; remove one")
-    texts = _sidecars(root, listing, matches.stems) if pairing.captions != "ignore" else {}
+    texts = _sidecars(root, listing, matches.stems) if choices[CAPTION] != "ignore" else {}
     entries = []
     for name in matches.images:
         mtime, size = listing.images[name]
@@ -106,24 +93,24 @@ def find_images(root: Path, pairing: Pairing, held_out: Path | None = None) -> F
         named = description.companions if description else {}
         pictures: dict[str, Any] = {kind: named.get(kind) or found.get((kind, stem)) for kind in COMPANIONS}
         caption, *others = [*texts.get((stem, ""), ()), *texts.get((stem, ending_of(name)), ())] or [None]
-        columns = None if description is None else description.columns()
+        said = None if description is None else description.columns()
         if others:
-            columns = {**(columns or {}), TEXTS: others}
-        entries.append(Entry(name, size, mtime, caption=caption, columns=columns, **pictures))
+            said = {**(said or {}), TEXTS: others}
+        entries.append(Entry(name, size, mtime, caption=caption, columns=said, **pictures))
     for kind, name in matches.orphans:
-        if pairing.choices[kind] != "ignore":
+        if choices[kind] != "ignore":
             problem(
                 f"a {kind} without an image: {root / name}; name it after its image, remove it, or set {kind}s=ignore"
             )
     for kind in COMPANIONS:
         without = [entry.name for entry in entries if getattr(entry, kind) is None]
-        required = len(without) < len(entries) or pairing.choices[kind] == "require"
-        if without and required and not pairing.lenient:
+        required = len(without) < len(entries) or choices[kind] == "require"
+        if without and required and not lenient:
             raise UserError(
                 f"an image without a {kind}: {root / without[0]} (and {len(without) - 1} more of {len(entries)}); "
                 f"add {stem_of(without[0])}-{kind}.png to {root}, or set {kind}s=ignore"
             )
-    notes = [*_notes(listing, matches, pairing), *notes]
+    notes = [*_notes(listing, matches, choices), *notes]
     return Found(entries, described.problems, listing.watched, notes, folders)
 
 
@@ -195,7 +182,7 @@ def _is_labelme(path: Path) -> bool:
     return isinstance(content, dict) and is_labelme(content)
 
 
-def _notes(listing: Listing, matches: Matches, pairing: Pairing) -> Iterator[str]:
+def _notes(listing: Listing, matches: Matches, choices: Mapping[str, str]) -> Iterator[str]:
     """What a person should know of what the names said."""
     if listing.others:
         yield "left out: " + _by_ending(sorted(listing.others))
@@ -203,9 +190,9 @@ def _notes(listing: Listing, matches: Matches, pairing: Pairing) -> Iterator[str
         yield f"left out: {_count(listing.polygons, 'file')} of labelme, whose polygons are not read (export masks)"
     for kind in COMPANIONS:
         ignored = [name for of, _, name in matches.pairs if of == kind]
-        if ignored and pairing.choices[kind] == "ignore":
+        if ignored and choices[kind] == "ignore":
             yield f"left out: {_count(ignored, kind)}, as {kind}s=ignore"
-    if listing.sidecars and pairing.captions == "ignore":
+    if listing.sidecars and choices[CAPTION] == "ignore":
         yield f"left out: {_count(listing.sidecars, 'caption')}, as captions=ignore"
     if like := [name for kind, _, name in matches.pairs if kind == LIKE]:
         yield f"left out: {_count(like, 'picture')} called like a mask or label map (rename masks: name-mask.png)"

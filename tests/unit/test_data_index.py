@@ -17,7 +17,7 @@ from PIL import Image
 from latentdm.data import SampleError
 from latentdm.data.folder import FolderImages, ImageFolderData
 from latentdm.data.index import Entry, Found, folder_index
-from latentdm.data.pairing import Pairing, find_images
+from latentdm.data.pairing import find_images
 from latentdm.data.skips import Skips
 
 LONG_AGO = 1_600_000_000
@@ -52,12 +52,12 @@ class Opener:
 
     def __init__(self, root, cache, least=1, lenient=True):
         self.root, self.cache, self.least = root, cache, least
-        self.pairing = Pairing(lenient=lenient)
+        self.lenient = lenient
         self.built = 0
 
     def build(self):
         self.built += 1
-        return find_images(self.root, self.pairing)
+        return find_images(self.root, lenient=self.lenient)
 
     def __call__(self, **settings):
         return folder_index(self.root, settings, self.build, self.cache, self.least)
@@ -84,7 +84,7 @@ def snapshot(folder):
 
 
 def test_it_is_built_once_and_holds_what_the_walk_found(opener):
-    entries = find_images(opener.root, opener.pairing).entries
+    entries = find_images(opener.root, lenient=True).entries
     first, second = opener(), opener()
     assert opener.built == 1
     assert everything(first) == everything(second) == entries
@@ -196,7 +196,7 @@ def test_a_change_makes_it_stale(opener, change):
     change(opener.root)
     index = opener()
     assert opener.built == 2
-    assert everything(index) == find_images(opener.root, opener.pairing).entries
+    assert everything(index) == find_images(opener.root, lenient=True).entries
     age(opener.root)
     opener()
     built = opener.built
