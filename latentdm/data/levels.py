@@ -95,13 +95,11 @@ def resized(pick: Pick, size: tuple[int, int], new: tuple[int, int]) -> Pick:
     """
 
     def bilinear(rows: Indices, columns: Indices) -> npt.NDArray[Any]:
-        left, right, across, width = _between(size[0], new[0], columns)
-        upper, lower, down, height = _between(size[1], new[1], rows)
-        x, at_x = np.unique(np.concatenate([left, right]), return_inverse=True)
-        y, at_y = np.unique(np.concatenate([upper, lower]), return_inverse=True)
+        x, left, right, across, width = _between(size[0], new[0], columns)
+        y, upper, lower, down, height = _between(size[1], new[1], rows)
         levels = pick(y, x).astype(np.int64)
-        levels = levels[:, at_x[: len(columns)]] * (width - across) + levels[:, at_x[len(columns) :]] * across
-        levels = levels[at_y[: len(rows)]] * (height - down)[:, None] + levels[at_y[len(rows) :]] * down[:, None]
+        levels = levels[:, left] * (width - across) + levels[:, right] * across
+        levels = levels[upper] * (height - down)[:, None] + levels[lower] * down[:, None]
         whole = width * height
         kept: npt.NDArray[Any] = -((whole - 2 * levels) // (2 * whole))  # a half goes down
         return kept.astype(np.uint8)
@@ -246,8 +244,10 @@ def _bits(layout: str) -> str:
     return depth[:1] if kind == "L" else ""
 
 
-def _between(side: int, new: int, positions: Indices) -> tuple[Indices, Indices, Indices, int]:
-    """Of positions along a resized side: the pixels before and after, and the latter's weight, in parts of a whole.
+def _between(side: int, new: int, positions: Indices) -> tuple[Indices, Indices, Indices, Indices, int]:
+    """Of positions along a resized side: which pixels they need; among these the one before and the one after each.
+
+    And the latter's weight, in parts of a whole.
 
     In integers, and so exact: in floats a half would be more or less than that, by the processor.
     """
@@ -256,4 +256,5 @@ def _between(side: int, new: int, positions: Indices) -> tuple[Indices, Indices,
     before, weight = place // parts, place % parts
     if parts > MAX_PARTS:
         weight, parts = weight * (MAX_PARTS / parts) // 1, MAX_PARTS
-    return before, np.minimum(before + 1, side - 1), weight.astype(np.int64), parts
+    needed, at = np.unique(np.concatenate([before, np.minimum(before + 1, side - 1)]), return_inverse=True)
+    return needed, at[: len(positions)], at[len(positions) :], weight.astype(np.int64), parts
