@@ -169,10 +169,9 @@ class CachedCrops:
             plan.store.refresh()
         captions = {}
         if plan.caption is not None and epoch == 0:
-            captions = {CAPTIONS: [columns.get(plan.caption) for columns in (record.columns, *record.others)]}
-        if record.others:  # a caption is drawn in the true epoch, whatever crop comes with it
-            columns = record.drawn(self.crops.seed, epoch, self.crops.training)
-            record = replace(record, columns=columns, others=())
+            captions = {CAPTIONS: [columns.get(plan.caption) for columns in record.rows]}
+        if len(record.rows) > 1:  # a caption is drawn in the true epoch, whatever crop comes with it
+            record = replace(record, rows=[record.drawn(self.crops.seed, epoch, self.crops.training)])
         keys, drawn, drawn_epoch = self.keys(record, epoch)
         cached = plan.look_up(keys, self.turn(record, epoch))
         if len(cached.found) == len(keys) and not plan.needs_pixels and not _needs_more(record):
@@ -222,7 +221,7 @@ class CachedCrops:
         found = cached.found
         cached.sizes = tuple(found[LATENTS][SIZES].tolist())
         *original, top, left, height, width = cached.sizes
-        sample: Sample = {name: value for name, value in record.columns.items() if name not in COMPANIONS}
+        sample: Sample = {name: value for name, value in record.rows[0].items() if name not in COMPANIONS}
         sample |= {"index": record.index, "name": record.name}
         if top >= 0:
             sizes = {ORIGINAL_SIZE: original, CROP_TOP_LEFT: [top, left], TARGET_SIZE: [height, width]}
@@ -236,7 +235,7 @@ class CachedCrops:
 
 def _needs_more(record: Record) -> bool:
     """Whether a sample has pictures beside those that an entry stands for."""
-    known = {"name", "index", "image", "columns", "others", "target", *COMPANIONS_OF_ENTRIES}
+    known = {"name", "index", "image", "rows", "target", *COMPANIONS_OF_ENTRIES}
     return any(getattr(record, each.name) is not None for each in fields(record) if each.name not in known)
 
 

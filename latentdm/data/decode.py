@@ -154,7 +154,8 @@ def extremes(image: Image.Image) -> tuple[float, float]:
     if image.mode == "L":
         gray: Any = image.getextrema()
         return gray[0], gray[1]
-    bounds = [(block.min().item(), block.max().item()) for _, block in blocks(image)]
+    blocks = (np.asarray(part) for _, part in parts(image))
+    bounds = [(block.min().item(), block.max().item()) for block in blocks]
     lows, highs = zip(*bounds, strict=True)
     return np.min(lows).item(), np.max(highs).item()
 
@@ -162,19 +163,13 @@ def extremes(image: Image.Image) -> tuple[float, float]:
 def in_blocks(image: Image.Image, convert: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Image.Image:
     """Turn an image's levels into 8-bit ones."""
     gray = Image.new("L", image.size)
-    for corner, block in blocks(image):
-        gray.paste(Image.fromarray(convert(block).astype(np.uint8)), corner)
+    for corner, part in parts(image):
+        gray.paste(Image.fromarray(convert(np.asarray(part)).astype(np.uint8)), corner)
     return gray
 
 
-def blocks(image: Image.Image) -> Iterator[tuple[tuple[int, int], npt.NDArray[Any]]]:
-    """An image's levels in parts, each with its upper left corner: as one array they would lie in memory thrice."""
-    for corner, part in parts(image):
-        yield corner, np.asarray(part)
-
-
 def parts(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
-    """Crops that make up an image, each with its upper left corner."""
+    """Crops that make up an image, each with its upper left corner: as one array it would lie in memory thrice."""
     columns = min(image.width, BLOCK)
     rows = BLOCK // columns
     for top in range(0, image.height, rows):

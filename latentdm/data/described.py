@@ -6,9 +6,9 @@ a zero: further rows of the image, further files beside it, and what is wrong wi
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from latentdm.data.files import asked
 from latentdm.data.geometry import COMPANIONS
 from latentdm.data.index import is_inside
 from latentdm.data.listing import Listing
+from latentdm.data.matching import Names
 from latentdm.data.metadata import NoMetadataError, Row, read_metadata, reserved_note, without_reserved
 from latentdm.data.names import folded, stem_of
 from latentdm.data.skips import SampleError
@@ -57,47 +58,6 @@ class Description:
         return {**first, ROWS: others} if others else dict(first)
 
 
-@dataclass
-class Descriptions:
-    """What the metadata files of a folder say.
-
-    Attributes:
-        images: of each image that they describe, by its name.
-        companions: the names of all masks and sources in them.
-        notes: what was left out.
-        problems: what is wrong with a file or a row, unless that is a matter of one image.
-    """
-
-    images: dict[str, Description] = field(default_factory=dict)
-    companions: set[str] = field(default_factory=set)
-    notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-class Names:
-    """Finds the files of a folder by the names that people write for them."""
-
-    def __init__(self, names: Collection[str]) -> None:
-        self._names = names
-        self._folded: dict[str, str | None] | None = None
-        self._anywhere: dict[str, str | None] | None = None
-
-    def find(self, name: str) -> str | None:
-        """The file of a name; but for case, Unicode form and backslashes where it is the only one."""
-        if name in self._names:
-            return name
-        if self._folded is None:
-            self._folded = _unique(self._names, folded)
-        return self._folded.get(folded(name)) or self._folded.get(folded(os.path.normpath(name.replace("\\", "/"))))
-
-    def anywhere(self, name: str) -> str | None:
-        """The file of that name, with or without its ending, in whatever folder, if it is the only one."""
-        if self._anywhere is None:
-            whole, stems = _unique(self._names, _last), _unique(self._names, lambda name: _last(stem_of(name)))
-            self._anywhere = {**stems, **whole}
-        return self._anywhere.get(_last(name.replace("\\", "/")))
-
-
 def stored(columns: Mapping[str, Any] | None) -> tuple[list[dict[str, Any]], list[str]]:
     """What an index keeps as the columns of an image: its rows, and the names of further files beside it.
 
@@ -116,8 +76,8 @@ def stored(columns: Mapping[str, Any] | None) -> tuple[list[dict[str, Any]], lis
     return rows, names
 
 
-class Describer:
-    """Reads the metadata files of a folder.
+class Descriptions:
+    """What the metadata files of a folder say.
 
     Args:
         root: the folder.
@@ -125,6 +85,15 @@ class Describer:
         choices: of ``mask``, ``source`` and ``caption``: ``"ignore"`` leaves those out.
         columns: our name → that of a column.
         lenient: what is wrong with an image is an error when it is read, and not at once.
+
+    Attributes:
+        images: of each image that they describe, by its name.
+        companions: the names of all masks and sources in them.
+        notes: what was left out.
+        problems: what is wrong with a file or a row, unless that is a matter of one image.
+
+    Raises:
+        UserError: unless lenient: what is wrong with a file or a row, with its line.
     """
 
     def __init__(
@@ -133,53 +102,58 @@ class Describer:
         self.root = root
         self.listing = listing
         self.choices = choices
-        self.columns = columns
         self.lenient = lenient
-        self.names = Names(listing.images)
-        self.found = Descriptions()
-        self.reserved: set[str] = set()
+        self.images: dict[str, Description] = {}
+        self.companions: set[str] = set()
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+        self._names = Names(listing.images)
+        self._reserved: set[str] = set()
+        for path in sorted(listing.metadata):
+            self._read(path, columns)
+        if self._reserved:
+            self.notes.append(reserved_note(self._reserved))
 
-    def __call__(self) -> Descriptions:
-        """All that they say.
+    def problem(self, text: str) -> None:
+        """Something is wrong with the folder: an error, unless lenient."""
+        if not self.lenient:
+            raise UserError(text)
+        self.problems.append(text)
 
-        Raises:
-            UserError: unless lenient: what is wrong with a file or a row, with its line.
-        """
-        for path in sorted(self.listing.metadata):
-            known, strangers, rows = len(self.found.images), [], 0
-            try:
-                for row in read_metadata(self.root / path, self.columns):
-                    rows += 1
-                    if row.anywhere and self._image(path, row) is None:
-                        strangers.append(row.name)
-                    else:
-                        self._add(path, row)
-                if not rows:
-                    self.found.notes.append(f"{path} has no rows")
-            except NoMetadataError:
-                self.listing.others.append(path)
-            except SampleError as error:
-                self._problem(str(error))
-            if strangers and len(self.found.images) == known:  # some other object of objects
-                self.listing.others.append(path)
-            elif strangers:
-                count = f"{len(strangers)} row{'s' * (len(strangers) > 1)}"
-                self.found.notes.append(f"{count} of {path} on images that are not here ({strangers[0]})")
-        if self.reserved:
-            self.found.notes.append(reserved_note(self.reserved))
-        return self.found
+    def _read(self, path: str, columns: Mapping[str, str]) -> None:
+        known, strangers, rows = len(self.images), [], 0
+        try:
+            for row in read_metadata(self.root / path, columns):
+                rows += 1
+                if row.anywhere and self._image(path, row) is None:
+                    strangers.append(row.name)
+                else:
+                    self._add(path, row)
+            if not rows:
+                self.notes.append(f"{path} has no rows")
+        except NoMetadataError:
+            self.listing.others.append(path)
+        except SampleError as error:
+            self.problem(str(error))
+        if strangers and len(self.images) == known:  # some other object of objects
+            self.listing.others.append(path)
+        elif strangers:
+            count = f"{len(strangers)} row{'s' * (len(strangers) > 1)}"
+            self.notes.append(f"{count} of {path} on images that are not here ({strangers[0]})")
 
     def _add(self, path: str, row: Row) -> None:
         name = self._image(path, row)
         if name is None:
-            self._problem(row.problem or self._stranger(path, row))
+            self.problem(row.problem or self._stranger(path, row))
             return
         columns = dict(row.columns)
         companions, problem = self._companions(path, row.where, columns)
         if self.choices[CAPTION] == "ignore":
             columns.pop(CAPTION, None)
-        of_image = self.found.images.setdefault(name, Description(row.where))
-        of_image.rows.append(without_reserved(columns, self.reserved.add))
+        of_image = self.images.setdefault(name, Description(row.where))
+        kept, reserved = without_reserved(columns)
+        of_image.rows.append(kept)
+        self._reserved |= reserved
         for kind, other in companions.items():
             if of_image.companions.setdefault(kind, other) != other:
                 first = _cut(of_image.companions[kind])
@@ -204,8 +178,8 @@ class Describer:
             if written is None:
                 problem = self._outside(where)
                 continue
-            other = self.names.find(written) or written
-            self.found.companions.add(other)
+            other = self._find(written) or written
+            self.companions.add(other)
             if self.choices[kind] == "ignore":
                 continue
             if other in self.listing.images or asked(partial(os.path.isfile, self.root / other), self.root / other):
@@ -220,8 +194,22 @@ class Describer:
     def _image(self, path: str, row: Row) -> str | None:
         """The image that a row describes, as far as there is one."""
         name = inside(self.root, path, row.name) if row.name else None
-        found = self.names.find(name) if name else None
-        return self.names.anywhere(row.name) if found is None and row.anywhere else found
+        found = self._find(name) if name else None
+        return self._anywhere.get(_last(row.name.replace("\\", "/"))) if found is None and row.anywhere else found
+
+    def _find(self, name: str) -> str | None:
+        """The picture of a name, in which backslashes may stand for slashes."""
+        return self._names.find(name) or self._names.find(os.path.normpath(name.replace("\\", "/")))
+
+    @cached_property
+    def _anywhere(self) -> dict[str, str | None]:
+        """The last part of a name, without its ending or with it → the only image that has it, in whatever folder."""
+        stems: dict[str, str | None] = {}
+        whole: dict[str, str | None] = {}
+        for name in self.listing.images:
+            for found, key in ((stems, _last(stem_of(name))), (whole, _last(name))):
+                found[key] = None if key in found else name
+        return stems | whole
 
     def _stranger(self, path: str, row: Row) -> str:
         name = inside(self.root, path, row.name)
@@ -233,11 +221,6 @@ class Describer:
     def _outside(self, where: str) -> str:
         return f"{where} names a file outside root={str(self.root)!r}; only files inside it are read"
 
-    def _problem(self, text: str) -> None:
-        if not self.lenient:
-            raise UserError(text)
-        self.found.problems.append(text)
-
 
 def inside(root: Path, metadata: str, name: str) -> str | None:
     """A name in a metadata file as one relative to the root; None outside the root."""
@@ -245,15 +228,6 @@ def inside(root: Path, metadata: str, name: str) -> str | None:
     if os.path.isabs(path):
         path = os.path.relpath(path, root.absolute())
     return None if path.split(os.sep)[0] == os.pardir else Path(path).as_posix()
-
-
-def _unique(names: Collection[str], key: Callable[[str], str]) -> dict[str, str | None]:
-    """Key → the only name that has it; None where several do."""
-    found: dict[str, str | None] = {}
-    for name in names:
-        made = key(name)
-        found[made] = None if made in found else name
-    return found
 
 
 def _last(name: str) -> str:

@@ -7,6 +7,7 @@ limits (``tests/unit/test_data_effort.py`` makes some that are not).
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, BinaryIO
 
 from PIL.ImageFile import ImageFile
@@ -24,6 +25,9 @@ MAX_PROFILE_WORK = 1 << 20
 
 PARTS = {"strips": (273, 279), "tiles": (324, 325)}
 """The tags of a TIFF that say where its parts lie, and how long each is."""
+
+HEAD_BYTES = 1 << 18
+"""Bytes of a JPEG that are looked at first; most often its first scan begins there."""
 
 MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
 """Of a JPEG: what stands between its segments, and behind the data of a scan."""
@@ -56,49 +60,37 @@ def takes_long(profile: bytes) -> bool:
 
 def _check_jpeg(stream: BinaryIO) -> None:
     """Count the scans, unless the first one holds all of the picture."""
-    progressive, channels = False, 0
     stream.seek(0)
-    for marker, head in _jpeg_segments(stream):
+    content = stream.read(HEAD_BYTES)
+    if _holds_all(content):
+        return
+    content += stream.read()
+    if content.count(bytes([0xFF, SCAN])) > MAX_SCANS and not _holds_all(content):
+        scans = (marker for marker, _ in _segments(content) if marker == SCAN)
+        if any(True for _ in islice(scans, MAX_SCANS, None)):
+            raise UserError(f"it goes over its pixels more than {MAX_SCANS} times; save it anew")
+
+
+def _holds_all(content: bytes) -> bool:
+    """Whether the first scan of a JPEG, or of its beginning, holds all of the picture."""
+    progressive, channels = False, b""
+    for marker, head in _segments(content):
         if marker in FRAMES:
-            progressive, channels = marker not in (0xC0, 0xC1, 0xC9), head[5] if len(head) > 5 else 0
-        elif marker == SCAN and not progressive and head[:1] == bytes([channels]):
-            return
-    stream.seek(0)
-    content = stream.read()
-    if content.count(bytes([0xFF, SCAN])) > MAX_SCANS and _scans(content) > MAX_SCANS:
-        raise UserError(f"it goes over its pixels more than {MAX_SCANS} times; save it anew")
+            progressive, channels = marker not in (0xC0, 0xC1, 0xC9), head[5:]
+        elif marker == SCAN:
+            return not progressive and head[:1] == channels != b""
+    return False
 
 
-def _jpeg_segments(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Marker and content of each segment up to the first scan; libjpeg and Pillow skip what lies between them."""
-    stream.seek(2)
-    while byte := stream.read(1):
-        if byte != b"\xff":
-            continue
-        while (byte := stream.read(1)) == b"\xff":
-            pass
-        if not byte or byte[0] in BARE or byte == b"\0":
-            continue
-        length = int.from_bytes(stream.read(2), "big")
-        wanted = byte[0] in FRAMES or byte[0] == SCAN
-        head = stream.read(min(max(length - 2, 0), 256)) if wanted else b""
-        yield byte[0], head
-        if byte[0] in (SCAN, END):
-            return
-        stream.seek(max(length - 2, 0) - len(head), 1)
-
-
-def _scans(content: bytes) -> int:
-    """The scans of a JPEG up to its end; what looks like one inside of a segment is none."""
-    scans, place = 0, 2
-    while scans <= MAX_SCANS and (marker := MARKER.search(content, place)):
+def _segments(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Marker and beginning of each segment of a JPEG; libjpeg and Pillow skip what lies between them."""
+    place = 2
+    while (marker := MARKER.search(content, place)) and marker[1][0] != END:
         code, place = marker[1][0], marker.end()
-        if code == END:
-            break
         if code not in BARE:
-            scans += code == SCAN
-            place += int.from_bytes(content[place : place + 2], "big")
-    return scans
+            length = int.from_bytes(content[place : place + 2], "big")
+            yield code, content[place + 2 : place + min(length, 8)]
+            place += max(length, 2)
 
 
 def _check_tiff(image: ImageFile, file_bytes: int) -> None:

@@ -8,11 +8,10 @@ import io
 import os
 import stat
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread, local
@@ -31,6 +30,12 @@ GRACE_S = 1.0
 
 PIECE = 1 << 18
 """Bytes that are read at once: one hand-over to the thread suffices for most files."""
+
+THREADS = 8
+"""They wait for the file system, which may be a network's."""
+
+MAX_BYTES = 4 << 30
+"""The most that a file may hold that is read whole, of texts for example."""
 
 KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -76,9 +81,9 @@ def patience() -> Patience:
     return _patience.get()
 
 
-def same_patience() -> Callable[[], object]:
-    """What another thread calls to wait as long as this one."""
-    return partial(_patience.set, _patience.get())
+def threads() -> ThreadPoolExecutor:
+    """Threads that ask storage side by side, each as long as this one."""
+    return ThreadPoolExecutor(THREADS, initializer=_patience.set, initargs=(_patience.get(),))
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -121,7 +126,7 @@ def open_stream(opened: Callable[[], BinaryIO], name: str) -> BinaryIO:
     return io.BufferedReader(_Waited(opened, name, endless=True), PIECE)
 
 
-def read_file(path: Path, limit: int) -> bytes:
+def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
     """The content of a regular file.
 
     Args:
@@ -129,28 +134,15 @@ def read_file(path: Path, limit: int) -> bytes:
         limit: the most bytes that it may hold.
 
     Raises:
-        SampleError: it is no regular file, holds more, or does not answer in time; names it.
-        OSError: it cannot be read.
+        SampleError: it cannot be read, is no regular file, holds more, or does not answer in time; names it.
     """
-    with open_file(path) as file:
-        if size_of(file) > limit:
-            raise SampleError(f"cannot read {path}: it holds more than {limit} bytes; shorten or remove it")
-        return file.read()
-
-
-def asked(call: Callable[[], T], name: object, discard: Callable[[T], Any] | None = None) -> T:
-    """What storage says of a file or a folder, within the `Patience`.
-
-    Args:
-        call: asks for it, as `os.stat` does.
-        name: of the file or folder, for the error.
-        discard: called with what comes too late.
-
-    Raises:
-        NoAnswerError: nothing came.
-        Exception: whatever the call raises.
-    """
-    return waited(call, name, _patience.get().seconds, discard)
+    try:
+        with open_file(path) as file:
+            if size_of(file) > limit:
+                raise SampleError(f"cannot read {path}: it holds more than {limit} bytes; shorten or remove it")
+            return file.read()
+    except OSError as error:
+        raise SampleError(f"cannot read {path}: {error.strerror or error}; repair or remove the file") from error
 
 
 def size_of(file: BinaryIO) -> int:
@@ -159,14 +151,16 @@ def size_of(file: BinaryIO) -> int:
     return raw.size if isinstance(raw, _Waited) else 0
 
 
-def waited(call: Callable[[], T], name: object, seconds: float, discard: Callable[[T], Any] | None = None) -> T:
-    """What a call gives, made by another thread and waited for so long.
+def asked(
+    call: Callable[[], T], name: object, discard: Callable[[T], Any] | None = None, seconds: float | None = None
+) -> T:
+    """What storage says of a file or a folder: what a call gives, made by another thread and waited for so long.
 
     Args:
-        call: what may block.
-        name: of the file, for the error.
-        seconds: to wait.
+        call: asks for it, as `os.stat` does, and may block.
+        name: of the file or folder, for the error.
         discard: called with what comes too late.
+        seconds: to wait; None: those of the `Patience`.
 
     Raises:
         NoAnswerError: nothing came.
@@ -177,11 +171,12 @@ def waited(call: Callable[[], T], name: object, seconds: float, discard: Callabl
         thread = _mine.reader = _Reader()
     future: Future[T] = Future()
     thread.calls.put((future, call))
+    limit = _patience.get().seconds
+    first = limit if seconds is None else max(seconds, 0)
     try:
-        if not any(wait([future], timeout).done for timeout in (max(seconds, 0), GRACE_S)):
+        if not any(wait([future], timeout).done for timeout in (first, GRACE_S)):
             if discard is not None:
                 future.add_done_callback(lambda late: late.exception() or discard(late.result()))
-            limit = _patience.get().seconds
             raise NoAnswerError(
                 f"cannot read {name}: nothing came within read_timeout={limit:g} seconds; see whether its storage "
                 "answers, or set a longer read_timeout"
@@ -235,15 +230,14 @@ class _Waited(io.RawIOBase):
         self.size = 0
         self._endless = endless
         self._left = _patience.get().seconds
-        self._stream: BinaryIO | None = self._answer(opened, discard=lambda stream: stream.close())
+        self._stream: BinaryIO = self._answer(opened, discard=lambda stream: stream.close())
         if isinstance(self._stream, io.FileIO):
             self.size = os.fstat(self._stream.fileno()).st_size
 
     def _answer(self, call: Callable[[], T], discard: Callable[[T], Any]) -> T:
         started = monotonic()
-        seconds = _patience.get().seconds if self._endless else self._left
         try:
-            return waited(call, self.name, seconds, discard)
+            return asked(call, self.name, discard, None if self._endless else self._left)
         finally:
             self._left -= monotonic() - started
 
@@ -251,30 +245,25 @@ class _Waited(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        return self._opened().seekable()
+        return self._stream.seekable()
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._opened().seek(offset, whence)
+        return self._stream.seek(offset, whence)
 
     def readinto(self, buffer: Any) -> int:
-        stream, count = self._opened(), min(len(buffer), PIECE)
+        count = min(len(buffer), PIECE)
         try:
-            content = self._answer(lambda: stream.read(count), discard=lambda _: stream.close())
+            content = self._answer(lambda: self._stream.read(count), discard=lambda _: self._stream.close())
         except SampleError:
-            self._stream = None  # it is read until it answers, and closed then
+            super().close()  # the stream itself is read until it answers, and closed then
             raise
         buffer[: len(content)] = content
         return len(content)
 
     def close(self) -> None:
-        if self._stream is not None and not self.closed:
+        if not self.closed:
             self._stream.close()
         super().close()
-
-    def _opened(self) -> BinaryIO:
-        if self._stream is None:
-            raise ValueError("reading from a file that was given up")
-        return self._stream
 
 
 class _Buffered(io.BufferedReader):

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,14 @@ from latentdm.data.dataset import Joined, PixelDataset, Sample
 from latentdm.data.described import stored
 from latentdm.data.files import READ_TIMEOUT_S, Patience, patient
 from latentdm.data.geometry import COMPANIONS, Record, ResizeCrop
-from latentdm.data.index import FolderIndex, folder_index
+from latentdm.data.index import FolderIndex, Found, folder_index
 from latentdm.data.listing import existing_folder, name_inside
 from latentdm.data.metadata import read_sidecar, rows_of_image
 from latentdm.data.module import PictureDataModule
-from latentdm.data.pairing import Pairing, check_val_share, find_images, split_hashes
+from latentdm.data.pairing import check_val_share, find_images, split_hashes
 from latentdm.data.siblings import beside
 from latentdm.data.skips import SampleError
 from latentdm.errors import UserError, attributed
-from latentdm.shown import one_line
 from latentdm.validation import Check
 
 OWNER = "ImageFolderData"
@@ -95,10 +94,9 @@ class FolderImages(PixelDataset):
                 raise SampleError(f"an image without a {kind}: {root / entry.name}; add one, or set {kind}s=ignore")
             pictures[kind] = None if name is None else beside(root, self.index.folders.get(kind)) / name
         target = None if self.bucket_of is None else self.shapes[self.bucket_of[position]]
-        columns, *others = rows
         image = root / entry.name
         name, number = entry.name.removeprefix(self.inside), row if self.first is None else self.first + position
-        return Record(name, number, image, **pictures, target=target, columns=columns, others=others)
+        return Record(name, number, image, **pictures, target=target, rows=rows)
 
     def sample(self, position: int, epoch: int) -> Sample:
         """An image, its companions and its columns, as `ResizeCrop` makes them.
@@ -223,11 +221,8 @@ class ImageFolderData(PictureDataModule):
         self.columns = dict(columns or {})
         self.buckets = None if buckets is None else Buckets(**buckets)
         self._plan: BucketPlan | None = None
-        self._sizes: dict[Path, npt.NDArray[np.int32]] = {}
-        self.index_dir = default_index_dir() if index_dir is None else Path(index_dir).expanduser()
-
-    def __repr__(self) -> str:
-        return one_line(self, index_dir=None if self.index_dir == default_index_dir() else self.index_dir)
+        self._indices: dict[Path, FolderIndex] = {}
+        self.index_dir = None if index_dir is None else Path(index_dir).expanduser()
 
     @attributed(OWNER)
     def setup(self, stage: str | None = None) -> None:
@@ -241,16 +236,15 @@ class ImageFolderData(PictureDataModule):
 
     def _set_up(self) -> None:
         index = of_val = self._index(self.root, self.val_root)
-        train, inside = np.arange(len(index)), ""
-        firsts: tuple[int | None, int | None] = (0, len(index))
+        everything = train = np.arange(len(index))
+        inside = ""
         if self.val_root is None:
             train, val = split_hashes(index.hashes, self.val_share)
-            firsts = (None, None)
         elif name := name_inside(self.root, self.val_root):  # listed together, as what is written above is of both
             inside = f"{name}/"
             held_out = index.below(inside)
-            train, val = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-            firsts = (0, len(train))
+            val = np.flatnonzero(held_out)
+            everything = train = np.flatnonzero(~held_out)
             for setting, found in (("root", train), ("val_root", val)):
                 if not len(found):
                     raise UserError(f"no images in {setting}={str(getattr(self, setting))!r}, apart from the other's")
@@ -263,23 +257,23 @@ class ImageFolderData(PictureDataModule):
             of_val = self._index(self.val_root)
             val = np.arange(len(of_val))
         if self.buckets is not None:
-            self._plan = self.buckets.plan(self._image_sizes(index)[train if inside else slice(None)])
+            self._plan = self.buckets.plan(index.sizes[everything])
             rank_zero_info(f"{OWNER}: {self._plan.table()}")
-        self.train_set = self._dataset(index, train, training=True, first=firsts[0])
+        self.train_set = self._dataset(index, train, training=True, first=0 if self.val_root else None)
+        self.predict_set = predict = self._dataset(index, everything, training=False, first=0)
         self.val_set = self.test_set = None
         if len(val):
-            self.val_set = self.test_set = self._dataset(of_val, val, False, firsts[1], inside)
-        everything = train if self.val_root else np.arange(len(index))
-        self.predict_set = predict = self._dataset(index, everything, training=False, first=0)
-        if self.val_root and self.val_set:
-            self.predict_set = Joined(predict, self.val_set)
+            first = len(train) if self.val_root else None
+            self.val_set = self.test_set = self._dataset(of_val, val, False, first, inside)
+            if self.val_root:
+                self.predict_set = Joined(predict, self.val_set)
         rank_zero_info(f"{OWNER}: {self.summary()}")
         if notes := self.notes():
             rank_zero_info(f"{OWNER}: {notes}")
 
     def summary(self) -> str:
         """How many images, masks, sources and captions there are, how they are split, and whether masks are used."""
-        indices = self._indices()
+        indices = self._indices.values()
         counts = {"image": sum(map(len, indices)), **{k: sum(i.count(k) for i in indices) for k in COMPANIONS}}
         counts[CAPTION] = sum(index.captioned for index in indices)
         counts = {what: count for what, count in counts.items() if count or what not in (SOURCE, SEGMENTATION)}
@@ -289,22 +283,29 @@ class ImageFolderData(PictureDataModule):
 
     def notes(self) -> str:
         """What was left out, by endings with an example, and what else a person should know; known from `setup` on."""
-        return "; ".join(note for index in self._indices() for note in index.notes)
+        return "; ".join(note for index in self._indices.values() for note in index.notes)
 
     def problems(self) -> list[str]:
         """What is wrong with the folder, beside single images; known from `setup` on, where ``on_error`` is "skip"."""
-        return [problem for index in self._indices() for problem in index.problems]
+        return [problem for index in self._indices.values() for problem in index.problems]
 
-    def _indices(self) -> list[FolderIndex]:
-        """Of ``root``, and of ``val_root`` where there is one."""
-        parts = (self.train_set, self.val_set)
-        return list({id(part.index): part.index for part in parts if isinstance(part, FolderImages)}.values())
+    @property
+    def _choices(self) -> dict[str, str]:
+        return {MASK: self.masks, SOURCE: self.sources, SEGMENTATION: self.segmentations, CAPTION: self.captions}
 
     def _index(self, root: Path, held_out: Path | None = None) -> FolderIndex:
-        lenient = self.on_error == "skip"
-        pairing = Pairing(self.masks, self.sources, self.segmentations, self.captions, self.columns, lenient)
-        settings = {**asdict(pairing), "skip": held_out and held_out.resolve()}  # elsewhere a relative one is another
-        return folder_index(root, settings, lambda: find_images(root, pairing, held_out), self.index_dir, KEPT_FROM)
+        choices, lenient = self._choices, self.on_error == "skip"
+        settings: dict[str, Any] = {f"{kind}s": choice for kind, choice in choices.items()}
+        settings |= {"columns": self.columns, "lenient": lenient}
+        settings["skip"] = held_out and held_out.resolve()  # elsewhere a relative one is another
+
+        def build() -> Found:
+            return find_images(root, choices, self.columns, lenient, held_out)
+
+        index = folder_index(root, settings, build, self.index_dir or default_index_dir(), KEPT_FROM)
+        if not index.is_same(self._indices.get(root)):  # of one that is, the sizes may have been read
+            self._indices[root] = index
+        return self._indices[root]
 
     def _dataset(
         self,
@@ -314,23 +315,16 @@ class ImageFolderData(PictureDataModule):
         first: int | None = None,
         inside: str = "",
     ) -> FolderImages:
-        choices = {MASK: self.masks, SOURCE: self.sources, SEGMENTATION: self.segmentations, CAPTION: self.captions}
-        required = {name for name, choice in choices.items() if choice == "require"}
+        required = {name for name, choice in self._choices.items() if choice == "require"}
         required |= {kind for kind in COMPANIONS if index.count(kind)}
         captions = self.captions == "require" or (self.captions == "auto" and index.captioned > 0)
         plan = self._plan
         crops = self.crops(training, None if plan is None else plan.shape)
         images = FolderImages(index, rows, crops, first, inside, required, captions, self.columns)
         if plan is not None:
-            images.bucket_of = plan.buckets(self._image_sizes(index)[rows])
+            images.bucket_of = plan.buckets(index.sizes[rows])
             images.shapes = plan.shapes
         return images
-
-    def _image_sizes(self, index: FolderIndex) -> npt.NDArray[np.int32]:
-        """``n 2``, read once. A file that cannot be read counts as a square, and is replaced by one if at all."""
-        if index.root not in self._sizes:
-            self._sizes[index.root] = np.maximum(index.image_sizes(), 1)
-        return self._sizes[index.root]
 
 
 def default_index_dir() -> Path:

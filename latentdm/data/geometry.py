@@ -4,7 +4,7 @@ Shapes: ``c h w``; ``H W`` is an image as it lies in its file. Sizes are (width,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,9 +26,6 @@ from latentdm.draws import sample_generator, sample_seed
 COMPANIONS = (MASK, SOURCE, SEGMENTATION)
 """The other pictures that an image may have."""
 
-Resize = Callable[[Pick, Size, Size], Pick]
-"""How levels of one size are brought to another."""
-
 Target = Callable[[int, int], Size]
 """The width and height of an image → those that it is to have as a sample."""
 
@@ -46,9 +43,8 @@ class Record:
         segmentation: the same of its label map.
         target: the size of the sample, where that was planned: an image may have been replaced since. None: that which
             follows from the image.
-        columns: whatever else belongs to it: its ``caption``, and any other column. One that has the name of a picture
-            is left out.
-        others: further sets of columns, as where an image has several captions.
+        rows: whatever else belongs to it, its ``caption`` and any other column; several sets of them where an image has
+            several captions. A column that has the name of a picture is left out.
     """
 
     name: str
@@ -58,14 +54,13 @@ class Record:
     source: ImageFile | None = None
     segmentation: ImageFile | None = None
     target: Size | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    others: Sequence[Mapping[str, Any]] = ()
+    rows: Sequence[Mapping[str, Any]] = ({},)
 
     def drawn(self, seed: int, epoch: int, training: bool) -> Mapping[str, Any]:
         """The columns of a sample: of several sets one, drawn for each sample and epoch; the first outside training."""
-        if not self.others or not training:
-            return self.columns
-        return (self.columns, *self.others)[sample_seed(seed, epoch, self.index, "caption") % (1 + len(self.others))]
+        if len(self.rows) == 1 or not training:
+            return self.rows[0]
+        return self.rows[sample_seed(seed, epoch, self.index, "caption") % len(self.rows)]
 
 
 @dataclass(frozen=True)
@@ -90,20 +85,19 @@ class Crop:
             return image_to_tensor(Image.merge("RGB", kept if len(bands) == 3 else kept * 3))
         return image_to_tensor(self._kept(image, resample).convert("RGB"))
 
-    def of_levels(self, pick: Pick, resize: Resize, size: Size) -> npt.NDArray[Any]:
-        """``height width`` of the levels of a picture, of which no others are computed.
+    @property
+    def full(self) -> Size:
+        """The size that the image is resized to."""
+        return self.full_width, self.full_height
 
-        Args:
-            pick: gives them.
-            resize: `latentdm.data.levels.resized` or `latentdm.data.levels.nearest`.
-            size: the width and height of the picture.
-        """
+    def of_levels(self, pick: Pick) -> npt.NDArray[Any]:
+        """``height width`` of the levels of a picture that is resized to `full`, of which no others are computed."""
         rows, columns = np.arange(self.top, self.top + self.height), np.arange(self.left, self.left + self.width)
-        kept = resize(pick, size, (self.full_width, self.full_height))(rows, columns)
+        kept = pick(rows, columns)
         return np.ascontiguousarray(kept[:, ::-1] if self.mirrored else kept)
 
     def _kept(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
-        if image.size == (self.full_width, self.full_height):
+        if image.size == self.full:
             kept = image.crop((self.left, self.top, self.left + self.width, self.top + self.height))
         else:
             per_x, per_y = image.width / self.full_width, image.height / self.full_height
@@ -174,9 +168,9 @@ class ResizeCrop:
         crop = self._crop(size, record, epoch)
         pixels = crop.of_image(image, _filter(image, size))
         if self.alpha:
-            opaque = np.full((crop.height, crop.width), 255, dtype=np.uint8)
-            has_alpha = image.mode.endswith("A")
-            alpha = crop.of_levels(of_image(image.getchannel("A")), resized, size) if has_alpha else opaque
+            alpha = np.full((crop.height, crop.width), 255, dtype=np.uint8)
+            if image.mode.endswith("A"):
+                alpha = crop.of_levels(resized(of_image(image.getchannel("A")), size, crop.full))
             pixels = torch.cat([pixels, torch.from_numpy(alpha)[None]])
         del image  # the companions do not lie in memory beside it
         columns = record.drawn(self.seed, epoch, self.training)
@@ -187,11 +181,11 @@ class ResizeCrop:
         if record.segmentation is not None:
             labels = label_image(record.segmentation, f"the segmentation of {record.name}", self.max_pixels)
             _check_shape(SEGMENTATION, labels.size, size, record)
-            kept = crop.of_levels(of_image(labels), nearest, labels.size)
+            kept = crop.of_levels(nearest(of_image(labels), labels.size, crop.full))
             sample[SEGMENTATION] = torch.from_numpy(kept.astype(np.int32))[None]
         if record.source is not None:
-            name, full = f"the source of {record.name}", (crop.full_width, crop.full_height)
-            source, its_size = decode(record.source, name, lambda *_: full, self.max_pixels)
+            name = f"the source of {record.name}"
+            source, its_size = decode(record.source, name, lambda *_: crop.full, self.max_pixels)
             _check_shape(SOURCE, its_size, size, record)
             sample[SOURCE] = crop.of_image(source, _filter(source, its_size))
         return sample
@@ -200,7 +194,7 @@ class ResizeCrop:
         """``1 h w`` uint8: resized to its image, and then along with it."""
         mask = mask_image(file, f"the mask of {record.name}", self.max_pixels)
         _check_shape(MASK, mask.size, size, record)
-        kept = crop.of_levels(resized(of_image(mask), mask.size, size), resized, size)
+        kept = crop.of_levels(resized(resized(of_image(mask), mask.size, size), size, crop.full))
         # A crop that only meets the faintest edge of a soft mask would read as a mask of zeros and ones.
         return torch.from_numpy(kept)[None].masked_fill_(torch.from_numpy(kept == 1)[None], 0)
 

@@ -90,8 +90,7 @@ class Rows:
             others[CAPTION] = row[self.columns[CAPTION]]
         if index is None:
             index = stable_index(pictures["image"])
-        rows = rows_of_image([others], what=name)
-        return Record(name, index, **pictures, columns=rows[0], others=rows[1:])
+        return Record(name, index, **pictures, rows=rows_of_image([others], what=name))
 
 
 @dataclass(eq=False)

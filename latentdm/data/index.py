@@ -12,9 +12,8 @@ import stat
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from latentdm.batch import CAPTION
 from latentdm.data.decode import read_size
-from latentdm.data.files import NoAnswerError, asked, same_patience
+from latentdm.data.files import NoAnswerError, asked, threads
 from latentdm.data.index_file import SUFFIX, BrokenIndexError, read_table, write_table
 from latentdm.data.skips import SampleError
 from latentdm.errors import RunError
@@ -63,9 +62,6 @@ that has come or gone."""
 NO_STAMP = (0, -1)
 """The `stamp` of what cannot be looked at, which equals that of nothing else."""
 
-THREADS = 8
-"""They wait for the file system, which may be a network's."""
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -92,12 +88,31 @@ class Entry:
     columns: Mapping[str, Any] | None = None
 
 
+@dataclass
+class Found:
+    """What a folder holds.
+
+    Attributes:
+        entries: its images, sorted by name.
+        problems: what is wrong with it.
+        watched: what to watch for changes: for each folder and metadata file its `stamp`.
+        notes: what was left out, and what else a person should know, as parts of a sentence.
+        folders: kind → the folder of companions that lie beside the root.
+    """
+
+    entries: Sequence[Entry]
+    problems: Sequence[str] = ()
+    watched: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    folders: Mapping[str, str] = field(default_factory=dict)
+
+
 class FolderIndex:
     """A table of images, sorted by name.
 
     Args:
         root: the folder.
-        table: as `to_table` makes it.
+        table: as `to_table` makes it, in one piece.
         identity: a hash of its content.
         file: where the table lies, if it is mapped into memory: then it is opened anew wherever it is sent to.
 
@@ -108,22 +123,17 @@ class FolderIndex:
         captioned: how many images have a caption.
     """
 
-    def __init__(self, root: Path, table: pa.Table, identity: bytes = b"", file: Path | None = None) -> None:
+    def __init__(self, root: Path, table: pa.RecordBatch, identity: bytes = b"", file: Path | None = None) -> None:
         self.root = root
+        self.table = table
         self.identity = identity
         self.file = file
-        columns = {name: table.column(name) for name in table.column_names}
-        # Combining copies, a single chunk as well, and what was mapped would be memory of this process.
-        self._columns = {
-            name: column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-            for name, column in columns.items()
-        }
-        self._metadata = table.schema.metadata
-        self.problems: list[str] = json.loads(self._metadata[b"problems"])
-        facts = json.loads(self._metadata[b"facts"])
-        self.notes: list[str] = facts.get("notes", [])
-        self.folders: dict[str, str] = facts.get("folders", {})
-        self.captioned: int = json.loads(self._metadata[b"captioned"])
+        self._columns = dict(zip(table.schema.names, table.columns, strict=True))
+        metadata = {name: json.loads(table.schema.metadata[name]) for name in (b"problems", b"facts", b"captioned")}
+        self.problems: list[str] = metadata[b"problems"]
+        self.notes: list[str] = metadata[b"facts"]["notes"]
+        self.folders: dict[str, str] = metadata[b"facts"]["folders"]
+        self.captioned: int = metadata[b"captioned"]
 
     def __len__(self) -> int:
         return len(self._columns["name"])
@@ -167,13 +177,7 @@ class FolderIndex:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.file is not None:
             return _reopened, (self.root, self.file, self.identity)
-        return FolderIndex, (self.root, pa.table(self._columns).replace_schema_metadata(self._metadata))
-
-    @property
-    def watched(self) -> dict[str, list[int]]:
-        """What to watch for changes, as the build gave it."""
-        watched: dict[str, list[int]] = json.loads(self._metadata[b"watched"])
-        return watched
+        return FolderIndex, (self.root, self.table)
 
     def count(self, companion: str) -> int:
         """How many images have a ``mask``, a ``source`` or a ``segmentation``."""
@@ -185,28 +189,32 @@ class FolderIndex:
         hashes: npt.NDArray[np.float64] = self._columns["hash"].to_numpy(zero_copy_only=False)
         return hashes
 
-    def image_sizes(self) -> npt.NDArray[np.int32]:
-        """``n 2``: width and height of each image, from its head, in parallel; 0 where it cannot be read."""
+    def is_same(self, other: "FolderIndex | None") -> bool:
+        """Whether another one holds the same images, as they were when both were built."""
+        return other is not None and self.table.equals(other.table, check_metadata=True)
+
+    @cached_property
+    def sizes(self) -> npt.NDArray[np.int32]:
+        """``n 2``: width and height of each image, from its head, in parallel.
+
+        A file that cannot be read counts as a square, and is replaced by one if at all.
+        """
         # Reading silences warnings, which threads do side by side: the last to end may leave them silent.
-        with warnings.catch_warnings(), ThreadPoolExecutor(THREADS, initializer=same_patience()) as pool:
+        with warnings.catch_warnings(), threads() as pool:
             sizes = pool.map(partial(_image_size, self), range(len(self)))
-            return np.array(list(tqdm(sizes, "reading sizes", len(self), leave=False)), dtype=np.int32).reshape(-1, 2)
+            found = np.array(list(tqdm(sizes, "reading sizes", len(self), leave=False)), dtype=np.int32)
+            return np.maximum(found.reshape(-1, 2), 1)
 
 
 def folder_index(
-    root: Path,
-    settings: Mapping[str, Any],
-    build: Callable[[], tuple[Sequence[Entry], Sequence[str], Mapping[str, Sequence[int]], Mapping[str, Any]]],
-    cache: Path,
-    least: int,
+    root: Path, settings: Mapping[str, Any], build: Callable[[], Found], cache: Path, least: int
 ) -> FolderIndex:
     """The index of a folder: opened if it is kept and still true, else built, and kept if it is large.
 
     Args:
         root: the folder.
         settings: of the build; another file is kept for each set.
-        build: gives the images, what is wrong with the folder, for each folder and metadata file its time of change
-            in nanoseconds and its size, and what else is known: ``notes`` and ``folders``.
+        build: walks the folder.
         cache: the folder in which indices are kept.
         least: the number of images from which an index is kept.
     """
@@ -217,10 +225,10 @@ def folder_index(
     if index is not None:
         return index
     started = time.time_ns()
-    entries, problems, watched, known = build()
-    table = to_table(entries, problems, watched, known)
-    settled = all(started - mtime > SETTLED_S * 1e9 for mtime, _ in watched.values())
-    if len(entries) < least or not settled:
+    found = build()
+    table = to_table(found)
+    settled = all(started - mtime > SETTLED_S * 1e9 for mtime, _ in found.watched.values())
+    if len(found.entries) < least or not settled:
         return FolderIndex(root, table)
     try:
         write_table(table, file)
@@ -230,13 +238,9 @@ def folder_index(
     return _kept(root, file) or FolderIndex(root, table)
 
 
-def to_table(
-    entries: Sequence[Entry],
-    problems: Sequence[str],
-    watched: Mapping[str, Sequence[int]],
-    known: Mapping[str, Any],
-) -> pa.Table:
-    """Images as the table of a `FolderIndex`."""
+def to_table(found: Found) -> pa.RecordBatch:
+    """What a folder holds as the table of a `FolderIndex`."""
+    entries = found.entries
 
     def texts(attribute: str) -> list[bytes | None]:
         values = (getattr(entry, attribute) for entry in entries)
@@ -250,15 +254,11 @@ def to_table(
         "hash": [unit_hash(entry.name) for entry in entries],
     }
     captioned = sum(entry.caption is not None or CAPTION in (entry.columns or {}) for entry in entries)
-    facts = {
-        "problems": list(problems),
-        "watched": dict(watched),
-        "facts": dict(known),
-        "captioned": captioned,
-    }
-    metadata = {name: json.dumps(fact) for name, fact in facts.items()}
+    facts = {"notes": found.notes, "folders": found.folders}
+    metadata = {"problems": found.problems, "watched": found.watched, "facts": facts, "captioned": captioned}
+    schema = SCHEMA.with_metadata({name: json.dumps(fact) for name, fact in metadata.items()})
     arrays = [pa.array(data[name], SCHEMA.field(name).type) for name in SCHEMA.names]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def is_inside(name: str) -> bool:
@@ -300,7 +300,7 @@ def _is_true(index: FolderIndex) -> bool:
     """Whether folders, metadata files and some of the images still are what they were."""
     rows = random.Random().sample(range(len(index)), min(CHECKED_FILES, len(index)))
     images = {entry.name: (entry.mtime, entry.size) for entry in map(index.__getitem__, rows)}
-    watched = list({**index.watched, **images}.items())
+    watched = list({**json.loads(index.table.schema.metadata[b"watched"]), **images}.items())
 
     def unchanged(part: Sequence[tuple[str, Sequence[int]]]) -> bool:
         return all(list(stamp(index.root / name)) == list(then) for name, then in part)

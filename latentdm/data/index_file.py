@@ -6,8 +6,7 @@ written in JSON, and what it holds is checked. A file that somebody else may hav
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from hashlib import blake2b
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -44,20 +43,23 @@ class BrokenIndexError(ValueError):
     """The file is none of ours, or not whole."""
 
 
-def write_table(table: pa.Table, file: Path) -> None:
+def write_table(table: pa.RecordBatch, file: Path) -> None:
     """Write an index beside ``file`` and rename it at once: another process may be opening or writing it."""
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     _sweep(file.parent)
     new = file.with_suffix(f".{uuid4().hex}{HALF_WRITTEN}")
     try:
-        with _locked(new) as out:
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:  # for its user alone
+            if flock is not None:
+                with suppress(OSError):  # a file system without locks
+                    flock(out, LOCK_EX)
             _write(table, out)
         new.replace(file)
     finally:
         new.unlink(missing_ok=True)
 
 
-def read_table(file: Path, schema: pa.Schema, identity: bytes | None = None) -> tuple[pa.Table, bytes]:
+def read_table(file: Path, schema: pa.Schema, identity: bytes | None = None) -> tuple[pa.RecordBatch, bytes]:
     """The table in a file, mapped into memory, and its identity.
 
     Args:
@@ -82,75 +84,57 @@ def read_table(file: Path, schema: pa.Schema, identity: bytes | None = None) -> 
             raise BrokenIndexError(f"{file} is another index, or not whole")
         mapped = mmap(content.fileno(), 0, access=ACCESS_READ)
     try:
-        return _table(pa.py_buffer(mapped).slice(0, size), schema, checked=identity is not None), written
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, pa.ArrowException) as error:
+        return _table(memoryview(mapped)[:size], schema, checked=identity is not None), written
+    except Exception as error:  # whoever wrote it may have written anything
         raise BrokenIndexError(f"{file} holds no index: {error}") from error
 
 
-def _write(table: pa.Table, out: BinaryIO) -> None:
+def _write(table: pa.RecordBatch, out: BinaryIO) -> None:
     places: dict[str, list[list[int] | None]] = {}
-    buffers, end = [], 0
-    for name in table.column_names:
+    pieces: list[Any] = []
+    end = 0
+    for name in table.schema.names:
         places[name] = []
-        for buffer in table.column(name).chunk(0).buffers():  # a table that was just made is in one piece
+        for buffer in table.column(name).buffers():
             places[name].append(None if buffer is None else [end, buffer.size])
             if buffer is not None:
-                buffers.append(buffer)
+                pieces += [memoryview(buffer), bytes(-buffer.size % ALIGNMENT)]
                 end += buffer.size + -buffer.size % ALIGNMENT
     facts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     head = json.dumps({"rows": table.num_rows, "places": places, "facts": facts}).encode()
     head += b" " * (-(HEAD_BYTES + len(head)) % ALIGNMENT)
     identity = blake2b(digest_size=IDENTITY_BYTES)
-    for piece in _pieces(head, buffers):
+    for piece in (len(head).to_bytes(HEAD_BYTES, "big"), head, *pieces):
         out.write(piece)
         identity.update(piece)
     out.write(identity.digest())
 
 
-def _pieces(head: bytes, buffers: list[Any]) -> Iterator[Any]:
-    yield len(head).to_bytes(HEAD_BYTES, "big")
-    yield head
-    for buffer in buffers:
-        yield memoryview(buffer)
-        yield bytes(-buffer.size % ALIGNMENT)
-
-
-def _table(content: Any, schema: pa.Schema, checked: bool) -> pa.Table:
-    head_bytes = int.from_bytes(content[:HEAD_BYTES].to_pybytes(), "big")
+def _table(content: memoryview, schema: pa.Schema, checked: bool) -> pa.RecordBatch:
+    head_bytes = int.from_bytes(content[:HEAD_BYTES], "big")
     start = HEAD_BYTES + head_bytes
-    if not head_bytes <= min(MAX_HEAD_BYTES, content.size - HEAD_BYTES) or start % ALIGNMENT:
+    if head_bytes > MAX_HEAD_BYTES or start % ALIGNMENT:
         raise BrokenIndexError("its head goes on past its end")
-    head = json.loads(content[HEAD_BYTES:start].to_pybytes())
-    rows, places, facts = head["rows"], head["places"], head["facts"]
+    head = json.loads(bytes(content[HEAD_BYTES:start]))
+    rows, buffers = head["rows"], content[start:]
+    if not 0 <= rows <= len(buffers):
+        raise BrokenIndexError(f"it cannot hold {rows} rows")
+
+    def buffer(offset: int, size: int) -> pa.Buffer:
+        if offset < 0 or size < 0 or offset % ALIGNMENT:
+            raise BrokenIndexError("a buffer lies elsewhere")
+        return pa.py_buffer(buffers[offset : offset + size])  # which ends with the file, and is too short then
+
     arrays = []
     for field in schema:
-        buffers = [None if place is None else _buffer(content, start, *place) for place in places[field.name]]
-        array = pa.Array.from_buffers(field.type, _count(rows), buffers)
+        parts = [None if place is None else buffer(*place) for place in head["places"][field.name]]
+        array = pa.Array.from_buffers(field.type, rows, parts)
         if not checked:
             array.validate(full=True)  # every offset lies in its buffer
             if array.null_count and not field.nullable:
                 raise BrokenIndexError(f"its column {field.name} has gaps")
         arrays.append(array)
-    return pa.Table.from_arrays(arrays, schema=schema.with_metadata(_texts(facts)))
-
-
-def _buffer(content: Any, start: int, offset: int, size: int) -> Any:
-    first = start + _count(offset)
-    if first % ALIGNMENT or first + _count(size) > content.size:
-        raise BrokenIndexError("a buffer lies past its end")
-    return content.slice(first, size)
-
-
-def _count(number: object) -> int:
-    if type(number) is not int or not 0 <= number < 1 << 48:
-        raise BrokenIndexError(f"{number!r} is no size")
-    return number
-
-
-def _texts(facts: Mapping[str, Any]) -> Mapping[str, str]:
-    if not all(isinstance(fact, str) for fact in facts.values()):
-        raise BrokenIndexError("a fact is no text")
-    return facts
+    return pa.RecordBatch.from_arrays(arrays, schema=schema.with_metadata(head["facts"]))
 
 
 def _hash(content: BinaryIO, size: int) -> bytes:
@@ -161,16 +145,6 @@ def _hash(content: BinaryIO, size: int) -> bytes:
         total.update(piece)
         size -= len(piece)
     return total.digest()
-
-
-@contextmanager
-def _locked(new: Path) -> Iterator[BinaryIO]:
-    """A new file that none but its user may read, locked while it is written."""
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-        if flock is not None:
-            with suppress(OSError):  # a file system without locks
-                flock(out, LOCK_EX)
-        yield out
 
 
 def _sweep(folder: Path) -> None:

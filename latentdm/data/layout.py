@@ -15,9 +15,6 @@ from latentdm.data.permutation import Numbers, Permutation
 BLOCK = 2048
 """Samples that are searched for one of a bucket: it takes microseconds, and the counts of a block little memory."""
 
-BLOCKS = 512
-"""Blocks that are counted at once."""
-
 
 class Layout(Protocol):
     """The positions of the samples of an epoch.
@@ -72,9 +69,9 @@ class Bucketed:
         self.bucket_of = bucket_of = np.asarray(bucket_of)
         self.seed = seed
         buckets = int(bucket_of.max()) + 1 if len(bucket_of) else 1
-        step = BLOCK * BLOCKS
-        parts = [_counts(bucket_of[start : start + step], buckets) for start in range(0, len(bucket_of), step)]
-        of_block = np.concatenate([np.zeros((1, buckets), np.int64), *parts]).cumsum(axis=0)
+        blocks = (bucket_of[start : start + BLOCK] for start in range(0, len(bucket_of), BLOCK))
+        counts = [np.bincount(block, minlength=buckets) for block in blocks]
+        of_block = np.stack([np.zeros(buckets, np.int64), *counts]).cumsum(axis=0)
         self.counts = of_block[-1].copy()
         self._before = np.ascontiguousarray(of_block[:-1].T)  # bucket, block: its samples in the blocks before
 
@@ -117,10 +114,3 @@ class Dealt:
         a_step = (global_batch - member + size - 1) // size  # what the part gives to each step of its group
         positions: Numbers = (turn * a_step + earlier) * self.parts + group * size + member
         return positions
-
-
-def _counts(bucket_of: npt.NDArray[np.integer], buckets: int) -> Numbers:
-    """``blocks buckets``: how many samples of each bucket a block holds."""
-    blocks = -(-len(bucket_of) // BLOCK)
-    first_cells = np.repeat(np.arange(blocks) * buckets, BLOCK)[: len(bucket_of)]
-    return np.bincount(first_cells + bucket_of, minlength=blocks * buckets).reshape(blocks, buckets)

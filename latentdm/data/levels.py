@@ -4,7 +4,6 @@ Shapes: ``H W`` is a picture as it lies in its file, ``h w`` what a crop keeps o
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,7 +66,20 @@ def label_image(file: ImageFile, name: str = "", max_pixels: int = MAX_PIXELS) -
 
 def of_image(image: Image.Image) -> Pick:
     """The levels of an image."""
-    return partial(_pick, image)
+
+    def pick(rows: Indices, columns: Indices) -> npt.NDArray[Any]:
+        left, right = int(columns[0]), int(columns[-1]) + 1
+        height = max(BLOCK // (right - left), 1)
+        picked, first = [], 0
+        while first < len(rows):
+            top = int(rows[first])
+            last = int(np.searchsorted(rows, top + height))
+            strip = image.crop((left, top, right, int(rows[last - 1]) + 1))
+            picked.append(np.asarray(strip)[np.ix_(rows[first:last] - top, columns - left)])
+            first = last
+        return np.concatenate(picked)
+
+    return pick
 
 
 def resized(pick: Pick, size: tuple[int, int], new: tuple[int, int]) -> Pick:
@@ -81,12 +93,26 @@ def resized(pick: Pick, size: tuple[int, int], new: tuple[int, int]) -> Pick:
         size: their width and height.
         new: those of the result.
     """
-    return pick if size == new else partial(_bilinear, pick, size, new)
+
+    def bilinear(rows: Indices, columns: Indices) -> npt.NDArray[Any]:
+        x, left, right, across, width = _between(size[0], new[0], columns)
+        y, upper, lower, down, height = _between(size[1], new[1], rows)
+        levels = pick(y, x).astype(np.int64)
+        levels = levels[:, left] * (width - across) + levels[:, right] * across
+        levels = levels[upper] * (height - down)[:, None] + levels[lower] * down[:, None]
+        whole = width * height
+        kept: npt.NDArray[Any] = -((whole - 2 * levels) // (2 * whole))  # a half goes down
+        return kept.astype(np.uint8)
+
+    return pick if size == new else bilinear
 
 
 def nearest(pick: Pick, size: tuple[int, int], new: tuple[int, int]) -> Pick:
     """Resize labels: each pixel takes the one that its centre falls into, as Pillow does it."""
-    return pick if size == new else partial(_nearest, pick, size, new)
+    (width, height), (new_width, new_height) = size, new
+    return lambda rows, columns: pick(
+        (2 * rows + 1) * height // (2 * new_height), (2 * columns + 1) * width // (2 * new_width)
+    )
 
 
 def _read(
@@ -218,43 +244,10 @@ def _bits(layout: str) -> str:
     return depth[:1] if kind == "L" else ""
 
 
-def _pick(image: Image.Image, rows: Indices, columns: Indices) -> npt.NDArray[Any]:
-    left, right = int(columns[0]), int(columns[-1]) + 1
-    height = max(BLOCK // (right - left), 1)
-    picked, first = [], 0
-    while first < len(rows):
-        top = int(rows[first])
-        last = int(np.searchsorted(rows, top + height))
-        strip = image.crop((left, top, right, int(rows[last - 1]) + 1))
-        picked.append(np.asarray(strip)[np.ix_(rows[first:last] - top, columns - left)])
-        first = last
-    return np.concatenate(picked)
+def _between(side: int, new: int, positions: Indices) -> tuple[Indices, Indices, Indices, Indices, int]:
+    """Of positions along a resized side: which pixels they need; among these the one before and the one after each.
 
-
-def _nearest(
-    pick: Pick, size: tuple[int, int], new: tuple[int, int], rows: Indices, columns: Indices
-) -> npt.NDArray[Any]:
-    (width, height), (new_width, new_height) = size, new
-    return pick((2 * rows + 1) * height // (2 * new_height), (2 * columns + 1) * width // (2 * new_width))
-
-
-def _bilinear(
-    pick: Pick, size: tuple[int, int], new: tuple[int, int], rows: Indices, columns: Indices
-) -> npt.NDArray[Any]:
-    left, right, across, width = _between(size[0], new[0], columns)
-    upper, lower, down, height = _between(size[1], new[1], rows)
-    x, at_x = np.unique(np.concatenate([left, right]), return_inverse=True)
-    y, at_y = np.unique(np.concatenate([upper, lower]), return_inverse=True)
-    levels = pick(y, x).astype(np.int64)
-    levels = levels[:, at_x[: len(columns)]] * (width - across) + levels[:, at_x[len(columns) :]] * across
-    levels = levels[at_y[: len(rows)]] * (height - down)[:, None] + levels[at_y[len(rows) :]] * down[:, None]
-    whole = width * height
-    kept: npt.NDArray[Any] = -((whole - 2 * levels) // (2 * whole))  # a half goes down
-    return kept.astype(np.uint8)
-
-
-def _between(side: int, new: int, positions: Indices) -> tuple[Indices, Indices, Indices, int]:
-    """Of positions along a resized side: the pixels before and after, and the latter's weight, in parts of a whole.
+    And the latter's weight, in parts of a whole.
 
     In integers, and so exact: in floats a half would be more or less than that, by the processor.
     """
@@ -263,4 +256,5 @@ def _between(side: int, new: int, positions: Indices) -> tuple[Indices, Indices,
     before, weight = place // parts, place % parts
     if parts > MAX_PARTS:
         weight, parts = weight * (MAX_PARTS / parts) // 1, MAX_PARTS
-    return before, np.minimum(before + 1, side - 1), weight.astype(np.int64), parts
+    needed, at = np.unique(np.concatenate([before, np.minimum(before + 1, side - 1)]), return_inverse=True)
+    return needed, at[: len(positions)], at[len(positions) :], weight.astype(np.int64), parts

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import islice
@@ -11,8 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from latentdm.data.decode import EXTENSIONS
-from latentdm.data.files import asked, same_patience
-from latentdm.data.index import NO_STAMP, THREADS, stamp
+from latentdm.data.files import asked, threads
+from latentdm.data.index import NO_STAMP, stamp
 from latentdm.data.names import SIDECARS, ending_of, is_metadata
 from latentdm.errors import UserError
 
@@ -68,10 +67,7 @@ def list_files(root: Path, skip: Path | None = None, start: str = "") -> Listing
     listing = Listing()
     seen = {_identity(skip)} if skip else set()
     level = [start]
-    with (
-        ThreadPoolExecutor(THREADS, initializer=same_patience()) as pool,
-        tqdm(desc=f"listing {root.name}", unit=" files", delay=2) as progress,
-    ):
+    with threads() as pool, tqdm(desc=f"listing {root.name}", unit=" files", delay=2) as progress:
         while level:
             fresh = []
             for folder in level:
@@ -79,57 +75,31 @@ def list_files(root: Path, skip: Path | None = None, start: str = "") -> Listing
                     seen.add(identity)
                     fresh.append(folder)
             level = []
-            for folder, found in zip(fresh, pool.map(partial(_scan, root), fresh), strict=True):
-                listing.watched[folder] = found.stamp
-                listing.problems += found.problems
-                level += [name for _, name in sorted(found.folders)]
-                for name, status in found.files.items():
-                    ending = ending_of(name)
-                    if ending in EXTENSIONS:
-                        listing.images[name] = status
-                    elif is_metadata(name):
-                        listing.metadata.append(name)
-                        listing.watched[name] = status
-                    elif ending in SIDECARS:
-                        listing.sidecars.append(name)
-                    else:
-                        listing.others.append(name)
-                progress.update(len(found.files))
+            for found, folders in pool.map(partial(_scan, root), fresh):
+                listing += found
+                level += [name for _, name in sorted(folders)]
+                progress.update(sum(map(len, (found.images, found.sidecars, found.metadata, found.others))))
     return listing
 
 
-@dataclass
-class _Folder:
-    """What lies in one folder.
-
-    Attributes:
-        stamp: of the folder; one that cannot be listed has none, so that it is listed anew the next time.
-        files: name → (time of change in ns, size).
-        folders: whether it is a link, and its name.
-        problems: why it cannot be listed.
-    """
-
-    stamp: Sequence[int]
-    files: dict[str, tuple[int, int]] = field(default_factory=dict)
-    folders: list[tuple[bool, str]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-def _scan(root: Path, folder: str) -> _Folder:
+def _scan(root: Path, folder: str) -> tuple[Listing, list[tuple[bool, str]]]:
+    """What lies in one folder; and the folders there: whether each is a link, and its name."""
     path = root / folder
-    found = _Folder(asked(lambda: stamp(path), path))
+    found, folders = Listing(), list[tuple[bool, str]]()
+    # A folder that cannot be listed has no stamp, so that it is listed anew the next time.
+    found.watched[folder] = asked(lambda: stamp(path), path)
     try:
         entries = asked(lambda: os.scandir(path), path, discard=lambda late: late.close())
         # The clock is that of each piece: a folder of a million files may take longer than any of them.
-        while asked(lambda: _take(entries, folder, found), path, discard=lambda _: entries.close()) == AT_ONCE:
+        while asked(lambda: _take(entries, folder, found, folders), path, discard=lambda _: entries.close()) == AT_ONCE:
             pass
     except OSError as error:
-        found.stamp = NO_STAMP
+        found.watched[folder] = NO_STAMP
         found.problems.append(f"cannot list {path}: {error.strerror}; let it be read, or move it out of the root")
-    return found
+    return found, folders
 
 
-def _take(entries: Iterator["os.DirEntry[str]"], folder: str, found: _Folder) -> int:
+def _take(entries: Iterator["os.DirEntry[str]"], folder: str, found: Listing, folders: list[tuple[bool, str]]) -> int:
     """Put some entries where they belong; how many there were."""
     count = 0
     for entry in islice(entries, AT_ONCE):
@@ -138,13 +108,23 @@ def _take(entries: Iterator["os.DirEntry[str]"], folder: str, found: _Folder) ->
             continue
         name = f"{folder}/{entry.name}" if folder else entry.name
         try:
-            status = entry.stat()
+            details = entry.stat()
+            status = details.st_mtime_ns, details.st_size
             if entry.is_dir():
-                found.folders.append((entry.is_symlink(), name))
-            else:
-                found.files[name] = status.st_mtime_ns, status.st_size
+                folders.append((entry.is_symlink(), name))
+                continue
         except OSError:  # a link to itself, or to nowhere: an error when it is read
-            found.files[name] = NO_STAMP
+            status = NO_STAMP
+        ending = ending_of(name)
+        if ending in EXTENSIONS:
+            found.images[name] = status
+        elif is_metadata(name):
+            found.metadata.append(name)
+            found.watched[name] = status
+        elif ending in SIDECARS:
+            found.sidecars.append(name)
+        else:
+            found.others.append(name)
     return count
 
 

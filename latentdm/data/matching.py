@@ -18,69 +18,70 @@ from latentdm.data.names import (
 )
 
 
-class Stems:
+class Names:
+    """Names of files, to be found as people write them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names: set[str] = set()
+        self._unfolded: list[str] = []
+        self._folded: dict[str, str | None] = {}
+        for name in names:
+            self.add(name)
+
+    def add(self, name: str) -> None:
+        """One more name."""
+        if name not in self._names:
+            self._names.add(name)
+            self._unfolded.append(name)
+
+    def find(self, name: str) -> str | None:
+        """The file of that name; but for case and Unicode form where it is the only one."""
+        if name in self._names:
+            return name
+        while self._unfolded:  # most often nobody asks for it
+            key = folded(known := self._unfolded.pop())
+            self._folded[key] = None if key in self._folded else known
+        return self._folded.get(folded(name))
+
+
+class Stems(Names):
     """Images by their paths without endings.
 
     Args:
         names: of the images.
-        parents: paths of folders that hold a folder of masks, of which `beside` will be asked.
+        parents: paths of folders that hold a folder of masks, to look for images beside it.
     """
 
     def __init__(self, names: Iterable[str], parents: Collection[str] = ()) -> None:
-        self._stems = {stem_of(name) for name in names}
-        self._folded: dict[str, str | None] | None = None
-        self._beside: dict[tuple[str, str, str], str] = {}
-        self._folders: dict[str, set[str]] = {}
-        for stem in self._stems if parents else ():
+        super().__init__(map(stem_of, names))
+        self._beside: dict[str, dict[str, dict[str, str]]] = {}  # parent → folder in it → path inside → stem
+        for stem in self._names if parents else ():
             *folders, last = stem.split("/")
             for place, folder in enumerate([*folders, ""]):
                 parent = "/".join([*folders[:place], ""]) if place else ""
                 if parent in parents:
-                    inside = "/".join([*folders[place + 1 :], last])
-                    self._folders.setdefault(parent, set()).add(folder)
-                    self._beside[parent, folder, folded(inside)] = stem
-
-    def add(self, stem: str) -> None:
-        """One more image."""
-        self._stems.add(stem)
-        self._folded = None
-
-    def find(self, stem: str) -> str | None:
-        """The image of that stem; but for case and Unicode form where it is the only one."""
-        if stem in self._stems:
-            return stem
-        if self._folded is None:
-            self._folded = {}
-            for known in self._stems:
-                key = folded(known)
-                self._folded[key] = None if key in self._folded else known
-        return self._folded.get(folded(stem))
+                    inside = folded("/".join([*folders[place + 1 :], last]))
+                    self._beside.setdefault(parent, {}).setdefault(folder, {})[inside] = stem
 
     def of(self, guess: Guess) -> str | None:
-        """The image that a picture belongs to, if the guess is right."""
+        """The image that a picture belongs to, if the guess is right.
+
+        Of the folders beside its own that may hold it, it is the one of images there is, or the one that is called so.
+        """
         for stem in _names(guess.stem):
             if (found := self.find(stem)) is not None:
                 return found
         if guess.apart is None:
             return None
         parent, inside = guess.apart
-        return next(filter(None, (self.beside(parent, name, guess.kind == LIKE) for name in _names(inside))), None)
-
-    def beside(self, parent: str, inside: str, anywhere: bool = False) -> str | None:
-        """The image with that path inside the one folder of images there is, or the one that is called so.
-
-        Args:
-            parent: the folder of folders.
-            inside: the path, without its ending.
-            anywhere: any of the folders will do.
-        """
-        folders = self._folders.get(parent, set())
+        folders = self._beside.get(parent, {})
         images = sorted(folder for folder in folders if folded(folder) in IMAGE_FOLDERS) or sorted(folders)
-        if anywhere:
+        if guess.kind == LIKE:  # any of them will do
             images = sorted(folders)
         elif len(images) != 1:
             return None
-        return next(filter(None, (self._beside.get((parent, folder, folded(inside))) for folder in images)), None)
+        possible = (folders[folder].get(folded(name)) for name in _names(inside) for folder in images)
+        return next(filter(None, possible), None)
 
 
 @dataclass

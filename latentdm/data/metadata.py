@@ -4,9 +4,10 @@ An image may have several *rows*, each with one caption or none: of these one is
 """
 
 import csv
+import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +18,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from latentdm.batch import CAPTION, EPOCH, NAMES
 from latentdm.cache.rows import CACHED
+from latentdm.data.files import read_file
 from latentdm.data.names import ending_of
 from latentdm.data.skips import SampleError
-from latentdm.data.texts import check, decode, parse_csv, parse_json, quoted, read_bytes
+from latentdm.data.texts import check, decode, parse_json, quoted
 
 FILE_COLUMNS = ("file_name", "image_file_name")
 """The columns that name the image, as in Hugging Face's imagefolder: the first that is there."""
@@ -47,17 +49,17 @@ class Row(NamedTuple):
 
     Attributes:
         where: the file and the line, counted from 1, or the number of the row.
-        name: of the image, as it is written there; "" where it is unknown.
-        columns: all other columns.
+        columns: what it holds, which may be no columns; as `read_metadata` gives it, all but the image's name.
         problem: what is wrong with the row.
         anywhere: the image may be in another folder than the name says: tools write the paths of another machine.
+        name: of the image, as it is written there; "" where it is unknown.
     """
 
     where: str
-    name: str
-    columns: dict[str, Any]
+    columns: Any
     problem: str = ""
     anywhere: bool = False
+    name: str = ""
 
 
 def read_sidecar(file: Path | bytes, name: str, columns: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def read_sidecar(file: Path | bytes, name: str, columns: Mapping[str, str] | Non
     Raises:
         SampleError: the file is not UTF-8 or no JSON, or its caption no text.
     """
-    content, what = (file, name) if isinstance(file, bytes) else (read_bytes(file), str(file))
+    content, what = (file, name) if isinstance(file, bytes) else (read_file(file), str(file))
     text = decode(content, what)
     if ending_of(name) != ".json":
         return {CAPTION: text.strip()}
@@ -88,7 +90,10 @@ def read_sidecar(file: Path | bytes, name: str, columns: Mapping[str, str] | Non
         return {}
     row = renamed(found, columns or {})
     listed(row.get(CAPTION), what)
-    return without_reserved(row, lambda column: tell_once(_reserved({column})))
+    kept, reserved = without_reserved(row)
+    for column in sorted(reserved):
+        tell_once(f"left out of JSON beside images: {reserved_note({column})}")
+    return kept
 
 
 def is_labelme(content: Mapping[str, Any]) -> bool:
@@ -108,11 +113,12 @@ def read_metadata(path: Path, columns: Mapping[str, str] | None = None) -> Itera
         NoMetadataError: it is JSON of another kind.
     """
     read = {".csv": _csv_rows, ".jsonl": _json_lines, ".parquet": _parquet_rows, ".json": _json_rows}
-    for where, content, problem, anywhere in read[ending_of(path.name)](path):
+    for where, content, problem, anywhere, _ in read[ending_of(path.name)](path):
         if problem and not content:
-            yield Row(where, "", {}, problem)
+            yield Row(where, {}, problem)
             continue
-        row = renamed(content, {name: theirs for name, theirs in (columns or {}).items() if name != "image"})
+        written = content if isinstance(content, dict) else {}
+        row = renamed(written, {name: theirs for name, theirs in (columns or {}).items() if name != "image"})
         of_image = (columns or {}).get("image") or next((name for name in FILE_COLUMNS if name in row), FILE_COLUMNS[0])
         name = row.pop(of_image, None)
         try:
@@ -121,11 +127,12 @@ def read_metadata(path: Path, columns: Mapping[str, str] | None = None) -> Itera
         except SampleError as error:
             problem = problem or str(error)
         if not isinstance(name, str) or not name:
-            hint = "separate columns by commas" if re.search("[;\t]", "".join(content)) else "or columns={image: …}"
-            wrong = f"{where}: a row must have a column {of_image!r}, got {quoted(content)}; add it, {hint}"
-            yield Row(where, "", {}, wrong)
+            hint = "separate columns by commas" if re.search("[;\t]", "".join(written)) else "or columns={image: …}"
+            remedy = f"add it, {hint}" if content is written else "correct or remove it"
+            problem = f"{where}: a row must have a column {of_image!r}, got {quoted(content)}; {remedy}"
+            yield Row(where, {}, problem)
         else:
-            yield Row(where, name, row, problem, anywhere)
+            yield Row(where, row, problem, anywhere, name)
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -138,15 +145,10 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     return {**left, **taken}
 
 
-def without_reserved(row: Mapping[str, Any], leave: Callable[[str], None]) -> dict[str, Any]:
-    """The row without the columns whose names a batch needs; ``leave`` hears of each."""
-    kept = {}
-    for name, value in row.items():
-        if name in RESERVED or name.startswith("\0"):
-            leave(name if name in RESERVED else "\0")
-        else:
-            kept[name] = value
-    return kept
+def without_reserved(row: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """The row without the columns whose names a batch needs; and those: any that begins with a zero as this alone."""
+    left = {name if name in RESERVED else "\0" for name in row if name in RESERVED or name.startswith("\0")}
+    return {name: value for name, value in row.items() if name not in RESERVED and not name.startswith("\0")}, left
 
 
 def reserved_note(columns: set[str]) -> str:
@@ -207,39 +209,42 @@ def tell_once(text: str) -> None:
     rank_zero_info(text)
 
 
-def _reserved(columns: set[str]) -> str:
-    return f"left out of JSON beside images: {reserved_note(columns)}"
-
-
-Found = tuple[str, Mapping[str, Any], str, bool]
-"""Where a row stands, what it holds, what is wrong with it, and whether its image may be anywhere."""
-
-
-def _csv_rows(path: Path) -> Iterator[Found]:
+def _csv_rows(path: Path) -> Iterator[Row]:
+    """The records after RFC 4180: quoted fields of any length, with line breaks in them; empty lines are left out."""
+    text = decode(read_file(path), path, "surrogateescape")
+    usual = csv.field_size_limit(max(len(text), 1))
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     head: list[str] | None = None
-    for number, record in parse_csv(decode(read_bytes(path), path, "surrogateescape")):
-        where = f"{path}, line {number}"
-        if isinstance(record, csv.Error):
-            if head is None:
-                raise SampleError(f"cannot read {where}: it is no CSV ({record}); repair it")
-            yield where, {}, f"cannot read {where}: it is no CSV ({record}); repair it, with quotes in pairs", False
-        elif head is None:
-            head = [name.strip() for name in record]
-            twice = next((name for name, count in Counter(head).items() if name and count > 1), None)
-            if twice is not None:
-                raise SampleError(f"cannot read {where}: two columns have the name {quoted(twice)}; rename one")
-        else:
-            problem = ""
-            if len(record) > len(head):
+    try:
+        while True:
+            where = f"{path}, line {lines.line_num + 1}"
+            try:
+                record = next(lines)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if head is None:
+                    raise SampleError(f"cannot read {where}: it is no CSV ({error}); repair it") from error
+                yield Row(where, {}, f"cannot read {where}: it is no CSV ({error}); repair it, with quotes in pairs")
+                continue
+            if head is not None and record:
                 problem = (
                     f"{where} has {len(record)} cells where the first line names {len(head)}; put quotes around a text "
                     "with a comma in it"
                 )
-            yield where, dict(zip(head, record, strict=False)), problem, False
+                columns = dict(zip(head, record, strict=False))
+                yield Row(where, columns, problem if len(record) > len(head) else "")
+            elif record:
+                head = [name.strip() for name in record]
+                twice = next((name for name, count in Counter(head).items() if name and count > 1), None)
+                if twice is not None:
+                    raise SampleError(f"cannot read {where}: two columns have the name {quoted(twice)}; rename one")
+    finally:
+        csv.field_size_limit(usual)
 
 
-def _json_lines(path: Path) -> Iterator[Found]:
-    content = read_bytes(path)
+def _json_lines(path: Path) -> Iterator[Row]:
+    content = read_file(path)
     decode(content[:2] if content[:1] in (b"\xff", b"\xfe") else b"", path)  # UTF-16, whose lines are no lines
     for number, line in enumerate(content.split(b"\n"), start=1):
         where = f"{path}, line {number}"
@@ -249,17 +254,17 @@ def _json_lines(path: Path) -> Iterator[Found]:
             row = parse_json(decode(line, where), where)
         except SampleError as error:
             name = NAMED.search(line)  # then it is that image's error
-            yield where, {FILE_COLUMNS[0]: name[1].decode("utf-8", "replace")} if name else {}, str(error), False
+            yield Row(where, {FILE_COLUMNS[0]: name[1].decode("utf-8", "replace")} if name else {}, str(error))
         else:
-            yield where, *_object_or_problem(row, where), False
+            yield Row(where, row)
 
 
-def _json_rows(path: Path) -> Iterator[Found]:
+def _json_rows(path: Path) -> Iterator[Row]:
     """A list of rows, or an object of captions, or of sd-scripts' captions and tags, by the paths of their images."""
-    content = parse_json(decode(read_bytes(path), path), path)
+    content = parse_json(decode(read_file(path), path), path)
     if isinstance(content, list):
         for number, row in enumerate(content, start=1):
-            yield f"{path}, row {number}", *_object_or_problem(row, f"{path}, row {number}"), False
+            yield Row(f"{path}, row {number}", row)
     elif isinstance(content, dict) and all(isinstance(row, dict | str) for row in content.values()):
         for number, (name, value) in enumerate(content.items(), start=1):
             row = {"caption": value} if isinstance(value, str) else value
@@ -268,14 +273,14 @@ def _json_rows(path: Path) -> Iterator[Found]:
             # As sd-scripts joins them; what it adds on sizes has no meaning here.
             others.pop("train_resolution", None)
             columns = {**others, FILE_COLUMNS[0]: name, **({CAPTION: ", ".join(texts)} if texts else {})}
-            yield f"{path}, row {number}", columns, "", True
+            yield Row(f"{path}, row {number}", columns, anywhere=True)
     else:
         raise NoMetadataError(f"{path} holds neither rows nor objects by the names of images")
 
 
-def _parquet_rows(path: Path) -> Iterator[Found]:
+def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
-        table = pq.read_table(pa.BufferReader(read_bytes(path)))
+        table = pq.read_table(pa.BufferReader(read_file(path)))
         opaque = [field.name for field in table.schema if OPAQUE.search(str(field.type))]
         rows = table.drop_columns(opaque).to_pylist()
     except pa.ArrowException as error:
@@ -283,10 +288,4 @@ def _parquet_rows(path: Path) -> Iterator[Found]:
     if opaque:
         tell_once(f"left out of {path}: the columns {', '.join(opaque)}, which hold no texts or numbers")
     for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", row, "", False
-
-
-def _object_or_problem(row: object, where: str) -> tuple[Mapping[str, Any], str]:
-    if isinstance(row, dict):
-        return row, ""
-    return {}, f"{where}: a row must have a column {FILE_COLUMNS[0]!r}, got {quoted(row)}; correct or remove it"
+        yield Row(f"{path}, row {number}", row)

@@ -5,25 +5,26 @@ A *companion* is another picture of an image: its mask, its source, or its label
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from latentdm.batch import CAPTION, MASK, SEGMENTATION, SOURCE
+from latentdm.batch import CAPTION
 from latentdm.data.decode import EXTENSIONS
-from latentdm.data.described import TEXTS, Describer
+from latentdm.data.described import TEXTS, Descriptions
+from latentdm.data.files import read_file
 from latentdm.data.geometry import COMPANIONS
-from latentdm.data.index import Entry
+from latentdm.data.index import Entry, Found
 from latentdm.data.listing import Listing, list_files, name_inside
 from latentdm.data.matching import Matches, Stems, match
 from latentdm.data.metadata import is_labelme
 from latentdm.data.names import LIKE, ending_of, stem_of
 from latentdm.data.siblings import find_beside
 from latentdm.data.skips import SampleError
-from latentdm.data.texts import decode, parse_json, read_bytes
+from latentdm.data.texts import decode, parse_json
 from latentdm.errors import UserError
 from latentdm.validation import Check
 
@@ -31,62 +32,32 @@ SHOWN_ENDINGS = 8
 """Endings of left out files that are told apart, the most frequent first."""
 
 
-@dataclass(frozen=True)
-class Pairing:
-    """How masks, sources and captions are recognised.
-
-    Attributes:
-        masks: ``"auto"``, ``"require"`` or ``"ignore"``, see `latentdm.data.ImageFolderData`.
-        sources: the same.
-        segmentations: the same.
-        captions: the same.
-        columns: our name of a metadata column → its name there.
-        lenient: what is wrong with a single image is an error when it is read, and not at once.
-    """
-
-    masks: str = "auto"
-    sources: str = "auto"
-    segmentations: str = "auto"
-    captions: str = "auto"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    lenient: bool = False
-
-    @property
-    def choices(self) -> dict[str, str]:
-        """What is set for ``mask``, ``source``, ``segmentation`` and ``caption``."""
-        return {MASK: self.masks, SOURCE: self.sources, SEGMENTATION: self.segmentations, CAPTION: self.captions}
+AUTO = MappingProxyType(dict.fromkeys((*COMPANIONS, CAPTION), "auto"))
+"""Takes whatever there is."""
 
 
-class Found(NamedTuple):
-    """What a folder holds.
-
-    Attributes:
-        entries: its images, sorted by name.
-        problems: what is wrong with it, where ``lenient``.
-        watched: what to watch for changes.
-        facts: ``notes``: what was left out, and what else a person should know, as parts of a sentence; ``folders``:
-            kind → the folder of companions that lie beside the root.
-    """
-
-    entries: list[Entry]
-    problems: list[str]
-    watched: dict[str, Sequence[int]]
-    facts: dict[str, Any]
-
-
-def find_images(root: Path, pairing: Pairing, held_out: Path | None = None) -> Found:
+def find_images(
+    root: Path,
+    choices: Mapping[str, str] = AUTO,
+    columns: Mapping[str, str] | None = None,
+    lenient: bool = False,
+    held_out: Path | None = None,
+) -> Found:
     """The images of a folder and of the folders inside it; `latentdm.data.names` says what is recognised.
 
     What metadata say of an image comes before what names say. An image that the metadata do not name counts as well.
 
     Args:
         root: the folder.
-        pairing: what belongs to an image.
+        choices: of ``mask``, ``source``, ``segmentation`` and ``caption``: ``"auto"``, ``"require"`` or ``"ignore"``,
+            see `latentdm.data.ImageFolderData`.
+        columns: our name of a metadata column → its name there.
+        lenient: what is wrong with a single image is an error when it is read, and not at once.
         held_out: a folder for validation. One inside ``root`` is found under its own name, even if a link leads to it
             too; any other one is left out.
 
     Raises:
-        UserError: no images, and, unless ``pairing.lenient``: a companion without an image, two of one kind for one
+        UserError: no images, and, unless ``lenient``: a companion without an image, two of one kind for one
             image, an image without one where others have one (or where they are required), a metadata row that cannot
             be read, or that names a file outside the folder or one that does not exist.
     """
@@ -94,14 +65,8 @@ def find_images(root: Path, pairing: Pairing, held_out: Path | None = None) -> F
     if held_out is not None and (inside := name_inside(root, held_out)) is not None:
         listing += list_files(root, start=inside)
     _settle_json(listing)
-    described = Describer(root, listing, pairing.choices, pairing.columns, pairing.lenient)()
-    problems, notes = described.problems, described.notes
-
-    def problem(text: str) -> None:
-        if not pairing.lenient:
-            raise UserError(text)
-        problems.append(text)
-
+    described = Descriptions(root, listing, choices, columns or {}, lenient)
+    problem, notes = described.problem, described.notes
     for text in listing.problems:
         problem(text)
     matches = match(
@@ -112,42 +77,41 @@ def find_images(root: Path, pairing: Pairing, held_out: Path | None = None) -> F
         raise UserError(f"no images in root={str(root)!r}; expected files ending in {', '.join(EXTENSIONS)}")
     held = {kind for kind, *_ in (*matches.pairs, *matches.orphans)}
     held |= {kind for description in described.images.values() for kind in description.companions}
-    wanted = [kind for kind in COMPANIONS if kind not in held and pairing.choices[kind] != "ignore"]
+    wanted = [kind for kind in COMPANIONS if kind not in held and choices[kind] != "ignore"]
     folders = find_beside(root, wanted, matches, listing, notes)
-    found: dict[str, dict[str, str]] = {kind: {} for kind in COMPANIONS}  # kind → stem of the image → name
+    found: dict[tuple[str, str], str] = {}  # kind, stem of the image → name
     for kind, stem, name in matches.pairs:
-        if kind == LIKE or pairing.choices[kind] == "ignore":
+        if kind == LIKE or choices[kind] == "ignore":
             continue
-        if stem in found[kind]:
-            problem(f"two {kind}s for one image, {root / found[kind][stem]} and {root / name}; remove one")
-        found[kind].setdefault(stem, name)
-    texts = _sidecars(root, listing, matches.stems) if pairing.captions != "ignore" else {}
+        if (first := found.setdefault((kind, stem), name)) != name:
+            problem(f"two {kind}s for one image, {root / first} and {root / name}; remove one")
+    texts = _sidecars(root, listing, matches.stems) if choices[CAPTION] != "ignore" else {}
     entries = []
     for name in matches.images:
         mtime, size = listing.images[name]
         stem, description = stem_of(name), described.images.get(name)
         named = description.companions if description else {}
-        pictures: dict[str, Any] = {kind: named.get(kind) or found[kind].get(stem) for kind in COMPANIONS}
+        pictures: dict[str, Any] = {kind: named.get(kind) or found.get((kind, stem)) for kind in COMPANIONS}
         caption, *others = [*texts.get((stem, ""), ()), *texts.get((stem, ending_of(name)), ())] or [None]
-        columns = None if description is None else description.columns()
+        said = None if description is None else description.columns()
         if others:
-            columns = {**(columns or {}), TEXTS: others}
-        entries.append(Entry(name, size, mtime, caption=caption, columns=columns, **pictures))
+            said = {**(said or {}), TEXTS: others}
+        entries.append(Entry(name, size, mtime, caption=caption, columns=said, **pictures))
     for kind, name in matches.orphans:
-        if pairing.choices[kind] != "ignore":
+        if choices[kind] != "ignore":
             problem(
                 f"a {kind} without an image: {root / name}; name it after its image, remove it, or set {kind}s=ignore"
             )
     for kind in COMPANIONS:
         without = [entry.name for entry in entries if getattr(entry, kind) is None]
-        required = len(without) < len(entries) or pairing.choices[kind] == "require"
-        if without and required and not pairing.lenient:
+        required = len(without) < len(entries) or choices[kind] == "require"
+        if without and required and not lenient:
             raise UserError(
                 f"an image without a {kind}: {root / without[0]} (and {len(without) - 1} more of {len(entries)}); "
                 f"add {stem_of(without[0])}-{kind}.png to {root}, or set {kind}s=ignore"
             )
-    facts = {"notes": [*_notes(listing, matches, pairing), *notes], "folders": folders}
-    return Found(entries, problems, listing.watched, facts)
+    notes = [*_notes(listing, matches, choices), *notes]
+    return Found(entries, described.problems, listing.watched, notes, folders)
 
 
 def check_val_share(check: Check, val_share: object) -> float:
@@ -212,13 +176,13 @@ def _sidecars(root: Path, listing: Listing, stems: Stems) -> dict[tuple[str, str
 
 def _is_labelme(path: Path) -> bool:
     try:
-        content = parse_json(decode(read_bytes(path), path), path)
+        content = parse_json(decode(read_file(path), path), path)
     except SampleError:  # an error when it is read
         return False
     return isinstance(content, dict) and is_labelme(content)
 
 
-def _notes(listing: Listing, matches: Matches, pairing: Pairing) -> Iterator[str]:
+def _notes(listing: Listing, matches: Matches, choices: Mapping[str, str]) -> Iterator[str]:
     """What a person should know of what the names said."""
     if listing.others:
         yield "left out: " + _by_ending(sorted(listing.others))
@@ -226,9 +190,9 @@ def _notes(listing: Listing, matches: Matches, pairing: Pairing) -> Iterator[str
         yield f"left out: {_count(listing.polygons, 'file')} of labelme, whose polygons are not read (export masks)"
     for kind in COMPANIONS:
         ignored = [name for of, _, name in matches.pairs if of == kind]
-        if ignored and pairing.choices[kind] == "ignore":
+        if ignored and choices[kind] == "ignore":
             yield f"left out: {_count(ignored, kind)}, as {kind}s=ignore"
-    if listing.sidecars and pairing.captions == "ignore":
+    if listing.sidecars and choices[CAPTION] == "ignore":
         yield f"left out: {_count(listing.sidecars, 'caption')}, as captions=ignore"
     if like := [name for kind, _, name in matches.pairs if kind == LIKE]:
         yield f"left out: {_count(like, 'picture')} called like a mask or label map (rename masks: name-mask.png)"

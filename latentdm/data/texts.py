@@ -4,20 +4,12 @@ A column's value becomes a part of a batch: what cannot travel there (a number o
 encoding has, nesting without end) is found here, and not by a worker or a tokenizer later.
 """
 
-import csv
-import io
 import json
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
-from latentdm.data.files import read_file
 from latentdm.data.skips import SampleError
-
-MAX_BYTES = 4 << 30
-"""The most that a file of texts may hold."""
 
 MAX_DEPTH = 32
 """Levels of lists and objects in a column. Whatever sends a batch to a device or a process calls itself for each."""
@@ -30,18 +22,6 @@ MAX_LOOKED_AT = 1000
 
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 """How a file begins that Windows calls Unicode."""
-
-
-def read_bytes(path: Path) -> bytes:
-    """What a file holds.
-
-    Raises:
-        SampleError: it cannot be read.
-    """
-    try:
-        return read_file(path, MAX_BYTES)
-    except OSError as error:
-        raise SampleError(f"cannot read {path}: {error.strerror or error}; repair or remove the file") from error
 
 
 def decode(content: bytes, what: object, errors: str = "strict") -> str:
@@ -77,29 +57,6 @@ def parse_json(text: str, what: object) -> Any:
         raise SampleError(f"cannot read {what}: it is no JSON ({error}); repair or remove it") from error
     check(value, what)
     return value
-
-
-def parse_csv(text: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
-    """The records of a CSV file after RFC 4180, each with the number of its first line, or what is wrong with it.
-
-    A quoted field may hold line breaks, and be of any length. Empty lines are left out.
-    """
-    usual = csv.field_size_limit(max(len(text), 1))
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        while True:
-            number = lines.line_num + 1
-            try:
-                record = next(lines)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield number, error
-            else:
-                if record:
-                    yield number, record
-    finally:
-        csv.field_size_limit(usual)
 
 
 def check(value: object, what: object) -> None:
@@ -138,12 +95,8 @@ def quoted(value: object) -> str:
 
 def _alternates(content: bytes) -> bool:
     """Whether every other byte is zero, as in UTF-16 without a mark: each of them would be a character of UTF-8."""
-    halves = content[:MAX_LOOKED_AT:2], content[1:MAX_LOOKED_AT:2]
-    return len(content) >= 4 and {0 in half for half in halves} == {True, False} and any(map(_is_zero, halves))
-
-
-def _is_zero(content: bytes) -> bool:
-    return not content.strip(b"\0")
+    even, odd = content[:MAX_LOOKED_AT:2], content[1:MAX_LOOKED_AT:2]
+    return len(content) >= 4 and any(not a.strip(b"\0") and 0 not in b for a, b in ((even, odd), (odd, even)))
 
 
 def _check_text(text: str, what: object) -> None:

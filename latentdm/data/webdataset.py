@@ -108,7 +108,7 @@ class ShardRecords:
         except SampleError as error:
             return error
         self._tell(files)
-        return Record(name, stable_index(name), **pictures, columns=rows[0], others=rows[1:])
+        return Record(name, stable_index(name), **pictures, rows=rows)
 
     def _tell(self, files: Mapping[str, bytes]) -> None:
         """Say which files are left out, once for each ending."""

@@ -3,7 +3,6 @@
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
 from typing import Any
 
 import torch
@@ -184,13 +183,12 @@ class Encoder(Stage):
         to_encode, ready = self._prepare(batch)
         vae, b, keys, cached = self.vae, len(draws.ids), list(to_encode), batch.get(CACHED)
 
-        def encode(sets: Sequence[Images], order: Sequence[tuple[str, int]]) -> Posterior:
-            return vae.moments(
-                sets,
-                per_batch=self.per_batch,
-                progress=self.progress,
-                name=lambda row: f"sample {draws.ids[order[row][1]]} ({order[row][0]})",
-            )
+        def encode(sets: Sequence[Images], order: Sequence[tuple[str, int]] | None = None) -> Posterior:
+            def name(row: int) -> str:
+                key, own = (keys[row // b], row % b) if order is None else order[row]
+                return f"sample {draws.ids[own]} ({key})"
+
+            return vae.moments(sets, self.per_batch, self.progress, name)
 
         def hidden() -> Tensor:
             mask = unit_mask(batch[MASK], batch[PIXELS]).round() == 1
@@ -201,7 +199,7 @@ class Encoder(Stage):
             keys, whole = list(completed), list(completed.values())
             moments = Posterior.unstacked(whole[0] if len(whole) == 1 else torch.cat(whole))
         else:
-            moments = encode(list(to_encode.values()), list(product(keys, range(b))))
+            moments = encode(list(to_encode.values()))
         noise = None
         if self.posterior == "sample" and vae.has_posterior:
             parts = [draws.normal(key, moments.mean.shape[1:], moments.mean.device) for key in keys]

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from latentdm.data.index import folder_index
-from latentdm.data.pairing import Pairing, find_images
+from latentdm.data.pairing import find_images
 
 LONG_AGO = 1_600_000_000
 
@@ -15,7 +15,7 @@ def open_index(root, cache, built=lambda: None):
     """The names in the index of a folder; ``built`` is called between building and keeping it."""
 
     def build():
-        result = find_images(root, Pairing())
+        result = find_images(root)
         built()
         return result
 

@@ -107,6 +107,20 @@ def test_the_table_is_printed_and_images_of_val_root_use_the_same_buckets(folder
     assert sum(len(batch["index"]) for batch in data.predict_dataloader()) == 12
 
 
+def test_a_folder_that_has_changed_is_measured_anew_and_one_that_has_not_is_not(folder, monkeypatch):
+    data = ImageFolderData(folder, batch_size=3, val_share=0, masks="ignore", buckets=BUCKETS)
+    data.setup()
+    before = [data.train_set[position]["pixels"].shape[1:] for position in range(len(SIZES))]
+    with monkeypatch.context() as patched:
+        patched.setattr("latentdm.data.index.read_size", None)
+        data.setup()
+    (folder / "00.png").rename(folder / "99.png")
+    Image.new("RGB", (40, 200)).save(folder / "98.png")
+    data.setup()
+    after = [sample["pixels"].shape[1:] for sample in data.train_set]
+    assert after == [*before[1:], (128, 32), before[0]]
+
+
 def test_a_broken_image_is_replaced_by_one_of_its_size(folder):
     content = (folder / "03.png").read_bytes()
     (folder / "03.png").write_bytes(content[: len(content) // 2])

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from latentdm.data import SampleError
-from latentdm.data.files import Patience, open_file, open_stream, patient, read_file, size_of, waited
+from latentdm.data.files import Patience, asked, open_file, open_stream, patient, read_file, size_of
 from latentdm.data.watch import working
 
 
@@ -98,14 +98,16 @@ def test_a_call_that_hangs_is_given_up_with_its_name_and_the_next_one_answers(st
         with pytest.raises(
             SampleError, match=r"^cannot read x: nothing came within read_timeout=300 seconds; .*longer"
         ):
-            waited(stuck, "x", 0.01)
-    assert waited(lambda: 7, "y", 10) == 7
+            asked(stuck, "x", seconds=0.01)
+    assert asked(lambda: 7, "y") == 7
 
 
 def test_what_comes_too_late_is_discarded():
     event, discarded = Event(), Event()
     with pytest.raises(SampleError):
-        waited(lambda: event.wait() and "late", "x", 0.01, discard=lambda late: late == "late" and discarded.set())
+        asked(
+            lambda: event.wait() and "late", "x", seconds=0.01, discard=lambda late: late == "late" and discarded.set()
+        )
     event.set()
     assert discarded.wait(60)
 
@@ -115,7 +117,7 @@ def test_an_error_of_the_call_is_its_own():
         raise TimeoutError("of the network file system")
 
     with pytest.raises(TimeoutError, match="network"):
-        waited(broken, "x", 10)
+        asked(broken, "x")
 
 
 class Slow(io.BytesIO):
@@ -153,7 +155,7 @@ def test_a_fork_has_readers_of_its_own(tmp_path):
 
 def test_threads_do_not_wait_for_each_other(stuck, tmp_path):
     Image.new("L", (2, 2)).save(tmp_path / "a.png")
-    hanging = Thread(target=lambda: waited(stuck, "x", 600), daemon=True)
+    hanging = Thread(target=lambda: asked(stuck, "x", seconds=600), daemon=True)
     hanging.start()
     assert read_file(tmp_path / "a.png", 1000)
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from latentdm.data import SampleError
 from latentdm.data.folder import FolderImages, ImageFolderData
-from latentdm.data.index import Entry, folder_index
-from latentdm.data.pairing import Pairing, find_images
+from latentdm.data.index import Entry, Found, folder_index
+from latentdm.data.pairing import find_images
 from latentdm.data.skips import Skips
 
 LONG_AGO = 1_600_000_000
@@ -52,12 +52,12 @@ class Opener:
 
     def __init__(self, root, cache, least=1, lenient=True):
         self.root, self.cache, self.least = root, cache, least
-        self.pairing = Pairing(lenient=lenient)
+        self.lenient = lenient
         self.built = 0
 
     def build(self):
         self.built += 1
-        return find_images(self.root, self.pairing)
+        return find_images(self.root, lenient=self.lenient)
 
     def __call__(self, **settings):
         return folder_index(self.root, settings, self.build, self.cache, self.least)
@@ -84,7 +84,7 @@ def snapshot(folder):
 
 
 def test_it_is_built_once_and_holds_what_the_walk_found(opener):
-    entries = find_images(opener.root, opener.pairing)[0]
+    entries = find_images(opener.root, lenient=True).entries
     first, second = opener(), opener()
     assert opener.built == 1
     assert everything(first) == everything(second) == entries
@@ -196,7 +196,7 @@ def test_a_change_makes_it_stale(opener, change):
     change(opener.root)
     index = opener()
     assert opener.built == 2
-    assert everything(index) == find_images(opener.root, opener.pairing)[0]
+    assert everything(index) == find_images(opener.root, lenient=True).entries
     age(opener.root)
     opener()
     built = opener.built
@@ -233,6 +233,19 @@ def test_an_image_folder_s_own_index_is_opened_again(photos, tmp_path, monkeypat
     assert names(val_root="b") == names(val_root=held_out) == first
     assert "a/04.png" in first
     assert not any(name.startswith("b/") for name in first)
+
+
+def test_where_it_is_kept_by_default_is_no_setting_of_a_run(photos, tmp_path, monkeypatch):
+    settings = []
+    for home in ("here", "there"):  # as on another machine
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home))
+        monkeypatch.setattr("latentdm.data.folder.KEPT_FROM", 1)
+        data = ImageFolderData(photos, masks="ignore", on_error="skip")
+        data.setup()
+        assert len(list((tmp_path / home).rglob("*.index"))) == 1
+        assert "index_dir" not in repr(data)
+        settings.append(data.state_dict())
+    assert settings[0] == settings[1]
 
 
 # Broken files
@@ -285,6 +298,8 @@ def test_wrong_bytes_with_a_right_checksum_are_built_anew(opener, sealed):
     "change",
     [
         lambda head: head.update(rows=10**12),
+        lambda head: head.update(rows=2**62),
+        lambda head: head.update(rows=10**30),
         lambda head: head.update(rows=-1),
         lambda head: head.update(rows="12"),
         lambda head: head.update(places={}),
@@ -339,7 +354,7 @@ def test_an_index_of_another_user_is_not_opened(opener, monkeypatch):
 @pytest.mark.parametrize("column", ["name", "mask", "source", "segmentation", "caption"])
 def test_a_name_that_leaves_the_folder_is_refused_on_use(tmp_path, column, name):
     entries = [Entry(**{"name": "1.png", column: name}), Entry("a/..b/2.png")]
-    index = folder_index(tmp_path, {}, lambda: (entries, [], {}, {}), tmp_path / "cache", least=1)
+    index = folder_index(tmp_path, {}, lambda: Found(entries), tmp_path / "cache", least=1)
     with pytest.raises(SampleError, match=r"names .*, which lies outside"):
         index[0]
     assert index[1].name == "a/..b/2.png"
@@ -347,7 +362,7 @@ def test_a_name_that_leaves_the_folder_is_refused_on_use(tmp_path, column, name)
 
 def images_of(entries, tmp_path, **settings):
     """A data module of a folder whose kept index holds these entries, whoever wrote it."""
-    kept = folder_index(tmp_path, {}, lambda: (entries, [], {}, {}), tmp_path / "cache", least=1)
+    kept = folder_index(tmp_path, {}, lambda: Found(entries), tmp_path / "cache", least=1)
     crops = ImageFolderData(tmp_path, size=8).crops(training=False)
     return FolderImages(kept, np.arange(len(kept)), crops, **settings)
 
@@ -419,7 +434,7 @@ def test_a_disk_that_is_full_leaves_nothing_behind(opener, monkeypatch):
 
 def test_it_is_sent_to_workers_without_its_table(tmp_path):
     entries = [Entry(f"folder/{number:05}.png", columns={"caption": "a caption " * 5}) for number in range(5000)]
-    settings = (tmp_path, {}, lambda: (entries, [], {}, {}), tmp_path / "cache")
+    settings = (tmp_path, {}, lambda: Found(entries), tmp_path / "cache")
     small, kept = folder_index(*settings, least=5001), folder_index(*settings, least=1)
     assert len(pickle.dumps(small)) > 300_000
     sent = pickle.dumps(kept)

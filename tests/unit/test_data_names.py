@@ -15,6 +15,7 @@ from running import ROOT
 
 from latentdm import InpaintEncoder, LatentDataModule, PlainEncoder
 from latentdm.data import ImageFolderData
+from latentdm.data.matching import match
 from latentdm.data.names import LIKE_FOLDERS, LIKE_MARKS, folded
 from latentdm.masks import AlphaMask, BatchMask, MaskSource, MixedMask, RandomMask, SegmentationMask
 
@@ -214,6 +215,17 @@ def test_a_usual_name_is_an_image(tmp_path, name):
     data = loaded(tmp_path)
     assert len(data.predict_set) == 2
     assert data.notes() == ""
+
+
+def test_what_is_called_like_masks_is_told_in_proportion_to_its_number(monkeypatch):
+    calls = []
+    monkeypatch.setattr("latentdm.data.matching.folded", lambda name: calls.append(name) or folded(name))
+    counts = []
+    for number in (100, 400):
+        calls.clear()
+        assert len(match(f"{image:03} mask.png" for image in range(number)).images) == number
+        counts.append(len(calls))
+    assert counts[1] < 6 * counts[0]
 
 
 def test_two_pictures_of_one_name_are_images_with_a_word(tmp_path):
