@@ -209,12 +209,12 @@ class BatchKeys:
         Raises:
             ValueError: a result would overwrite something of the user's, or a tuple has no place for it.
         """
-        leaving = {self.key(name) for name in drop}
+        leaving = {self.keys.get(name, name) for name in drop}
         placed: dict[Key, Any] = {}
         for name, value in results.items():
             if name in self.left_out:
                 continue
-            key = self.key(name)
+            key = self.keys.get(name, name)
             self._check_place(name, key, batch, leaving, placed)
             placed[key] = value
         if self._named(batch) is not None:

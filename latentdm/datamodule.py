@@ -184,10 +184,10 @@ class LatentDataModule(Wrapper):
 
         def run(part: Any, path: Path) -> Any:
             if not encoded:
-                encoded.append(self._passage.run(part, (0, *path), self.trainer))
+                encoded.append(self._passage.run(part, path, self.trainer))
             return part
 
-        self.keys.each(self.pixels.on_after_batch_transfer(self._transferred(batch, device), 0), run)
+        self.keys.each(self.pixels.on_after_batch_transfer(self._transferred(batch, device), 0), run, (0,))
         return encoded[0]
 
     def _transferred(self, batch: Any, device: torch.device | str) -> Any:
@@ -201,7 +201,7 @@ class LatentDataModule(Wrapper):
         if self._is_example:
             return batch
         batch = self.pixels.on_before_batch_transfer(batch, dataloader_idx)
-        return self.keys.each(batch, lambda part, path: self._passage.prepare(part, (dataloader_idx, *path)))
+        return self.keys.each(batch, self._passage.prepare, (dataloader_idx,))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Delegates; Lightning's own copies pinned memory without blocking."""
@@ -232,24 +232,25 @@ class LatentDataModule(Wrapper):
         if not is_batch(batch):
             hooks.check_bare(batch, self.keys, self.encoder.vae.spatial_compression)
             return batch
-        return self.keys.each(batch, lambda part, path: self._encoded(part, (dataloader_idx, *path)))
+        return self.keys.each(batch, self._encoded, (dataloader_idx,))
 
     def _encoded(self, batch: Any, path: Path) -> Any:
         """A part as the step receives it."""
-        inputs, outputs = self._passage.run(batch, path, self.trainer)
-        drops = self.line.drops
+        trainer, drops = self.trainer, self.line.drops
+        inputs, outputs = self._passage.run(batch, path, trainer)
         results = {name: value for name, value in outputs.items() if name not in drops}
         if self.keep_pixels:
             results[PIXELS] = self.encoder.crop(inputs[PIXELS])
         batch = self.keys.write(batch, results, drop=(*drops, EPOCH))
-        if self.trainer is not None:
-            batch = self.trainer.precision_plugin.convert_input(batch)
-        hooks.notify(self.trainer, "on_encode_end", inputs, outputs, batch)
+        if trainer is not None:
+            batch = trainer.precision_plugin.convert_input(batch)
+            hooks.notify(trainer, "on_encode_end", inputs, outputs, batch)
         return batch
 
     def _draws(self, found: Mapping[str, Any], path: Path) -> Draws | None:
         """The draws of a part's samples, which is where it is first looked at."""
-        if not self._warned and (lost := hooks.rounded_pixels(found, self.trainer)) is not None:
+        trainer = self.trainer
+        if trainer is not None and not self._warned and (lost := hooks.rounded_pixels(found, trainer)) is not None:
             self._warned = True
             rank_zero_warn(f"LatentDataModule: {lost}")
-        return self._batch_draws(found, self.seed, self.trainer, path)
+        return self._batch_draws(found, self.seed, trainer, path)

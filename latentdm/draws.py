@@ -25,7 +25,7 @@ def sample_generator(seed: int, epoch: int, index: int | str, purpose: str) -> t
     return torch.Generator().manual_seed(sample_seed(seed, epoch, index, purpose))
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: that triples the time to make them, which a small batch feels
 class Draws:
     """The random numbers of one batch, one stream a sample and purpose.
 

@@ -231,10 +231,10 @@ def _batch_number(trainer: Trainer) -> int:
     return int(loops[trainer.state.fn].batch_progress.current.ready)
 
 
-def rounded_pixels(found: Mapping[str, Any], trainer: Trainer | None) -> str | None:
+def rounded_pixels(found: Mapping[str, Any], trainer: Trainer) -> str | None:
     """What a precision plugin, which casts before any hook, has taken from float images; None where it took nothing."""
     pixels = found.get(PIXELS)
-    if trainer is None or not isinstance(pixels, Tensor) or pixels.dtype not in (torch.float16, torch.bfloat16):
+    if not isinstance(pixels, Tensor) or pixels.dtype not in (torch.float16, torch.bfloat16):
         return None
     return (
         f"{PIXELS} came as {describe(pixels)}: precision={trainer.precision} rounds float images before they are "
@@ -243,8 +243,8 @@ def rounded_pixels(found: Mapping[str, Any], trainer: Trainer | None) -> str | N
     )
 
 
-def notify(trainer: Any, hook: str, *observed: Any) -> None:
+def notify(trainer: Trainer, hook: str, *observed: Any) -> None:
     """Call a hook of those callbacks that have it: see `latentdm.callbacks.EncodeCallback`."""
-    for callback in [] if trainer is None else trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if hasattr(callback, hook):
             getattr(callback, hook)(trainer, trainer.lightning_module, *observed)

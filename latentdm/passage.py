@@ -52,7 +52,7 @@ class Passage:
 
     def move(self, device: torch.device) -> None:
         """Move to the device what the host's stages wrote and the batch has no place for."""
-        for path, (draws, written) in self._prepared.items():
+        for path, (draws, written) in self._prepared.items() if self.line.host else ():
             if written:
                 self._prepared[path] = draws, move_data_to_device(written, device)
 
@@ -65,13 +65,19 @@ class Passage:
         draws, prepared = self._prepared.pop(path, (None, {}))
         cached = batch.get(CACHED) if isinstance(batch, MAPPINGS) else None
         blank = cached.images() if isinstance(cached, CachedRows) else {}
-        inputs = self.keys.read({**batch, **blank} if blank else batch) | prepared
+        inputs = self.keys.read({**batch, **blank} if blank else batch)
+        inputs.update(prepared)
         if draws is None or len(draws.ids) != inputs[PIXELS].shape[0]:  # len of a tensor is slow
             draws = self._draws(inputs, path)
             assert draws is not None
-        notify(trainer, "on_encode_start", inputs)
-        outputs = prepared | self._stages(batch, inputs, draws, on_host=False)
-        return inputs | {name: outputs[name] for name in self.line.drops if name in outputs}, outputs
+        if trainer is not None:
+            notify(trainer, "on_encode_start", inputs)
+        outputs = self._stages(batch, inputs, draws, on_host=False)
+        if prepared:
+            outputs = prepared | outputs
+        if used_up := {name: outputs[name] for name in self.line.drops if name in outputs}:
+            inputs = inputs | used_up
+        return inputs, outputs
 
     def _stages(self, batch: Any, found: Mapping[str, Any], draws: Draws, on_host: bool) -> dict[str, Any]:
         try:

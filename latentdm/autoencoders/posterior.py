@@ -11,7 +11,7 @@ from torch import Tensor
 from latentdm.errors import UserTypeError
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: that triples the time to make one, which a small batch feels
 class Posterior:
     """The moments that an encoder gives for a batch, before normalisation: the seam at which they can be cached.
 

@@ -190,11 +190,12 @@ class Encoder(Stage):
 
             return vae.moments(sets, self.per_batch, self.progress, name)
 
-        def hidden() -> Tensor:
-            mask = unit_mask(batch[MASK], batch[PIXELS]).round() == 1
-            return mask.expand(b, -1, -1, -1)
-
         if isinstance(cached, CachedRows):  # only what the cache lacks is encoded
+
+            def hidden() -> Tensor:
+                mask = unit_mask(batch[MASK], batch[PIXELS]).round() == 1
+                return mask.expand(b, -1, -1, -1)
+
             completed = cached.complete(to_encode, encode, self.cache, hidden)
             keys, whole = list(completed), list(completed.values())
             moments = Posterior.unstacked(whole[0] if len(whole) == 1 else torch.cat(whole))

@@ -122,7 +122,7 @@ class Chunks:
         Raises:
             torch.OutOfMemoryError: not even one image fits; it names the resolution, the need and the remedies.
         """
-        key = (tuple(shape), dtype)
+        key = (shape, dtype)
         size, tiled = self._start(key, rows, per_batch)
         limit, done = self._limits.get(key), 0
         encoded: list[T] = []
@@ -165,7 +165,7 @@ class Chunks:
         limit = self._limits.get(key, size)
         return max(1, min(size, limit)), self.tiling == "always" or limit == 0
 
-    def _say(self, key: tuple[tuple[int, ...], torch.dtype], size: int, tiled: bool) -> None:
+    def _say(self, key: tuple[Sequence[int], torch.dtype], size: int, tiled: bool) -> None:
         shape, dtype = key
         images = f"images of {sides(shape)} in {dtype_name(dtype)}"
         if tiled and self.tiling == "last_resort":
