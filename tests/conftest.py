@@ -80,6 +80,25 @@ def recording_vae(recorder):
     return FrozenVAE(recorder)
 
 
+class SavedPipelines(dict):
+    """Name of `tiny_pipelines.PIPELINES` → its folder, written when it is first asked for; to be left as it is."""
+
+    def __init__(self, root):
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, name):
+        from tiny_pipelines import save_pipeline
+
+        self[name] = save_pipeline(name, self.root / name)
+        return self[name]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    return SavedPipelines(tmp_path_factory.mktemp("pipelines"))
+
+
 @pytest.fixture(scope="session")
 def written_workplace(tmp_path_factory):
     from running import write_cutouts, write_dataset, write_latents, write_photos, write_shards
