@@ -23,6 +23,7 @@ def pytest_collection():
 def pytest_collection_finish():
     """Each collection of garbage would walk through all of torch, diffusers and transformers: half a second."""
     gc.freeze()
+    gc.set_threshold(10_000)  # not 700: a composed config is thousands of objects
     gc.enable()
 
 
