@@ -97,9 +97,15 @@ class PixelLoader(DataLoader[Any]):
                 order.taken = self._counted(order)
             self.progress.began()
             self._trained = self.progress.batches
-        for batch in explained(self._batches(), self.dataset):
-            self._yielded += 1
-            yield batch
+        try:
+            for batch in explained(self._batches(), self.dataset):
+                self._yielded += 1
+                yield batch
+        except Exception:
+            # Its workers end now. Torch waits 5 s for those that the collector of garbage finds: a traceback that
+            # somebody keeps makes a cycle of all that it reaches.
+            self._iterator = None
+            raise
 
     def _batches(self) -> Iterator[Any]:
         yield from super().__iter__()  # which may wait for workers as well

@@ -96,7 +96,10 @@ class Weights:
                 self._module = cast_copy(self.original, place, dtype, self.layout(dtype))
             if self.mode is not None:
                 self.compilation = Compilation(self._module, self.mode)
-        self._module = self._module.to(place)
+        else:
+            weight = next(self._module.parameters(), None)
+            if weight is None or weight.device != place:  # else each batch by hand would walk through all modules
+                self._module = self._module.to(place)
         self._full = self._first = None
 
     def layout(self, dtype: torch.dtype) -> torch.memory_format:

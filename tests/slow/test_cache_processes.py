@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import run_ranks, write_noise_photos
+from running import fork_ranks, write_noise_photos
 
 from latentdm.cache import writer as writing
 from latentdm.cache.keys import key_of
@@ -189,7 +189,7 @@ fit("again", Cache(f"{folder}/cache"))
 
 def test_two_ranks_with_workers_fill_and_read_one_cache(tmp_path):
     write_noise_photos(tmp_path / "photos", COUNT)
-    run_ranks(RANKS, tmp_path)
+    fork_ranks(RANKS, tmp_path)
     for rank in range(2):
         without, with_cache, again = (torch.load(tmp_path / f"{n}{rank}.pt") for n in ("without", "with", "again"))
         assert len(without[0]) == 9

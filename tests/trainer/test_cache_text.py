@@ -3,17 +3,10 @@
 import pytest
 import torch
 from helpers import LatentModel, Photos, fit, photo_columns, tiny_kl
-from tiny_pipelines import save_pipeline
 
 from latentdm import Cache, FrozenVAE, LatentDataModule, PlainEncoder, TextEncoder
 
 CAPTIONS = ["a red house", "a cat", "", "a red house"]
-
-
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipelines")
-    return {name: save_pipeline(name, root / name) for name in ("sd15", "sdxl")}
 
 
 class Told(LatentModel):
@@ -42,12 +35,12 @@ def run(folder, cache, captions=CAPTIONS, epochs=2, dtype="float32"):
 @pytest.mark.filterwarnings("ignore:Cache. not cached. Photos:UserWarning")  # its images; captions are
 @pytest.mark.parametrize(("name", "encoders"), [("sd15", 1), ("sdxl", 2)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_each_caption_is_encoded_once(pipelines, tmp_path, name, encoders, dtype):
-    without = run(pipelines[name], None, dtype=dtype)
+def test_each_caption_is_encoded_once(folders, tmp_path, name, encoders, dtype):
+    without = run(folders[name], None, dtype=dtype)
     assert without.encoded == 2 * len(CAPTIONS) * encoders
-    cached = run(pipelines[name], Cache(tmp_path / "cache"), dtype=dtype)
+    cached = run(folders[name], Cache(tmp_path / "cache"), dtype=dtype)
     assert cached.encoded <= 4 * encoders
-    again = run(pipelines[name], Cache(tmp_path / "cache"), dtype=dtype)
+    again = run(folders[name], Cache(tmp_path / "cache"), dtype=dtype)
     assert again.encoded == 0
     keys = [key for key in ("prompt_embeds", "pooled_prompt_embeds") if key in without.batches("train")[0]]
     assert len(keys) == encoders
@@ -60,9 +53,9 @@ def test_each_caption_is_encoded_once(pipelines, tmp_path, name, encoders, dtype
 
 
 @pytest.mark.filterwarnings("ignore:Cache. not cached. Photos:UserWarning")
-def test_another_encoder_or_caption_misses(pipelines, tmp_path):
+def test_another_encoder_or_caption_misses(folders, tmp_path):
     cache = Cache(tmp_path / "cache")
-    run(pipelines["sd15"], cache)
-    assert run(pipelines["sd15"], Cache(tmp_path / "cache"), ["another", *CAPTIONS[1:]]).encoded == 1
-    assert run(pipelines["sd15"], Cache(tmp_path / "cache"), dtype="bfloat16").encoded > 0
-    assert run(pipelines["sdxl"], Cache(tmp_path / "cache")).encoded > 0
+    run(folders["sd15"], cache)
+    assert run(folders["sd15"], Cache(tmp_path / "cache"), ["another", *CAPTIONS[1:]]).encoded == 1
+    assert run(folders["sd15"], Cache(tmp_path / "cache"), dtype="bfloat16").encoded > 0
+    assert run(folders["sdxl"], Cache(tmp_path / "cache")).encoded > 0

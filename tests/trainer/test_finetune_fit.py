@@ -6,7 +6,7 @@ from helpers import complains, quiet_trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from tiny_models import close
-from tiny_pipelines import model_of, photographs, ready, save_pipeline, tiny_pipeline
+from tiny_pipelines import model_of, photographs, ready, tiny_pipeline
 
 from latentdm.finetune import SaveForDiffusers
 
@@ -21,17 +21,11 @@ MODULES = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipelines")
-    return {name: save_pipeline(name, root / name) for name in (*ALL, "sd15", "sdxl")}
-
-
-@pytest.fixture(scope="module")
 def data(folders):
     made = {}
-    for name, folder in folders.items():
+    for name in (*ALL, "sd15", "sdxl"):
         kind = {"latent_mask": "unshuffle"} if name == "flux_fill" else {"inpaint": "inpaint" in name}
-        made[name] = ready(folder, height=64, width=64, **kind)
+        made[name] = ready(folders[name], height=64, width=64, **kind)
     return made
 
 

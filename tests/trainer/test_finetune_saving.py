@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import complains, quiet_trainer
 from safetensors.torch import load_file
-from tiny_pipelines import model_of, photographs, ready, save_pipeline, tiny_pipeline
+from tiny_pipelines import model_of, photographs, ready, tiny_pipeline
 
 from latentdm.finetune import SaveForDiffusers
 from latentdm.finetune.sharding import shard
@@ -32,16 +32,10 @@ TARGETS = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipelines")
-    return {name: save_pipeline(name, root / name) for name in (*INPAINT, *WIDENED)}
-
-
-@pytest.fixture(scope="module")
 def data(folders):
     """Pipeline → its data module."""
     mask = {"flux_fill": {"latent_mask": "unshuffle"}}
-    return {name: ready(folder, height=64, width=64, **mask.get(name, {})) for name, folder in folders.items()}
+    return {name: ready(folders[name], height=64, width=64, **mask.get(name, {})) for name in (*INPAINT, *WIDENED)}
 
 
 def train(name, folder, datamodule, dirpath, steps=3, callback=None, **settings):

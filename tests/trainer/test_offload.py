@@ -7,7 +7,6 @@ import torch
 from helpers import LatentModel, Photos, Travelling, images, photo_columns, quiet_trainer, tiny_kl
 from lightning.pytorch import Callback
 from running import write_noise_photos
-from tiny_pipelines import save_pipeline
 from torch.utils.data import DataLoader
 
 from latentdm import Cache, FrozenVAE, LatentDataModule, PlainEncoder, TextEncoder
@@ -18,9 +17,9 @@ from latentdm.data import ImageFolderData
 from latentdm.stages import Stage
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    return save_pipeline("sdxl", tmp_path_factory.mktemp("pipeline"))
+@pytest.fixture
+def pipeline(folders):
+    return folders["sdxl"]
 
 
 class Prompts(Photos):

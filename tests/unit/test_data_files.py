@@ -9,14 +9,15 @@ from threading import Event, Thread
 import pytest
 from PIL import Image
 
-from latentdm.data import SampleError
+from latentdm.data import SampleError, files
 from latentdm.data.files import Patience, asked, open_file, open_stream, patient, read_file, size_of
 from latentdm.data.watch import working
 
 
 @pytest.fixture
-def stuck():
-    """A call that blocks until the test is over."""
+def stuck(monkeypatch):
+    """A call that blocks until the test is over, which it is when the call is given up."""
+    monkeypatch.setattr(files, "GRACE_S", 0.4)
     event = Event()
     yield event.wait
     event.set()
@@ -102,7 +103,8 @@ def test_a_call_that_hangs_is_given_up_with_its_name_and_the_next_one_answers(st
     assert asked(lambda: 7, "y") == 7
 
 
-def test_what_comes_too_late_is_discarded():
+def test_what_comes_too_late_is_discarded(monkeypatch):
+    monkeypatch.setattr(files, "GRACE_S", 0.4)
     event, discarded = Event(), Event()
     with pytest.raises(SampleError):
         asked(

@@ -54,10 +54,11 @@ class Opener:
         self.root, self.cache, self.least = root, cache, least
         self.lenient = lenient
         self.built = 0
+        self.found = None  # what a walk finds, for a folder that stays as it is
 
     def build(self):
         self.built += 1
-        return find_images(self.root, lenient=self.lenient)
+        return self.found or find_images(self.root, lenient=self.lenient)
 
     def __call__(self, **settings):
         return folder_index(self.root, settings, self.build, self.cache, self.least)
@@ -279,6 +280,7 @@ def resealed(content):
 @pytest.mark.parametrize("sealed", [False, True])
 def test_wrong_bytes_with_a_right_checksum_are_built_anew(opener, sealed):
     """Arrow's own format ends the process over some of these. What may still be read are entries."""
+    opener.found = find_images(opener.root, lenient=opener.lenient)
     opener()
     content = opener.files[0].read_bytes()
     draw = random.Random(0)

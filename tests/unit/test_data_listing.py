@@ -8,7 +8,7 @@ from threading import Event
 import pytest
 from PIL import Image
 
-from latentdm.data import ImageFolderData, LatentsData, SampleError
+from latentdm.data import ImageFolderData, LatentsData, SampleError, files
 from latentdm.data.index import NO_STAMP
 from latentdm.data.listing import AT_ONCE, list_files
 
@@ -19,6 +19,7 @@ from latentdm.data.listing import AT_ONCE, list_files
 def dead(monkeypatch):
     """Lets calls of `os` on a path of some name hang, until the test is over."""
     over = Event()
+    monkeypatch.setattr(files, "GRACE_S", 0.4)  # each test is over when the hanging call is given up
 
     def make(call, name):
         real = getattr(os, call)

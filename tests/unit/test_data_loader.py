@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -141,10 +142,11 @@ class Wrong(PixelDataset):
 def test_what_a_worker_raises_is_told_in_its_words_with_the_class_named_once(workers, position, kind):
     data = PixelDataModule(batch_size=1, num_workers=workers)
     data.predict_set = Wrong()
-    loader = data.predict_dataloader()
+    loader, before = data.predict_dataloader(), active_children()
     loader.load_state_dict(loader.state_dict() | {"steps": [[1, position]]})
     with pytest.raises(kind) as caught:
         list(loader)
+    assert set(active_children()) <= set(before)  # though the traceback is kept
     assert type(caught.value) is kind
     assert str(caught.value) == f"PixelDataModule: cannot read photo {position}.png: it is a song; remove it"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import complains
 from tiny_models import close
-from tiny_pipelines import photographs, ready_batch, save_pipeline, tiny_pipeline
+from tiny_pipelines import photographs, ready_batch, tiny_pipeline
 
 from latentdm.finetune import FluxFill, StableDiffusion
 
@@ -16,12 +16,6 @@ MODULES = {
     "sdxl_inpaint": "stable_diffusion_xl.pipeline_stable_diffusion_xl_inpaint",
     "flux_fill": "flux.pipeline_flux_fill",
 }
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipelines")
-    return {name: save_pipeline(name, root / name) for name in (*MODULES, "sd15", "sd2", "sdxl")}
 
 
 class Stop(Exception):

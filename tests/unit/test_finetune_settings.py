@@ -10,7 +10,7 @@ import torch
 from helpers import complains
 from safetensors.torch import load_file, save_file
 from tiny_models import close
-from tiny_pipelines import model_of, ready_batch, save_pipeline
+from tiny_pipelines import model_of, ready_batch
 
 from latentdm.draws import Draws
 from latentdm.finetune import FluxFill, Lora, StableDiffusion
@@ -20,13 +20,6 @@ from latentdm.pipelines import PipelineSource
 
 BETAS = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipelines")
-    names = ("sd15", "sd15_inpaint", "sd2", "sdxl", "sdxl_inpaint", "flux_fill")
-    return {name: save_pipeline(name, root / name) for name in names}
 
 
 # ---------------------------------------------------------------- wrong use

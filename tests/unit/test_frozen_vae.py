@@ -238,3 +238,10 @@ def test_pixels_in_another_range_are_named():
         with complains("FrozenVAE.encode: pixels: floats must lie in 0…1", remedy):
             FrozenVAE(tiny_kl()).encode(pixels)
     FrozenVAE(tiny_kl()).encode(images(1) / 254.99999)  # what a resize rounds
+
+
+def test_what_is_where_it_should_be_is_not_walked_through_again():
+    """Each batch by hand asks for it."""
+    vae = FrozenVAE(tiny_kl(), dtype="bfloat16").to("cpu")
+    vae.module.to = None  # to call it would fail
+    assert vae.to("cpu").device.type == "cpu"

@@ -13,12 +13,13 @@ PACKAGE = ROOT / "latentdm"
 LINES = 350
 CLOCKS = {"time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time", "sleep"}
 
-every_module = pytest.mark.parametrize(
-    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
-)
-every_test = pytest.mark.parametrize(
-    "path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT / "tests"))
-)
+TESTS = ROOT / "tests"
+
+
+def without_fault(folder, faults):
+    """Fails with what ``faults`` says of each file below a folder that has any."""
+    found = {str(path.relative_to(folder)): said for path in sorted(folder.rglob("*.py")) if (said := faults(path))}
+    assert found == {}
 
 
 @cache
@@ -63,10 +64,14 @@ def test_no_module_imports_itself_by_way_of_others():
         pytest.fail(" → ".join(error.args[1]))
 
 
-@every_module
-def test_a_module_has_one_idea(path):
-    count = len(path.read_text(encoding="utf-8").splitlines())
-    assert count <= LINES, f"{count} lines are more than {LINES}: usually two ideas"
+def test_a_module_has_one_idea():
+    """More lines than that are usually two."""
+
+    def too_long(path):
+        count = len(path.read_text(encoding="utf-8").splitlines())
+        return count if count > LINES else None
+
+    without_fault(PACKAGE, too_long)
 
 
 def test_every_package_is_shipped():
@@ -107,27 +112,33 @@ def reached(path):
             yield node.lineno, text
 
 
-@every_test
-def test_a_test_uses_public_names_alone(path):
-    assert list(reached(path)) == []
+def test_a_test_uses_public_names_alone():
+    without_fault(TESTS, lambda path: list(reached(path)))
 
 
-@every_test
-def test_a_test_uses_no_clock(path):
-    """Machines differ in speed: a test that measures time fails on some of them."""
+def clocks(path):
     names = {alias.name for node in walk(path, ast.ImportFrom) if node.module == "time" for alias in node.names}
     names |= {node.attr for node in walk(path, ast.Attribute) if ast.unparse(node.value) == "time"}
     names |= {node.attr for node in walk(path, ast.Attribute) if node.attr in ("recorded_durations", "time_elapsed")}
-    assert names & (CLOCKS | {"recorded_durations", "time_elapsed"}) == set()
+    return names & (CLOCKS | {"recorded_durations", "time_elapsed"})
+
+
+def test_a_test_uses_no_clock():
+    """Machines differ in speed: a test that measures time fails on some of them."""
+    without_fault(TESTS, clocks)
 
 
 def test_the_layers_are_there():
-    folders = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
+    folders = {path.parent.name for path in TESTS.rglob("test_*.py")}
     assert folders == {"unit", "trainer", "slow"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "unit").glob("test_*.py")), ids=lambda path: path.stem)
-def test_a_unit_test_trains_nothing_and_starts_no_other_program(path):
+def heavy(path):
+    """What of a unit test belongs in another layer."""
     names = {node.id for node in walk(path, ast.Name)} | {node.attr for node in walk(path, ast.Attribute)}
     helpers = {alias.name for node in walk(path, ast.ImportFrom) for alias in node.names if node.module == "helpers"}
-    assert (names & {"Trainer", "run_example", "subprocess"}) | (helpers & {"fit", "predict", "quiet_trainer"}) == set()
+    return (names & {"Trainer", "run_example", "subprocess"}) | (helpers & {"fit", "predict", "quiet_trainer"})
+
+
+def test_a_unit_test_trains_nothing_and_starts_no_other_program():
+    without_fault(TESTS / "unit", heavy)

@@ -6,6 +6,7 @@ the same class that ``save_pretrained`` wrote; test_configs.py runs a step of th
 
 import importlib.util
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ DTYPES = {"sdxl_fp16_fix": "float16", "wan": "float32"}
 
 
 def preset_config(preset, *overrides):
+    """The preset alone: composed for the example it would take ten times as long, as test_configs.py does it."""
     with initialize_config_module("latentdm.conf", version_base="1.3"):
-        return compose("train", overrides=[f"vae={preset}", *overrides]).vae
+        return compose(f"vae/{preset}", overrides=list(overrides)).vae
 
 
 def test_every_preset_has_a_stand_in():
@@ -50,6 +52,7 @@ def test_a_preset_says_how_to_run_it_and_where_it_comes_from(preset):
 @every_preset
 def test_a_preset_loads_a_model_of_its_class(preset, tmp_path):
     expected = build(STAND_INS[preset])
+    reference = FrozenVAE(expected, dtype="float32").encode(pictures(1), posterior="mode")
     for folder in (tmp_path / "alone", tmp_path / "pipeline" / "vae"):
         stand_in(preset, folder)
         source = folder.parent if folder.name == "vae" else folder
@@ -60,7 +63,6 @@ def test_a_preset_loads_a_model_of_its_class(preset, tmp_path):
         assert type(vae.module) is type(expected)
         if preset in DTYPES:
             assert vae.dtype == getattr(torch, DTYPES[preset])
-        reference = FrozenVAE(expected, dtype="float32").encode(pictures(1), posterior="mode")
         tolerance = 1e-6 if vae.dtype == torch.float32 else 0.08  # as test_dtypes.py allows half precision
         close(vae.encode(pictures(1), posterior="mode"), reference, tolerance)
 
@@ -76,6 +78,7 @@ def test_options_of_loading_are_settings_of_a_preset(preset, tmp_path):
 # ---------------------------------------------------------------- docs/autoencoders.md
 
 
+@cache
 def docs():
     spec = importlib.util.spec_from_file_location("autoencoders_page", ROOT / "docs/autoencoders.py")
     module = importlib.util.module_from_spec(spec)
@@ -83,14 +86,18 @@ def docs():
     return module
 
 
+@cache
+def page():
+    return docs().page()
+
+
 def test_the_page_is_what_its_script_writes():
-    assert (ROOT / "docs/autoencoders.md").read_text(encoding="utf-8") == docs().page(), "run docs/autoencoders.py"
+    assert (ROOT / "docs/autoencoders.md").read_text(encoding="utf-8") == page(), "run docs/autoencoders.py"
 
 
 def test_the_page_lists_every_family_and_preset():
-    page = docs().page()
     for name in (*known_families(), *(f"vae={preset}" for preset in LISTED)):
-        assert f"| {name} |" in page or f"`{name}`" in page
+        assert f"| {name} |" in page() or f"`{name}`" in page()
     published = docs().CONFIGS
     assert set(published) == set(LISTED)
     for preset in PRESETS:
@@ -99,6 +106,6 @@ def test_the_page_lists_every_family_and_preset():
 
 def test_the_memory_of_stable_diffusions_vae_is_that_of_its_file():
     """sd-vae-ft-mse is a file of 335 MB in float32."""
-    (row,) = [line for line in docs().page().splitlines() if "`vae=sd15`:" in line]
+    (row,) = [line for line in page().splitlines() if "`vae=sd15`:" in line]
     encoder, decoder = (int(cell) for cell in row.split("|")[-3:-1])
     assert (encoder + decoder) * 2**20 == pytest.approx(334.6e6, rel=0.005)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import complains, no_warnings
 from tiny_models import close
-from tiny_pipelines import LENGTH, clip_text, clip_tokenizer, save_pipeline, tiny_pipeline
+from tiny_pipelines import LENGTH, clip_text, clip_tokenizer, tiny_pipeline
 
 from latentdm import TextEncoder
 from latentdm.draws import Draws
@@ -17,12 +17,6 @@ LONG = "a photo of the red house " * 200
 CAPTIONS = ["a photo of a cat", "", "ждун сидит, 猫 🐈", "The RED house's  dog", LONG]
 DRAWS = Draws(0, 0, list(range(len(CAPTIONS))))
 cut = pytest.mark.filterwarnings("ignore:TextEncoder. a caption of:UserWarning")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipelines")
-    return {name: save_pipeline(name, root / name) for name in ("sd15", "sd2", "sdxl", "flux_fill")}
 
 
 @pytest.fixture(autouse=True)
