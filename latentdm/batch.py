@@ -96,6 +96,7 @@ class BatchKeys:
         if tuple(pixel_range) not in ((0, 1), (-1, 1)):
             raise Check("LatentDataModule").fail("pixel_range", "[0, 1] or [-1, 1]", list(pixel_range))
         self.signed = tuple(pixel_range) == (-1, 1)
+        self._pixels = self.key(PIXELS)
         self._ours = {key: name for name, key in self.keys.items() if name not in OUTPUTS}
         self._by_position = any(isinstance(key, int) for key in self.keys.values())
 
@@ -110,7 +111,7 @@ class BatchKeys:
         Returns:
             A batch of the same kind; what lies beside the parts stays as it is.
         """
-        if type(batch) is dict and isinstance(batch.get(self.keys.get(PIXELS, PIXELS)), Tensor):  # nearly all of them
+        if type(batch) is dict and isinstance(batch.get(self._pixels), Tensor):  # nearly all of them
             return change(batch, path)
         parts = self._parts(batch) if is_batch(batch) else {}
         if not parts:
@@ -209,7 +210,7 @@ class BatchKeys:
         Raises:
             ValueError: a result would overwrite something of the user's, or a tuple has no place for it.
         """
-        leaving = {self.keys.get(name, name) for name in drop}
+        leaving: set[Key] = {self.key(name) for name in drop} if self.keys else set(drop)
         placed: dict[Key, Any] = {}
         for name, value in results.items():
             if name in self.left_out:

@@ -196,7 +196,7 @@ class LatentDataModule(Wrapper):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """On the host: settles the samples' draws, so that none waits for the device, and runs the host's stages."""
-        self._is_example = hooks.is_example_input(batch, self.trainer)
+        self._is_example = self.trainer is not None and hooks.is_example_input(batch, self.trainer)
         self._passage.begin()
         if self._is_example:
             return batch

@@ -95,9 +95,9 @@ def check_sample(datamodule: Any) -> None:
             raise UserError(keys.missing(sample, name, type(stage).__name__))
 
 
-def is_example_input(batch: Any, trainer: Trainer | None) -> bool:
+def is_example_input(batch: Any, trainer: Trainer) -> bool:
     """Whether it is the model's ``example_input_array``, which Lightning sends through the hooks as well."""
-    model = None if trainer is None else trainer.lightning_module
+    model = trainer.lightning_module
     return model is not None and batch is not None and batch is model.example_input_array
 
 

@@ -28,7 +28,7 @@ class Posterior:
 
     def draw(self, noise: Tensor | None) -> Tensor:
         """``b z h w`` float32: mean + std · noise, the mean alone for None. Takes noise of the mean's shape."""
-        mean = self.mean.float()
+        mean = self.mean if self.mean.dtype == torch.float32 else self.mean.float()  # asking is faster
         if noise is None or self.logvar is None:
             return mean
         # exp in float32: a bf16 logvar loses nothing more on its way to a standard deviation
@@ -121,7 +121,7 @@ class Normalization:
 
     def apply(self, z: Tensor) -> Tensor:
         """``b z h w`` or ``b z f h w`` as an encoder gives it → the same shape, float32."""
-        z = z.float()
+        z = z if z.dtype == torch.float32 else z.float()
         z = z if self.mean is None else z - _along_channels(self.mean, z)
         z = z if self.scale is None else z * self.scale
         return z if self.std is None else z / _along_channels(self.std, z)
