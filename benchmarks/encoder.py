@@ -2,8 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from statistics import median
 from typing import Any
@@ -13,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import models, peers
-from benchmarks.rows import interleaved, row
+from benchmarks.rows import interleaved, own_processes, row
 from latentdm import FrozenVAE, InpaintEncoder, LatentDataModule, PlainEncoder
 from latentdm.encoders import Encoder
 from latentdm.frozen.weights import computes_bfloat16
@@ -74,15 +73,13 @@ def matrix_peak(seconds: float) -> float:
     return PRODUCTS * 2 * matrix_side() ** 3 / seconds
 
 
-@cache
-def rounds(model: str, view: str, side: int, count: int, ways: tuple[str, ...]) -> dict[str, list[float]]:
-    """Seconds of each way to encode the same batch, round for round; one round before them warms up."""
+def way(name: str, model: str, view: str, side: int, count: int) -> Callable[[], None]:
+    """One way to encode a batch; run in a process of its own."""
     data, autoencoder = models.batch(count, side), MODELS[model]()
     kind = PlainEncoder if view == "plain" else InpaintEncoder
 
     def ours(dtype: str, **settings: Any) -> Callable[[], Any]:
-        # a copy, since a compiled encoder would be compiled for the peer as well
-        return hook(kind(FrozenVAE(deepcopy(autoencoder), dtype=dtype, **settings).to(models.DEVICE)), data)
+        return hook(kind(FrozenVAE(autoencoder, dtype=dtype, **settings).to(models.DEVICE)), data)
 
     makers: dict[str, Callable[[], Callable[[], Any]]] = {
         "ours": lambda: ours("auto"),
@@ -95,9 +92,18 @@ def rounds(model: str, view: str, side: int, count: int, ways: tuple[str, ...]) 
         "float32 matrices": lambda: matrices(torch.float32),
         "bfloat16 matrices": lambda: matrices(torch.bfloat16),
     }
-    functions = {way: timed(makers[way]()) for way in ways}
-    interleaved(functions, 1)
-    return interleaved(functions, ROUNDS)
+    return timed(makers[name]())
+
+
+@cache
+def rounds(model: str, view: str, side: int, count: int, ways: tuple[str, ...]) -> dict[str, list[float]]:
+    """Seconds of each way to encode the same batch, round for round; one round before them warms up.
+
+    Each in a process of its own, as their users run them: what an allocator keeps is a process's, and ours sets it.
+    """
+    with own_processes({name: partial(way, name, model, view, side, count) for name in ways}) as functions:
+        interleaved(functions, 1)
+        return interleaved(functions, ROUNDS)
 
 
 # ---------------------------------------------------------------- against the public ways
@@ -242,19 +248,30 @@ CHUNK_ROWS = 16
 """Rows that are encoded in a call: so many images, or half as many of which each is encoded clean and masked."""
 
 
+def chunked(size: int, view: str, dtype: str, side: int) -> Callable[[], None]:
+    """`CHUNK_ROWS` rows, so many at once; run in a process of its own."""
+    vae = FrozenVAE(models.demo(), dtype=dtype).to(models.DEVICE)
+    kind, views = (PlainEncoder, 1) if view == "plain" else (InpaintEncoder, 2)
+    return timed(hook(kind(vae, per_batch=size), models.batch(CHUNK_ROWS // views, side)))
+
+
+def default_chunk(dtype: str, side: int) -> int:
+    """How many images go through at once where nobody says."""
+    vae = FrozenVAE(models.demo(), dtype=dtype).to(models.DEVICE)
+    return vae.best_chunk((side, side)) or CHUNK_ROWS
+
+
 @cache
 def chunk_ratio(view: str, dtype: str, side: int, turns: int) -> float:
     """Seconds of the best of `CHUNKS` over those of the default: 1 where the default is the best of them.
 
     The best is found in half of the rounds and compared in the rest: among so many, the luckiest would win otherwise.
     """
-    vae = FrozenVAE(models.demo(), dtype=dtype).to(models.DEVICE)
-    kind, views = (PlainEncoder, 1) if view == "plain" else (InpaintEncoder, 2)
-    data = models.batch(CHUNK_ROWS // views, side)
-    default = vae.best_chunk((side, side)) or CHUNK_ROWS
-    ways = {str(size): timed(hook(kind(vae, per_batch=size), data)) for size in sorted({*CHUNKS, default})}
-    interleaved(ways, 1)
-    seconds = interleaved(ways, 2 * turns)
+    default = default_chunk(dtype, side)
+    sizes = sorted({*CHUNKS, default})
+    with own_processes({str(size): partial(chunked, size, view, dtype, side) for size in sizes}) as ways:
+        interleaved(ways, 1)
+        seconds = interleaved(ways, 2 * turns)
     best = min(ways, key=lambda way: median(seconds[way][:turns]))
     compared = {way: rounds[turns:] for way, rounds in seconds.items()}
     return 1.0 if best == str(default) else times_faster(compared, best, str(default))

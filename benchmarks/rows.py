@@ -1,8 +1,12 @@
 """The rows of a benchmark: functions registered by name, in any module of this folder."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from time import perf_counter
 
 import torch
@@ -78,3 +82,45 @@ def interleaved(functions: Mapping[str, Callable[[], float | None]], rounds: int
             counted = functions[name]()
             seconds[name].append(perf_counter() - began if counted is None else counted)
     return seconds
+
+
+@contextmanager
+def own_processes(makers: Mapping[str, Callable[[], Callable[[], None]]]) -> Iterator[dict[str, Callable[[], float]]]:
+    """Each function in a process of its own, which makes it and then runs it when it is asked to.
+
+    Args:
+        makers: name → what makes the function; pickled, so a function of a module or a ``partial`` of one.
+
+    Yields:
+        Name → a function that runs it there and returns its seconds, as `interleaved` takes them.
+    """
+    context = get_context("spawn")  # a forked process would share what this one has done to its memory
+    with ExitStack() as stack:
+        functions: dict[str, Callable[[], float]] = {}
+        for name, maker in makers.items():
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(maker, theirs), daemon=True)
+            process.start()
+            theirs.close()  # so that a process that dies is noticed
+            stack.callback(process.join)
+            stack.callback(ours.close)
+            functions[name] = partial(_ask, ours)
+        yield functions
+
+
+def _ask(connection: Connection) -> float:
+    """Have a process run its function; seconds."""
+    connection.send(None)
+    return float(connection.recv())
+
+
+def _serve(maker: Callable[[], Callable[[], None]], connection: Connection) -> None:
+    function = maker()
+    while True:
+        try:
+            connection.recv()
+        except EOFError:
+            return
+        began = perf_counter()
+        function()
+        connection.send(perf_counter() - began)
