@@ -154,9 +154,10 @@ def collate(samples: Sequence[Sample]) -> Sample:
         get black images where others have some, and nobody looks at them.
     """
     cached = [sample[CACHED] for sample in samples if isinstance(sample.get(CACHED), CachedSample)]
+    if cached:
+        samples = [{name: value for name, value in sample.items() if name != CACHED} for sample in samples]
     if not cached or len(cached) < len(samples):
         return _collate(samples)
-    samples = [{name: value for name, value in sample.items() if name != CACHED} for sample in samples]
     for name in (PIXELS, SOURCE):
         like = next((sample[name] for sample in samples if isinstance(sample.get(name), Tensor)), None)
         if like is not None:
