@@ -1,7 +1,9 @@
 """The benchmarks' runner: rows found in every module, and how they are printed. What they measure takes minutes."""
 
 import json
+import os
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import benchmarks.gpu
 import benchmarks.run
 from benchmarks import encoder, models
 from benchmarks.peers import InpaintScript
-from benchmarks.rows import ROWS, Row, interleaved, row
+from benchmarks.rows import ROWS, Row, interleaved, own_processes, row
 from latentdm.frozen.weights import computes_bfloat16
 
 
@@ -101,22 +103,40 @@ def test_the_script_encodes_in_its_own_precision(dtype):
 
 
 @pytest.mark.parametrize(
-    ("side", "default", "others", "expected"),
+    ("default", "others", "expected"),
     [
-        (128, "2", {}, 1.0),  # the default is one of those that it is compared with
-        (128, "2", {"8": 0.5}, 0.5),
-        (128, "2", {"8": 2.0}, 1.0),
-        (96, "3", {}, 1.0),  # and here it is none of them
-        (96, "3", {"8": 0.5}, 0.5),
+        (2, {}, 1.0),  # the default is one of those that it is compared with
+        (2, {"8": 0.5}, 0.5),
+        (2, {"8": 2.0}, 1.0),
+        (3, {}, 1.0),  # and here it is none of them
+        (3, {"8": 0.5}, 0.5),
     ],
 )
-def test_the_default_chunk_is_compared_with_the_best(side, default, others, expected, monkeypatch):
+def test_the_default_chunk_is_compared_with_the_best(default, others, expected, monkeypatch):
     def made_up(ways, rounds):
-        seconds = {way: 1.0 if way == default else 1.5 for way in ways} | others
+        seconds = {way: 1.0 if way == str(default) else 1.5 for way in ways} | others
         return {way: [seconds[way]] * rounds for way in ways}
 
     monkeypatch.setattr("benchmarks.encoder.interleaved", made_up)
-    assert encoder.chunk_ratio.__wrapped__("inpaint", "float32", side, 3) == pytest.approx(expected)
+    monkeypatch.setattr("benchmarks.encoder.own_processes", nullcontext)
+    monkeypatch.setattr("benchmarks.encoder.default_chunk", lambda dtype, side: default)
+    assert encoder.chunk_ratio.__wrapped__("inpaint", "float32", 128, 3) == pytest.approx(expected)
+
+
+def process_told_apart():
+    """Made in a process of its own, where it compares that process with the one that it was told of."""
+    made_in = os.getpid()
+
+    def run():
+        assert os.getpid() == made_in != int(os.environ["ASKED_FROM"])
+
+    return run
+
+
+def test_each_way_is_made_and_run_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.setenv("ASKED_FROM", str(os.getpid()))
+    with own_processes({"a": process_told_apart}) as ways:
+        assert all(seconds >= 0 for seconds in interleaved(ways, 3)["a"])
 
 
 def test_the_gpu_script_runs_dry(command):
