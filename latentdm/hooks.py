@@ -23,8 +23,8 @@ from latentdm.stages import Stage
 from latentdm.tensors import describe
 
 HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-_ATTRIBUTED = attributed("LatentDataModule")
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+_ATTRIBUTED = attributed("LatentDataModule")  # made once, as each batch enters it
 
 
 def check_model(model: LightningModule) -> None:
